@@ -1,0 +1,78 @@
+"""Fixtures and markers for every test.
+
+Markers say what a test needs; a test without one needs no KVM.
+
+    needs_kvm        any /dev/kvm
+    needs_linux_kvm  a KVM in which stock Linux reaches user space (kvm_intel, kvm_amd)
+    native_only      the PVM back end itself (/dev/kvm of kvm_pvm)
+
+Under plain `pytest`, a test whose need is not met is skipped, with the reason. tests/lanes (that is
+`make test`) sets VMM_LANE, and each lane then takes only the tests that are for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import host, initrds
+from vmm.testing.kernels import Kernel, debian_kernel
+
+MARKERS = {
+    "needs_kvm": "needs /dev/kvm, whichever back end",
+    "needs_linux_kvm": "needs a KVM in which stock Linux reaches user space (VT-x or AMD-V)",
+    "native_only": "needs the PVM back end",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lane = host.lane()
+    kept, dropped = [], []
+    for item in items:
+        needs = {mark.name for mark in item.iter_markers()} & MARKERS.keys()
+        if not host.for_lane(lane, needs):
+            dropped.append(item)
+            continue
+        kept.append(item)
+        reason = host.unmet(needs)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session")
+def cloud_kernel() -> Kernel:
+    """Debian's cloud kernel: .vmlinuz (bzImage, LZ4), .vmlinux() (ELF), .modules, .release."""
+    return debian_kernel("cloud-amd64")
+
+
+@pytest.fixture(scope="session")
+def full_kernel() -> Kernel:
+    """Debian's full amd64 kernel (XZ)."""
+    return debian_kernel("amd64")
+
+
+@pytest.fixture
+def make_initrd(tmp_path: Path) -> Callable[..., Path]:
+    """Factory: `make_initrd(script, modules=[...], kernel=cloud_kernel, files={...})` -> path.
+
+    See tests.support.initrds.build for what is in it.
+    """
+    numbers = itertools.count(1)
+
+    def make(script: str, **options: object) -> Path:
+        path = tmp_path / f"initrd-{next(numbers)}.img"
+        initrds.build(script, **options).write(path)  # type: ignore[arg-type]
+        return path
+
+    return make

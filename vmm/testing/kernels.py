@@ -1,0 +1,209 @@
+"""Debian's kernel packages, fetched once and kept unpacked.
+
+    kernel = debian_kernel("cloud-amd64")
+    kernel.vmlinuz, kernel.modules
+
+A package is downloaded by apt-get (so its signature is checked against the host's keys), unpacked
+by dpkg -x, and never installed. It is kept in $VMM_CACHE/kernels/PACKAGE_VERSION, VMM_CACHE being
+~/.cache/vmm unless set; a .deb someone put in $VMM_CACHE/kernels is used without a download.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmm.errors import BootError, HostError, UsageError
+
+FLAVOURS = ("cloud-amd64", "amd64")
+"""linux-image-FLAVOUR: "cloud-amd64" is small and LZ4-packed, "amd64" the full one, XZ-packed."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One unpacked kernel package.
+
+    `name` is PACKAGE_VERSION, `release` what `uname -r` says in it, `vmlinuz` the bzImage,
+    `modules` its lib/modules/RELEASE, `directory` the directory all of it is in.
+    """
+
+    name: str
+    release: str
+    vmlinuz: Path
+    modules: Path
+    directory: Path
+
+    def vmlinux(self) -> Path:
+        """The ELF kernel inside the bzImage, extracted on the first call (30 to 60 MB)."""
+        target = self.directory / "vmlinux"
+        if not target.exists():
+            # Imported here: fetching a kernel does not need the boot loaders.
+            from vmm.boot import decompress
+
+            image = decompress.vmlinux_of(self.vmlinuz.read_bytes())
+            _write_whole(target, image)
+        return target
+
+
+def cache_directory() -> Path:
+    """Where kernels are kept: $VMM_CACHE, or ~/.cache/vmm (XDG_CACHE_HOME is followed)."""
+    chosen = os.environ.get("VMM_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmm"
+
+
+def debian_kernel(flavour: str = "cloud-amd64", *, download: bool = True) -> Kernel:
+    """The newest cached Debian kernel of `flavour`, fetched first if there is none.
+
+    Raises HostError if it is neither in the cache nor to be had, with what was tried.
+    """
+    if flavour not in FLAVOURS:
+        raise UsageError(f"kernel flavour {flavour!r}: choose from {', '.join(FLAVOURS)}")
+    kernels = cache_directory() / "kernels"
+    found = _cached(kernels, flavour)
+    if found is None:
+        found = _unpack_debs(kernels, flavour)
+    if found is None:
+        if not download:
+            raise HostError(
+                f"no Debian kernel linux-image-{flavour} in {kernels};"
+                f" fetch it with: {sys.executable} -m vmm.testing.kernels {flavour}"
+            )
+        _download(kernels, flavour)
+        found = _unpack_debs(kernels, flavour)
+    if found is None:
+        raise HostError(f"apt-get left no package linux-image-*-{flavour}_*.deb in {kernels}")
+    return found
+
+
+def _pattern(flavour: str) -> re.Pattern[str]:
+    # linux-image-6.1.0-56-cloud-amd64_6.1.192-2_amd64; the full flavour has nothing before "amd64".
+    return re.compile(rf"linux-image-([0-9][0-9.+~a-z]*(?:-[0-9]+)?-{flavour})_([^_]+)_amd64")
+
+
+def _newest(names: list[str], flavour: str) -> str | None:
+    """The one of `names` (packages of `flavour`) with the highest version."""
+    fitting = [name for name in names if _pattern(flavour).fullmatch(name)]
+    return max(
+        fitting, default=None, key=lambda name: [int(n) for n in re.findall(r"[0-9]+", name)]
+    )
+
+
+def _cached(kernels: Path, flavour: str) -> Kernel | None:
+    if not kernels.is_dir():
+        return None
+    name = _newest([entry.name for entry in kernels.iterdir() if entry.is_dir()], flavour)
+    return _kernel(kernels / name, flavour) if name else None
+
+
+def _kernel(directory: Path, flavour: str) -> Kernel:
+    match = _pattern(flavour).fullmatch(directory.name)
+    assert match is not None
+    release = match[1]
+    modules = directory / "lib" / "modules" / release
+    if not modules.is_dir():
+        modules = directory / "usr" / "lib" / "modules" / release
+    kernel = Kernel(
+        directory.name, release, directory / "boot" / f"vmlinuz-{release}", modules, directory
+    )
+    for path in (kernel.vmlinuz, kernel.modules):
+        if not path.exists():
+            raise BootError(f"kernel cache: {path} is missing; remove {directory} and try again")
+    return kernel
+
+
+def _unpack_debs(kernels: Path, flavour: str) -> Kernel | None:
+    """Unpack the newest .deb of `flavour` lying in `kernels`, if any."""
+    if not kernels.is_dir():
+        return None
+    # apt writes the colon of an epoch as %3a; versions of kernels have none.
+    name = _newest([deb.stem for deb in kernels.glob("*.deb")], flavour)
+    if name is None:
+        return None
+    # Renamed when complete: an interrupted unpack, or one at the same time, leaves nothing half.
+    with tempfile.TemporaryDirectory(dir=kernels, prefix=".unpack-") as scratch:
+        tree = Path(scratch) / "tree"
+        _tool(["dpkg", "-x", str(kernels / f"{name}.deb"), str(tree)])
+        try:
+            tree.rename(kernels / name)
+        except OSError:
+            if not (kernels / name).is_dir():
+                raise
+    (kernels / f"{name}.deb").unlink(missing_ok=True)
+    return _kernel(kernels / name, flavour)
+
+
+def _download(kernels: Path, flavour: str) -> None:
+    if shutil.which("apt-get") is None:
+        raise HostError(
+            f"no apt-get here to fetch linux-image-{flavour}; put Debian's"
+            f" linux-image-VERSION-{flavour}_*.deb into {kernels}"
+        )
+    kernels.mkdir(parents=True, exist_ok=True)
+    try:
+        _try_download(kernels, flavour)
+    except HostError:
+        # No package lists yet (a fresh machine), or lists older than the archive.
+        root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        _tool([*root, "apt-get", "-q", "update"])
+        _try_download(kernels, flavour)
+
+
+def _try_download(kernels: Path, flavour: str) -> None:
+    depends = _tool(["apt-cache", "depends", f"linux-image-{flavour}"])
+    packages = re.findall(rf"Depends: (linux-image-[0-9]\S*-{flavour})\b", depends)
+    if not packages:
+        raise HostError(f"this host's apt offers no package linux-image-{flavour} (not Debian?)")
+    with tempfile.TemporaryDirectory(dir=kernels, prefix=".download-") as scratch:
+        _tool(["apt-get", "-q", "download", packages[0]], cwd=scratch)
+        for deb in Path(scratch).glob("*.deb"):
+            deb.rename(kernels / deb.name)
+
+
+def _tool(command: list[str], cwd: str | None = None) -> str:
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise HostError(f"{command[0]}: not found; install it") from error
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise HostError(f"{' '.join(command)}: exit status {done.returncode}: {' '.join(last)}")
+    return done.stdout
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write `target` so that nobody ever sees a part of it."""
+    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(scratch, 0o644)
+        os.rename(scratch, target)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m vmm.testing.kernels [FLAVOUR ...]`: fetch, and print where the kernels are."""
+    try:
+        for flavour in arguments or FLAVOURS:
+            kernel = debian_kernel(flavour)
+            print(f"{flavour}: {kernel.vmlinuz}")
+    except (HostError, UsageError) as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

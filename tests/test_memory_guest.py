@@ -120,7 +120,7 @@ def test_hugetlbfs_works_or_says_how_to() -> None:
         with GuestMemory(4 * MIB, "hugetlbfs") as memory:
             memory.write_u32(0, 1)
     except HostError as err:
-        assert "vm.nr_hugepages=2" in str(err)  # noqa: PT017
+        assert "vm.nr_hugepages=2" in str(err)
     with pytest.raises(UsageError, match="2 MiB"):
         GuestMemory(3 * MIB, "hugetlbfs")
 

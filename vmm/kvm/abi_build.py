@@ -368,7 +368,12 @@ struct kvm_run {
         } emulation_failure;
         struct { uint32_t type; uint32_t ndata; uint64_t data[16]; } system_event;
         struct { uint8_t vector; } eoi;
-        struct { uint8_t error; uint8_t pad[7]; uint32_t reason; uint32_t index; uint64_t data; } msr;
+        struct {
+            uint8_t error;
+            uint8_t pad[7];
+            uint32_t reason, index;
+            uint64_t data;
+        } msr;
         struct { uint64_t flags; uint64_t gpa; uint64_t size; } memory_fault;
         char padding[256];
     };

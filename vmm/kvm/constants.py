@@ -4,7 +4,7 @@ from __future__ import annotations
 
 API_VERSION = 12
 
-# --- capabilities (KVM_CHECK_EXTENSION) --------------------------------------------------------
+# --- capabilities (KVM_CHECK_EXTENSION) ----------------------------------------------------------
 CAP_IRQCHIP = 0
 CAP_HLT = 1
 CAP_USER_MEMORY = 3
@@ -62,7 +62,7 @@ CAP_NAMES: dict[int, str] = {
     value: name[4:] for name, value in list(globals().items()) if name.startswith("CAP_")
 }
 
-# --- exits -----------------------------------------------------------------------------------
+# --- exits ---------------------------------------------------------------------------------------
 EXIT_UNKNOWN = 0
 EXIT_EXCEPTION = 1
 EXIT_IO = 2
@@ -100,7 +100,7 @@ SYSTEM_EVENT_SHUTDOWN = 1
 SYSTEM_EVENT_RESET = 2
 SYSTEM_EVENT_CRASH = 3
 
-# --- memory slots ------------------------------------------------------------------------------
+# --- memory slots --------------------------------------------------------------------------------
 MEM_LOG_DIRTY_PAGES = 1
 MEM_READONLY = 2
 DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
@@ -119,7 +119,7 @@ IOEVENTFD_FLAG_PIO = 2
 IOEVENTFD_FLAG_DEASSIGN = 4
 PIT_SPEAKER_DUMMY = 1
 
-# --- vCPU ------------------------------------------------------------------------------------------
+# --- vCPU ----------------------------------------------------------------------------------------
 MP_STATE_RUNNABLE = 0
 MP_STATE_UNINITIALIZED = 1
 MP_STATE_INIT_RECEIVED = 2

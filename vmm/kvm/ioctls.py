@@ -137,7 +137,8 @@ def ioctl_struct(fd: int, call: Ioctl, struct: Any) -> int:
     is; the size is that of the whole allocation, so flexible arrays go whole.
     """
     try:
-        return fcntl.ioctl(fd, call.number, ffi.buffer(struct))
+        result: int = fcntl.ioctl(fd, call.number, ffi.buffer(struct))
+        return result
     except OSError as err:
         raise _error(call, err) from None
 

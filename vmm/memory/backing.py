@@ -62,8 +62,10 @@ def _map_memfd(size: int, flags: int) -> mmap.mmap:
     fd = os.memfd_create("vmm-ram", os.MFD_CLOEXEC | flags)
     try:
         os.ftruncate(fd, size)
-        # Shared: what a vhost-user back end writes must be what the guest reads.
-        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | MAP_NORESERVE, prot=PROT_RW)
+        # Shared: what a vhost-user back end writes must be what the guest reads. Huge pages are
+        # reserved at once: without a reservation, one that is missing later is SIGBUS.
+        sharing = mmap.MAP_SHARED if flags else mmap.MAP_SHARED | MAP_NORESERVE
+        return mmap.mmap(fd, size, flags=sharing, prot=PROT_RW)
     finally:
         os.close(fd)  # mmap keeps its own duplicate
 

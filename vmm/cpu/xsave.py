@@ -1,0 +1,85 @@
+"""CPUID leaf 0xd: the parts of the XSAVE area, kept in step with the features that use them.
+
+Intel SDM volume 1, chapter 13; AMD APM volume 3, E.3.8.
+"""
+
+from __future__ import annotations
+
+from vmm.cpu import features
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.kvm.cpuid import CpuidEntry
+
+LEGACY_SIZE = 512 + 64
+"""Bytes of the FXSAVE area and the XSAVE header; the other parts follow."""
+
+_X87_SSE = 0b11
+
+_USERS = (
+    # What uses a part, the part's bits in XCR0 | IA32_XSS.
+    ("avx", 1 << 2),
+    ("mpx", 0b11 << 3),
+    ("avx512f", 0b111 << 5),
+    ("intel_pt", 1 << 8),
+    ("pku", 1 << 9),
+    ("enqcmd", 1 << 10),
+    ("arch_lbr", 1 << 15),
+    ("amx_tile", 0b11 << 17),
+    ("apx_f", 1 << 19),
+    ("lwp", 1 << 62),
+)
+_CET = 0b11 << 11
+"""Bits 11 (user) and 12 (supervisor) of IA32_XSS; shstk or ibt uses them."""
+
+
+def parts(chosen: int) -> tuple[int, int]:
+    """Bits of XCR0 and IA32_XSS that a set of features uses, and all those a feature can use."""
+    known = used = _X87_SSE
+    for name, bits in _USERS:
+        known |= bits
+        if chosen >> features.BITS[name] & 1:
+            used |= bits
+    if chosen & features.flags("shstk ibt"):
+        used |= _CET
+    return used, known | _CET
+
+
+def trim(
+    table: dict[tuple[int, int], CpuidEntry], chosen: int, *, known_only: bool = False
+) -> None:
+    """Take the parts that no chosen feature uses out of leaf 0xd; all of it without xsave.
+
+    Parts of features without a name here stay, unless `known_only`. EBX of subleaves 0 and 1 (the
+    size for what is enabled) is KVM's to fill in while the guest runs.
+    """
+    if not chosen & features.flags("xsave"):
+        for key in [key for key in table if key[0] == 0xD]:
+            del table[key]
+        return
+    first = table.get((0xD, 0))
+    if first is None:
+        return
+    used, known = parts(chosen)
+    mask = used if known_only else used | ~known & 0xFFFF_FFFF_FFFF_FFFF
+    first.eax &= mask & 0xFFFF_FFFF
+    first.edx &= mask >> 32
+    system = table.get((0xD, 1))
+    if system is not None:
+        if not chosen & features.flags("xsaves"):
+            system.ecx = system.edx = 0
+        system.ecx &= mask & 0xFFFF_FFFF
+        system.edx &= mask >> 32
+        if not chosen & features.flags("xsavec xsaves"):
+            system.ebx = 0
+    user = first.eax | first.edx << 32
+    kept = user | (system.ecx | system.edx << 32 if system is not None else 0)
+    size = LEGACY_SIZE
+    for key in [key for key in table if key[0] == 0xD and key[1] > 1]:
+        if not kept >> key[1] & 1:
+            del table[key]
+        elif user >> key[1] & 1:
+            part = table[key]
+            size = max(size, part.ebx + part.eax)
+    first.ecx = size
+    first.ebx = LEGACY_SIZE

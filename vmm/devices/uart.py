@@ -13,8 +13,8 @@ Output is batched. The sink gets what is buffered
   - at any access other than a THR write and an LSR read: drivers end each burst with one
     (Linux: IER at the end of a console write, IIR in the interrupt handler);
   - at the second LSR read without a THR write in between: the guest waits for something;
-  - at `flush()`. `on_pending`, called once when output starts to wait, lets a host thread call
-    that a few milliseconds later: the net under a guest that writes half a line and halts.
+  - at `flush()`. A callback (`notify_pending`), called once when output starts to wait, lets a
+    host thread call that a little later: the net under a guest that writes half a line and halts.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Uart(Device):
         self.on_thri: Callable[[bool], None] | None = None
         """Told when IER.ETBEI changes: while it is set, THR writes must come in one by one, as
         each raises an interrupt; while not, they may be coalesced and given to `write_many`."""
-        self.on_pending: Callable[[], None] | None = None
+        self._on_pending: Callable[[], None] | None = None
         self._irq = irq
         self._lock = allocate_lock()
         self._sink_lock = allocate_lock()  # taken before _lock, held over the sink: keeps order
@@ -126,6 +126,7 @@ class Uart(Device):
         self._errors = 0
         self._ier = self._fcr = self._lcr = self._mcr = 0
         self._msr = MSR_CTS | MSR_DSR | MSR_DCD
+        self._plain = True  # a THR write does nothing but send: no DLAB, no loopback, no interrupt
         self._thri = False
         self._wrote = False  # THR written since LSR was last read
         self._polled = False  # the last access was a read of LSR
@@ -157,6 +158,16 @@ class Uart(Device):
             self._queue_flags.append(LSR_BI)
             self._fill()
 
+    def notify_pending(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called when output starts to wait, once until the next `flush`.
+
+        It is called with the device locked: it may wake a thread, but not call back. After
+        `notify_pending(None)` returns, it is not called any more.
+        """
+        with self._lock:
+            self._on_pending = callback
+            self._told = False
+
     def flush(self) -> None:
         """Give waiting output to the sink; from any thread."""
         with self._sink_lock:
@@ -170,6 +181,12 @@ class Uart(Device):
     # --- the guest's side -----------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
+        if offset == LSR and self._wrote and size == 1 and not self._fifo and not self._errors:
+            # A driver between two bytes of output: the most frequent read by far. No lock:
+            # input that comes in now is there at the next read.
+            self._wrote = False
+            self._polled = True
+            return LSR_THRE | LSR_TEMT
         if size != 1:
             return sum(
                 (self.read(offset + i, 1) if offset + i < 8 else 0xFF) << (8 * i)
@@ -195,7 +212,14 @@ class Uart(Device):
             return
         thri = False
         with self._lock:
-            if offset == THR and not self._lcr & LCR_DLAB:
+            if offset == THR and self._plain:
+                self._wrote = True
+                self._polled = self._polling = False
+                self._out.append(value)
+                if not self._told:
+                    self._pending()
+                flush = value == 0x0A or len(self._out) >= OUTPUT_LIMIT
+            elif offset == THR and not self._lcr & LCR_DLAB:
                 self._transmit(value)
                 flush = value == 0x0A or len(self._out) >= OUTPUT_LIMIT
             else:
@@ -210,7 +234,7 @@ class Uart(Device):
     def write_many(self, data: bytes) -> None:
         """The same as a write of each byte to register 0 in turn, in one go."""
         with self._lock:
-            plain = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_ETBEI)
+            plain = self._plain
             if plain and data:
                 self._wrote = True
                 self._polled = self._polling = False
@@ -238,9 +262,9 @@ class Uart(Device):
             self._update()
 
     def _pending(self) -> None:
-        if not self._told and self.on_pending is not None:
+        if not self._told and self._on_pending is not None:
             self._told = True
-            self.on_pending()
+            self._on_pending()
 
     def _read_lsr(self) -> int:
         if self._polled and not self._polling:
@@ -305,6 +329,7 @@ class Uart(Device):
             if changed:
                 # Turning it on while THR is empty raises it (Linux tests for this); off, drops it.
                 self._thri = bool(value & IER_ETBEI)
+            self._sort()
             self._fill()
             self._update()
             return bool(changed)
@@ -312,8 +337,10 @@ class Uart(Device):
             self._write_fcr(value)
         elif offset == LCR:
             self._lcr = value
+            self._sort()
         elif offset == MCR:
             self._mcr = value & MCR_MASK
+            self._sort()
             self._modem()
             self._fill()
             self._update()
@@ -332,6 +359,10 @@ class Uart(Device):
         self._update()
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _sort(self) -> None:
+        """Bring `_plain` up to date."""
+        self._plain = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_ETBEI)
 
     def _fill(self) -> None:
         """Move waiting input into the FIFO, if the guest receives."""
@@ -432,6 +463,7 @@ class Uart(Device):
             self._flags = _flags(state_bytes(state, "fifo_flags"), len(self._fifo))
             self._queue = bytearray(state_bytes(state, "queue"))
             self._queue_flags = _flags(state_bytes(state, "queue_flags"), len(self._queue))
+            self._sort()
             self._update()
         if self.on_thri is not None:
             with self._thri_lock:

@@ -1,0 +1,198 @@
+"""Where a console's output goes and its input comes from: `--console none|auto|file:PATH|pty`.
+
+A back end's `write` is the UART's sink. It never raises: a reader that went away or a full disk
+ends the output, not the machine. `input_fd` is what to read input from, -1 for none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _thread import allocate_lock
+
+from vmm.errors import HostError, UsageError
+
+CHUNK = 4096
+"""Bytes a write that was told "writable" hands over at once: a pipe takes these without
+blocking (PIPE_BUF)."""
+POLL_MS = 100
+END_PATIENCE_MS = 1000
+PTY_PATIENCE_MS = 1000
+"""How long output waits for a slow reader of a pty before it is dropped."""
+
+
+class Backend:
+    """Output goes nowhere, input never comes: `none`, and the base of the others."""
+
+    def __init__(self, name: str = "none") -> None:
+        self.name = name
+        self.input_fd = -1
+        self.interactive = False
+        """Whether a person types at `input_fd`: raw mode and the escape key are wanted."""
+        self.error = ""
+        """Why output ended early, for a person; empty while it works."""
+        self._closed = False
+        self._ending = False
+        self._lock = allocate_lock()
+
+    def write(self, data: bytes) -> None:
+        """Put out all of `data`; may wait for a slow reader until `end` or `close`."""
+
+    def end(self) -> None:
+        """The machine is ending: a reader that takes nothing for END_PATIENCE_MS is given up on,
+        so that neither a vCPU nor `close` waits for it for ever."""
+        self._ending = True
+
+    def close(self) -> None:
+        """End both directions; a write that waits gives up."""
+        self._closed = True
+
+    def _fail(self, error: OSError) -> None:
+        self.error = f"console {self.name}: {error.strerror}; further output is lost"
+
+    def _give_up(self) -> None:
+        self.error = f"console {self.name}: nobody reads it; the rest of the output is lost"
+
+
+class FdBackend(Backend):
+    """Writes to a descriptor that may block; gives way to `close` while it waits."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        super().__init__(name)
+        import select
+        import stat
+
+        self.fd = fd
+        self._poll: select.poll | None = None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLOUT)
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            view = memoryview(data)
+            waited = 0
+            while view and not self._closed and not self.error:
+                # Without this wait, a vCPU thread would sit in write(2), deaf to `end`.
+                if self._poll is not None and not self._poll.poll(POLL_MS):
+                    waited += POLL_MS if self._ending else 0
+                    if waited >= END_PATIENCE_MS:
+                        self._give_up()
+                    continue
+                try:
+                    view = view[os.write(self.fd, view[:CHUNK]) :]
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    self._fail(error)
+
+
+class FileBackend(FdBackend):
+    """A file, truncated."""
+
+    def __init__(self, path: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise UsageError(
+                f"--console file:{path}: {error.strerror}; give a file that can be written, "
+                "in a directory that exists"
+            ) from error
+        super().__init__(f"file:{path}", fd)
+
+    def close(self) -> None:
+        super().close()
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+
+class StdioBackend(FdBackend):
+    """Standard input and output (or any two descriptors); they stay open after `close`.
+
+    The end of a piped input ends the input only.
+    """
+
+    def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
+        try:
+            super().__init__("stdio", output_fd)
+        except OSError as error:  # started with standard output closed (`>&-`)
+            raise UsageError(
+                f"--console auto: standard output: {error.strerror}; try --console none"
+            ) from error
+        try:
+            os.fstat(input_fd)
+        except OSError:
+            return
+        self.input_fd = input_fd
+        self.interactive = os.isatty(input_fd)
+
+
+class PtyBackend(Backend):
+    """A new pseudo-terminal; `path` is what to connect to (`screen PATH`).
+
+    Output while nobody is connected is dropped, as on a serial line; connections may come and
+    go.
+    """
+
+    def __init__(self) -> None:
+        import select
+        import termios
+        import tty
+
+        try:
+            master, slave = os.openpty()
+        except OSError as error:
+            raise HostError(
+                f"--console pty: {error.strerror}; is /dev/pts mounted? try --console file:PATH"
+            ) from error
+        self.path = os.ttyname(slave)
+        super().__init__(f"pty {self.path}")
+        tty.setraw(slave, termios.TCSANOW)
+        os.close(slave)  # so that a hang-up tells whether anybody is connected
+        os.set_blocking(master, False)
+        self.input_fd = self.fd = master
+        self._slow = False
+        self._hangup = select.POLLHUP | select.POLLERR
+        self._poll = select.poll()
+        self._poll.register(master, select.POLLOUT)
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            view = memoryview(data)
+            while view and not self._closed:
+                ready = self._poll.poll(0 if self._slow else PTY_PATIENCE_MS)
+                self._slow = not ready
+                if not ready or ready[0][1] & self._hangup:
+                    return
+                try:
+                    view = view[os.write(self.fd, view[:CHUNK]) :]
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    if error.errno != errno.EIO:  # EIO: disconnected just now
+                        self._fail(error)
+                    return
+
+    def close(self) -> None:
+        super().close()
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = self.input_fd = -1
+
+
+def open_backend(spec: str) -> Backend:
+    """The back end `--console spec` names. UsageError where there is no such."""
+    if spec in ("auto", "stdio"):
+        return StdioBackend()
+    if spec == "none":
+        return Backend()
+    if spec == "pty":
+        return PtyBackend()
+    kind, _, path = spec.partition(":")
+    if kind == "file" and path:
+        return FileBackend(path)
+    raise UsageError(f"--console {spec}: no such console; use auto, none, file:PATH or pty")

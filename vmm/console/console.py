@@ -1,0 +1,67 @@
+"""A guest's console put together: a back end, the tail of its output, the terminal, the pump."""
+
+from __future__ import annotations
+
+from vmm.console.backends import open_backend
+from vmm.console.escape import HELP, HELP_TEXT, EscapeParser
+from vmm.console.input import InputPump
+from vmm.console.tail import ConsoleTail
+from vmm.console.terminal import Terminal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.devices.uart import Uart
+
+
+class Console:
+    """`spec` is what `--console` takes: auto, none, file:PATH, pty.
+
+    Made before the machine starts (so that wrong values are told early), attached to its UART
+    when it does, closed when it ends. The terminal is raw from `attach` to `close`; call both
+    on the main thread if its signals should put the terminal back.
+    """
+
+    def __init__(self, spec: str = "none") -> None:
+        self.backend = open_backend(spec)
+        self.tail = ConsoleTail()
+        self._terminal = Terminal(self.backend.input_fd if self.backend.interactive else -1)
+        self._pump: InputPump | None = None
+
+    def sink(self, data: bytes) -> None:
+        """Output of the guest; a UART's sink."""
+        self.tail.write(data)
+        self.backend.write(data)
+
+    def attach(self, uart: Uart, on_end: Callable[[], None] | None = None) -> None:
+        """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed."""
+        uart.sink = self.sink
+        self.tail.before_wait = uart.flush
+        if self.backend.name == "none":
+            return
+
+        def act(action: str) -> None:
+            if action == HELP:
+                self.backend.write(HELP_TEXT.encode())
+            elif on_end is not None:
+                on_end()
+
+        self._terminal.__enter__()
+        parser = EscapeParser() if self.backend.interactive else None
+        self._pump = InputPump(uart, self.backend.input_fd, parser, act)
+        self._pump.start()
+
+    def end(self) -> None:
+        """The machine is about to stop: do not let its vCPUs wait for a stuck reader."""
+        self.backend.end()
+
+    def close(self) -> None:
+        """Give the terminal back and end the thread; what was put out stays in `tail`."""
+        self.end()
+        if self._pump is not None:
+            self._pump.stop()
+            self._pump = None
+        self.tail.close()
+        self._terminal.restore()
+        self.backend.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -73,3 +76,70 @@ def test_pty_dialogue_and_nothing_left() -> None:
 def test_a_wrong_spec_is_told_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="--console socket: no such console"):
         Console("socket")
+
+
+MONITOR = """
+import threading
+from vmm.console.console import Console
+from vmm.devices.uart import Uart
+console, uart, ended = Console("auto"), Uart(), threading.Event()
+console.attach(uart, ended.set)
+uart.write_many({output})
+ended.wait(60)
+console.close()
+"""
+
+
+def monitor(slave: int, stdout: int, output: str) -> subprocess.Popen[bytes]:
+    """A program with a console, on the terminal `slave`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MONITOR.format(output=output)],
+        stdin=slave,
+        stdout=stdout,
+        preexec_fn=lambda: os.login_tty(os.dup(slave)) if stdout == slave else os.setsid(),
+    )
+
+
+def read_until(fd: int, text: bytes) -> bytes:
+    got = b""
+    while text not in got:
+        got += os.read(fd, 4096)
+    return got
+
+
+@pytest.mark.timeout(60)
+def test_help_and_end_at_a_terminal() -> None:
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    child = monitor(slave, slave, "b'login: '")
+    read_until(master, b"login: ")
+    assert not termios.tcgetattr(slave)[3] & termios.ECHO
+    os.write(master, b"\x01h")
+    read_until(master, b"Ctrl-A h   this help\r\n")
+    os.write(master, b"\x01x")
+    assert child.wait() == 0
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.timeout(60)
+def test_the_end_key_works_while_the_outputs_reader_is_stuck() -> None:
+    master, slave = os.openpty()
+    reading, writing = os.pipe()
+    filler = os.dup(writing)
+    os.set_blocking(filler, False)
+    while True:  # a reader that has paused: the pipe is full
+        try:
+            os.write(filler, bytes(4096))
+        except BlockingIOError:
+            break
+    os.set_blocking(filler, True)
+    child = monitor(slave, writing, "b'half'")
+    while termios.tcgetattr(slave)[3] & termios.ECHO:
+        pass
+    threading.Event().wait(0.2)  # the pump has come to flush
+    os.write(master, b"\x01x")
+    assert child.wait() == 0
+    for fd in (master, slave, reading, writing, filler):
+        os.close(fd)

@@ -38,6 +38,10 @@ class Backend:
     def write(self, data: bytes) -> None:
         """Put out all of `data`; may wait for a slow reader until `end` or `close`."""
 
+    def ready(self) -> bool:
+        """Whether a short write would not wait."""
+        return True
+
     def end(self) -> None:
         """The machine is ending: a reader that takes nothing for END_PATIENCE_MS is given up on,
         so that neither a vCPU nor `close` waits for it for ever."""
@@ -85,6 +89,16 @@ class FdBackend(Backend):
                     pass
                 except OSError as error:
                     self._fail(error)
+
+    def ready(self) -> bool:
+        if self._poll is None:
+            return True
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return bool(self._poll.poll(0))
+        finally:
+            self._lock.release()
 
 
 class FileBackend(FdBackend):

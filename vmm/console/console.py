@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from vmm.console.backends import open_backend
-from vmm.console.escape import HELP, HELP_TEXT, EscapeParser
-from vmm.console.input import InputPump
 from vmm.console.tail import ConsoleTail
-from vmm.console.terminal import Terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.console.input import InputPump
+    from vmm.console.terminal import Terminal
     from vmm.devices.uart import Uart
 
 
@@ -26,7 +25,7 @@ class Console:
     def __init__(self, spec: str = "none") -> None:
         self.backend = open_backend(spec)
         self.tail = ConsoleTail()
-        self._terminal = Terminal(self.backend.input_fd if self.backend.interactive else -1)
+        self._terminal: Terminal | None = None
         self._pump: InputPump | None = None
 
     def sink(self, data: bytes) -> None:
@@ -37,19 +36,32 @@ class Console:
     def attach(self, uart: Uart, on_end: Callable[[], None] | None = None) -> None:
         """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed."""
         uart.sink = self.sink
-        self.tail.before_wait = uart.flush
+        self.tail.before_wait = lambda: uart.flush(wait=False)
         if self.backend.name == "none":
             return
 
+        # Imported here: a machine without a person at its console starts without them.
+        from vmm.console.input import InputPump
+
+        if not self.backend.interactive:
+            self._pump = InputPump(uart, self.backend.input_fd, ready=self.backend.ready)
+            self._pump.start()
+            return
+
+        from vmm.console.escape import HELP, HELP_TEXT, EscapeParser
+        from vmm.console.terminal import Terminal
+
         def act(action: str) -> None:
             if action == HELP:
-                self.backend.write(HELP_TEXT.encode())
+                if self.backend.ready():
+                    self.backend.write(HELP_TEXT.encode())
             elif on_end is not None:
                 on_end()
 
+        self._terminal = Terminal(self.backend.input_fd)
         self._terminal.__enter__()
-        parser = EscapeParser() if self.backend.interactive else None
-        self._pump = InputPump(uart, self.backend.input_fd, parser, act)
+        parser = EscapeParser()
+        self._pump = InputPump(uart, self.backend.input_fd, parser, act, self.backend.ready)
         self._pump.start()
 
     def end(self) -> None:
@@ -63,5 +75,7 @@ class Console:
             self._pump.stop()
             self._pump = None
         self.tail.close()
-        self._terminal.restore()
+        if self._terminal is not None:
+            self._terminal.restore()
+            self._terminal = None
         self.backend.close()

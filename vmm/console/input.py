@@ -31,6 +31,7 @@ class InputPump:
 
     With a `parser`, escape keys are looked for: BREAK is sent, other actions go to `on_action`
     on the pump's thread. The end of the input ends the input only. The descriptor stays open.
+    Output is flushed only while `ready()`: the escape keys must work when its reader is stuck.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class InputPump:
         fd: int = -1,
         parser: EscapeParser | None = None,
         on_action: Callable[[str], None] | None = None,
+        ready: Callable[[], bool] | None = None,
     ) -> None:
         self._uart = uart
         self._fd = fd
         self._parser = parser
         self._on_action = on_action
+        self._ready = ready
         self._wake_fd = -1
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -94,8 +97,7 @@ class InputPump:
             due = [at for at in (flush_at, 0.0 if reading else retry_at) if at]
             ready = poll.poll(max(min(due) - now, 0) * 1000 if due else None)
             if flush_at and time.monotonic() >= flush_at:
-                flush_at = 0.0
-                self._uart.flush()
+                flush_at = 0.0 if self._flush() else time.monotonic() + RETRY
             for fd, _event in ready:
                 if fd == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
@@ -104,6 +106,9 @@ class InputPump:
                     poll.unregister(fd)
                     reading = False
                     retry_at = time.monotonic() + RETRY if self._fd >= 0 else 0.0
+
+    def _flush(self) -> bool:
+        return (self._ready is None or self._ready()) and self._uart.flush(wait=False)
 
     def _read(self) -> bool:
         """Carry one piece of input; False where there is none for now, or (fd -1) any more."""

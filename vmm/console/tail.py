@@ -35,7 +35,7 @@ class ConsoleTail:
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
-        self.before_wait: Callable[[], None] | None = None
+        self.before_wait: Callable[[], object] | None = None
         self._limit = limit
         self._data = bytearray()
         self._start = 0  # position of _data[0]

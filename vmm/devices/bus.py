@@ -98,13 +98,18 @@ class AddressSpace:
         entry = self._cache.get(addr) or self._find(addr)
         if entry is not None and addr + size <= entry[1]:
             return entry[2](addr - entry[0] + entry[4], size)
-        if size == 1 or not self._touched(addr, size):
+        cycles = self._split(addr, size)
+        if not cycles:
             if self.trace is not None:
                 self._tell(addr, size, None)
             return (1 << (8 * size)) - 1
         value = 0
-        for i in range(size):  # it straddles an edge: byte cycles, as a bus splits it
-            value |= self.read(addr + i, 1) << (8 * i)
+        for shift, length, part in cycles:
+            at = addr + shift // 8
+            piece = (1 << (8 * length)) - 1
+            if part is not None:
+                piece = part[2](at - part[0] + part[4], length)
+            value |= piece << shift
         return value
 
     def write(self, addr: int, size: int, value: int) -> None:
@@ -113,29 +118,41 @@ class AddressSpace:
         if entry is not None and addr + size <= entry[1]:
             entry[3](addr - entry[0] + entry[4], size, value)
             return
-        if size == 1 or not self._touched(addr, size):
-            if self.trace is not None:
-                self._tell(addr, size, value)
-            return
-        for i in range(size):
-            self.write(addr + i, 1, (value >> (8 * i)) & 0xFF)
+        cycles = self._split(addr, size)
+        if not cycles and self.trace is not None:
+            self._tell(addr, size, value)
+        for shift, length, part in cycles:
+            if part is not None:
+                at = addr + shift // 8
+                piece = value >> shift & (1 << (8 * length)) - 1
+                part[3](at - part[0] + part[4], length, piece)
 
     def _find(self, addr: int) -> Entry | None:
         with self._lock:  # so that no stale entry comes back into the cache after `remove`
-            at = bisect_right(self._bases, addr)
-            if not at:
-                return None
-            entry = self._entries[at - 1]
-            if addr >= entry[1]:
-                return None
-            if len(self._cache) >= CACHE_LIMIT:
-                self._cache.clear()
-            self._cache[addr] = entry
+            entry = self._at(addr)
+            if entry is not None:
+                if len(self._cache) >= CACHE_LIMIT:
+                    self._cache.clear()
+                self._cache[addr] = entry
             return entry
 
-    def _touched(self, addr: int, size: int) -> bool:
-        """Whether any byte of the access belongs to a device."""
-        return any(self._find(addr + i) is not None for i in range(size))
+    def _at(self, addr: int) -> Entry | None:
+        at = bisect_right(self._bases, addr)
+        if at and addr < self._entries[at - 1][1]:
+            return self._entries[at - 1]
+        return None
+
+    def _split(self, addr: int, size: int) -> list[tuple[int, int, Entry | None]]:
+        """The cycles (shift in bits, bytes, who answers) of an access no device was found to
+        claim wholly: none if nobody claims any of it, byte cycles if it straddles an edge, as a
+        bus splits it, and one if a device was plugged in just now."""
+        with self._lock:
+            owners = [self._at(addr + i) for i in range(size)]
+        if all(owner is None for owner in owners):
+            return []
+        if all(owner is owners[0] for owner in owners):
+            return [(0, size, owners[0])]
+        return [(8 * i, 1, owner) for i, owner in enumerate(owners)]
 
     def _tell(self, addr: int, size: int, value: int | None) -> None:
         key = (addr, value is None)

@@ -168,15 +168,23 @@ class Uart(Device):
             self._on_pending = callback
             self._told = False
 
-    def flush(self) -> None:
-        """Give waiting output to the sink; from any thread."""
-        with self._sink_lock:
+    def flush(self, wait: bool = True) -> bool:
+        """Give waiting output to the sink; from any thread.
+
+        Without `wait`, False and nothing done while another thread is in the sink.
+        """
+        if not self._sink_lock.acquire(wait):
+            return False
+        try:
             with self._lock:
                 self._told = False
                 data = bytes(self._out)
                 self._out.clear()
             if data:
                 self.sink(data)
+        finally:
+            self._sink_lock.release()
+        return True
 
     # --- the guest's side -----------------------------------------------------------------------
 

@@ -39,7 +39,9 @@ def test_a_dialogue_without_any_back_end() -> None:
     assert console.tail.wait_for(re.compile(r"\[.\]"), timeout=30) == "? [x]"
     stop.set()
     guest.join()
+    uart.write_many(b"last words")
     console.close()
+    assert console.tail.bytes().endswith(b"last words")
 
 
 def test_file_gets_everything_before_close_returns(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class Console:
         self.tail = ConsoleTail()
         self._terminal: Terminal | None = None
         self._pump: InputPump | None = None
+        self._uart: Uart | None = None
 
     def sink(self, data: bytes) -> None:
         """Output of the guest; a UART's sink."""
@@ -36,6 +37,7 @@ class Console:
     def attach(self, uart: Uart, on_end: Callable[[], None] | None = None) -> None:
         """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed."""
         uart.sink = self.sink
+        self._uart = uart
         self.tail.before_wait = lambda: uart.flush(wait=False)
         if self.backend.name == "none":
             return
@@ -74,6 +76,8 @@ class Console:
         if self._pump is not None:
             self._pump.stop()
             self._pump = None
+        if self._uart is not None:
+            self._uart.flush()
         self.tail.close()
         if self._terminal is not None:
             self._terminal.restore()

@@ -4,7 +4,7 @@
 # to memory and is gone with the machine), then runs what the host asks for on /dev/hvc0:
 #
 #     run SCRIPT TOKEN               SCRIPT's output goes to hvc0, its input is /dev/null
-#     terminal SCRIPT TOKEN ROWS COLUMNS    SCRIPT has hvc0 as its controlling terminal
+#     terminal SCRIPT TOKEN ROWS COLUMNS    SCRIPT has a terminal that is hvc0's other end
 #
 # Each is answered by the byte 0x1e, TOKEN, a space, the exit status and a newline. SCRIPT is a file
 # in the directory shared as /run/lane.
@@ -57,7 +57,9 @@ printf '\036ready 0\n' >&3
 while read -r kind script token rows columns <&3; do
     if [ "$kind" = terminal ]; then
         stty -F /dev/hvc0 sane rows "$rows" columns "$columns"
-        setsid -c chroot /new /bin/sh "/run/lane/$script" <&3 >&3 2>&3 3>&-
+        # script gives it a pseudo-terminal set like hvc0: the end of a session hangs its terminal up, which for hvc0
+        # would throw away output and shut us out.
+        chroot /new script -qec "/bin/sh /run/lane/$script" /dev/null <&3 >&3 2>&3 3>&-
         status=$?
         stty -F /dev/hvc0 raw -echo
     else

@@ -148,10 +148,12 @@ class NestedLane:
         if not (os.isatty(0) and os.isatty(1)):
             raise LaneError("-i needs a terminal; standard input or output is none")
         size = os.get_terminal_size()
+        # A terminal nobody gave a size (a bare pty) says 0 and 0, which stty refuses.
+        geometry = f" {size.lines or 24} {size.columns or 80}"
         before = termios.tcgetattr(0)
         tty.setraw(0)
         try:
-            token = self._send("terminal", command, cwd, env, f" {size.lines} {size.columns}")
+            token = self._send("terminal", command, cwd, env, geometry)
             return self._until(token, None, _to_stdout, stdin=0)
         finally:
             termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -1,0 +1,166 @@
+"""What a machine is made of, as plain values, checked before anything is opened.
+
+Not a `dataclass`: importing that module costs more than the rest of a start (see
+docs/architecture.md, "Start-up").
+"""
+
+from __future__ import annotations
+
+from vmm.errors import UsageError
+from vmm.layout import MIB, PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
+ON_PANIC = ("exit", "pause")
+CONSOLES = ("auto", "none", "file:PATH", "pty")
+MAX_CPUS = 254
+"""xAPIC ids are 8 bits with 255 for broadcast, and the IOAPIC takes one."""
+OVERCOMMIT = 4
+"""A guest may be given this many times the host's RAM and swap; more is taken for a slip."""
+
+
+class MachineConfig:
+    """A machine's configuration; the keywords are `vmm run`'s options.
+
+    Args:
+        kernel: path of a bzImage or ELF vmlinux; None for a machine whose memory and registers
+            the program fills in itself.
+        initrds: paths, concatenated in order.
+        append: added after the default command line (see `default_cmdline`).
+        memory: guest RAM in bytes, a positive multiple of 4096.
+        cpus: how many vCPUs, 1 to 254.
+        cpu: policy, see `vmm.cpu`: `host`, `max`, a baseline, then `,+feature,-feature`.
+        console: `none` (kept in `Machine.console` only), `file:PATH`, `pty`, or `auto`: this
+            process's standard input and output.
+        boot: `auto`, `bzimage`, `elf64` or `pvh`.
+        acpi: False for an MP table instead.
+        timeout: seconds from start to a forced end (`timeout`), or None.
+        on_panic: `exit`, or `pause` to leave the machine for inspection.
+        backing: what RAM is made of, see `vmm.memory.map_backing`.
+        default_append: False leaves the default command line out.
+        device: the KVM device.
+        trace: told of unclaimed ports and addresses, one line each.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    __slots__ = (
+        "acpi",
+        "append",
+        "backing",
+        "boot",
+        "console",
+        "cpu",
+        "cpus",
+        "default_append",
+        "device",
+        "initrds",
+        "kernel",
+        "memory",
+        "on_panic",
+        "timeout",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        kernel: str | None = None,
+        *,
+        initrds: Sequence[str] = (),
+        append: str = "",
+        memory: int = 256 * MIB,
+        cpus: int = 1,
+        cpu: str = "host",
+        console: str = "none",
+        boot: str = "auto",
+        acpi: bool = True,
+        timeout: float | None = None,
+        on_panic: str = "exit",
+        backing: str = "anonymous",
+        default_append: bool = True,
+        device: str = "/dev/kvm",
+        trace: bool = False,
+    ) -> None:
+        self.kernel = None if kernel is None else str(kernel)
+        self.initrds = tuple(str(path) for path in initrds)
+        self.append = append
+        self.memory = memory
+        self.cpus = cpus
+        self.cpu = cpu
+        self.console = console
+        self.boot = boot
+        self.acpi = acpi
+        self.timeout = timeout
+        self.on_panic = on_panic
+        self.backing = backing
+        self.default_append = default_append
+        self.device = device
+        self.trace = trace
+        self._check()
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"MachineConfig({values})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MachineConfig):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _check(self) -> None:
+        if self.memory < MIB:
+            raise UsageError(f"--memory {self.memory} bytes is too little; at least 1M, say 256M")
+        if self.memory % PAGE_SIZE:
+            raise UsageError(
+                f"--memory {self.memory} bytes is not a multiple of {PAGE_SIZE}; say 256M"
+            )
+        limit = OVERCOMMIT * host_memory()
+        if self.memory > limit:
+            raise UsageError(
+                f"--memory {self.memory // MIB}M is more than this host can back: it has "
+                f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
+            )
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise UsageError(f"--cpus {self.cpus} is not from 1 to {MAX_CPUS}")
+        if self.boot not in BOOT_MODES:
+            raise UsageError(f"--boot {self.boot!r} is not one of {', '.join(BOOT_MODES)}")
+        if self.on_panic not in ON_PANIC:
+            raise UsageError(f"--on-panic {self.on_panic!r} is not one of {', '.join(ON_PANIC)}")
+        if self.timeout is not None and not 0 < self.timeout < 1e9:
+            raise UsageError(f"--timeout {self.timeout:g} is not a positive number of seconds")
+        if self.initrds and self.kernel is None:
+            raise UsageError("--initrd needs a kernel")
+        if "\0" in self.append:
+            raise UsageError("--append has a NUL character in it")
+        file = self.console.removeprefix("file:")
+        if self.console not in CONSOLES[:2] + CONSOLES[3:] and (file == self.console or not file):
+            raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")
+
+    @property
+    def default_cmdline(self) -> str:
+        """Put before `append`: the console, and what makes a panic or reboot end the machine."""
+        return "console=ttyS0 reboot=k panic=-1"
+
+    @property
+    def cmdline(self) -> str:
+        """The whole kernel command line."""
+        words = [self.default_cmdline] if self.default_append else []
+        if self.append:
+            words.append(self.append)
+        return " ".join(words)
+
+
+def host_memory() -> int:
+    """Bytes of RAM and swap this host has (/proc/meminfo)."""
+    total = 0
+    with open("/proc/meminfo", "rb") as meminfo:
+        for line in meminfo:
+            if line.startswith((b"MemTotal:", b"SwapTotal:")):
+                total += int(line.split()[1]) * 1024
+    return total

@@ -1,0 +1,312 @@
+"""A machine: assembly of its parts, and its life from created to stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from vmm.config import MachineConfig
+from vmm.errors import HostError, StateError, UsageError, VmmError
+from vmm.kvm import Kvm, constants
+from vmm.machine import exits
+from vmm.machine.exits import MachineExit
+from vmm.machine.platform import Platform
+from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
+from vmm.memory import GuestMemory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
+    from vmm.boot import BootState
+    from vmm.console.tail import ConsoleTail
+    from vmm.kvm.vcpu import Vcpu
+
+CREATED = "created"
+CLOSED = "closed"
+
+
+class Machine:
+    """One virtual machine; a context manager that leaves nothing behind.
+
+    States: `created` (everything is built, nothing ran), `running`, `paused`, `stopped` (`exit`
+    says why), `closed`. A call that needs another state raises `StateError`.
+
+    >>> config = MachineConfig("vmlinuz", initrds=["initrd"])  # doctest: +SKIP
+    >>> with Machine(config) as m:
+    ...     m.start()
+    ...     m.console.wait_for("login:", timeout=30)
+    ...     m.shutdown()
+    ...     m.exit
+    MachineExit('poweroff', 'the guest powered off', status=0)
+
+    Attributes:
+        config: as given.
+        memory: the guest's RAM.
+        platform: its devices.
+        vcpus: its vCPUs' descriptors; use them while it is created, paused or stopped.
+        exit: why it stopped, or None.
+    """
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.config = config
+        self.exit: MachineExit | None = None
+        self._listener: Callable[[str], None] | None = None
+        self.started_at = 0.0
+        self.boot: BootState | None = None
+        self._state = CREATED
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._closers: list[Callable[[], object]] = []
+        self._threads: list[VcpuThread] = []
+        self.vcpus: list[Vcpu] = []
+        try:
+            self._build()
+        except BaseException:
+            self._close_all()
+            raise
+
+    # --- assembly -----------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        config = self.config
+        kvm = self.kvm = Kvm(config.device)
+        self._closers.append(kvm.close)
+        limit = kvm.check_extension(constants.CAP_MAX_VCPUS)
+        if config.cpus > limit:
+            raise UsageError(f"--cpus {config.cpus} is more than this KVM allows ({limit})")
+        if not kvm.check_extension(constants.CAP_IMMEDIATE_EXIT):
+            raise HostError("this KVM lacks KVM_CAP_IMMEDIATE_EXIT; Linux 4.12 or later is needed")
+        self.memory = GuestMemory(config.memory, config.backing)
+        self._closers.append(self.memory.close)
+        self.platform = Platform(self)
+        self._closers.append(self.platform.close)
+        if config.kernel is not None:
+            # Before the VM: a file that cannot boot is told before anything costs time.
+            self.boot = self.platform.load_kernel(config.kernel)
+        vm = self.vm = kvm.create_vm()
+        self._closers.append(vm.close)
+        self.platform.connect(vm)
+        for slot, region in enumerate(self.memory.regions):
+            vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
+        tables = self.platform.cpuid_tables(kvm)
+        for number in range(config.cpus):
+            vcpu = vm.create_vcpu(number)
+            self.vcpus.append(vcpu)
+            self._closers.append(vcpu.close)
+            vcpu.set_cpuid2(tables[number])
+            if self.boot is not None:
+                from vmm.boot import registers
+
+                registers.set_up(vcpu, self.boot if number == 0 else None)
+        self._threads = [
+            VcpuThread(self, vcpu, self.platform.pio, self.platform.mmio) for vcpu in self.vcpus
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the machine if it runs, and give back everything; harmless twice."""
+        if self._state == CLOSED:
+            return
+        if self._state != CREATED:
+            self.stop()
+        self._close_all()
+        self._state = CLOSED
+
+    def _close_all(self) -> None:
+        while self._closers:
+            self._closers.pop()()
+
+    def listen(self, listener: Callable[[str], None] | None) -> None:
+        """Have `listener` called with each event's name, or nobody (None).
+
+        Events: started, paused, resumed, panicked, stopped. It is called in the thread the event
+        happens in and must not block. Once this has returned, the former listener is not called.
+        """
+        with self._lock:
+            self._listener = listener
+
+    # --- life cycle ---------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """`created`, `running`, `paused`, `stopped` or `closed`."""
+        return self._state
+
+    @property
+    def console(self) -> ConsoleTail:
+        """The last of the console's output, and waiting for more of it."""
+        return self.platform.console.tail
+
+    def start(self) -> None:
+        """Run: from created. Returns at once."""
+        with self._lock:
+            self._need("start", CREATED)
+            self.platform.start(self._threads)
+            self.started_at = time.monotonic()
+            for thread in self._threads:
+                thread.start()
+                thread.request(RUNNING)
+            self._state = RUNNING
+        self._tell("started")
+
+    def pause(self) -> None:
+        """Park every vCPU; returns when all are out of KVM_RUN. From running."""
+        with self._lock:
+            self._need("pause", RUNNING)
+            for thread in self._threads:
+                thread.request(PAUSED)
+            self._state = PAUSED
+        for thread in self._threads:
+            thread.wait_parked()
+        if self._ended.is_set():  # the guest ended meanwhile
+            return
+        self.platform.flush()
+        self._tell("paused")
+
+    def resume(self) -> None:
+        """Go on: from paused."""
+        with self._lock:
+            self._need("resume", PAUSED)
+            for thread in self._threads:
+                try:
+                    thread.vcpu.kvmclock_ctrl()
+                except HostError:
+                    pass  # the guest does not use kvmclock
+            self._state = RUNNING
+            for thread in self._threads:
+                thread.request(RUNNING)
+        self._tell("resumed")
+
+    def stop(self) -> MachineExit:
+        """End the machine now, as pulling the plug; why it ended (maybe before) is returned."""
+        if self._state == CREATED:
+            self._state = STOPPED
+        self.end(MachineExit(exits.STOPPED, "stopped by the monitor"))
+        self._join()
+        assert self.exit is not None
+        return self.exit
+
+    def shutdown(self, timeout: float | None = 30.0) -> MachineExit:
+        """Press the power button and wait; after `timeout` seconds the plug is pulled.
+
+        Needs a guest that handles the ACPI power button.
+        """
+        self._need("shutdown", RUNNING)
+        self.press_power_button()
+        if not self._ended.wait(timeout):
+            self.stop()
+        return self.wait()
+
+    def press_power_button(self) -> None:
+        """What SIGTERM does to `vmm run`: an ACPI power button event."""
+        self.platform.power.press_power_button()
+
+    def wait(self, timeout: float | None = None) -> MachineExit:
+        """Wait for the end.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed first; the machine goes on. (The time limit of
+                the configuration is another thing: it ends the machine.)
+        """
+        if self._state == CREATED:
+            raise StateError("wait: the machine is created, not started")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._ended.is_set():
+            left = self.time_left()
+            if deadline is not None:
+                rest = deadline - time.monotonic()
+                if rest <= 0:
+                    raise TimeoutError(f"the machine has not ended within {timeout:g} s")
+                left = rest if left is None else min(left, rest)
+            self._ended.wait(left)
+        self._join()
+        assert self.exit is not None
+        return self.exit
+
+    def time_left(self) -> float | None:
+        """Seconds until the configured time limit, None without one; at 0 the machine is ended."""
+        limit = self.config.timeout
+        if limit is None:
+            return None
+        left = self.started_at + limit - time.monotonic()
+        if left <= 0:
+            self.end(MachineExit(exits.TIMEOUT, f"no end within {limit:g} s (--timeout)"))
+            return 0.0
+        return left
+
+    # --- called by vCPU threads and devices -----------------------------------------------------
+
+    def end(self, reason: MachineExit) -> None:
+        """The machine is over; the first reason given stays. From any thread."""
+        with self._lock:
+            if self.exit is not None:
+                return
+            self.exit = reason
+            self._state = STOPPED
+            self.platform.end()
+            for thread in self._threads:
+                thread.request(STOPPED)
+        self._ended.set()
+        self._tell("stopped")
+
+    def monitor_failed(self, err: BaseException) -> None:
+        """An exception escaped in a vCPU thread: end, and say what it was."""
+        import traceback
+
+        text = str(err) if isinstance(err, VmmError) else f"{type(err).__name__}: {err}"
+        report = "" if isinstance(err, VmmError) else "".join(traceback.format_exception(err))
+        self.end(MachineExit(exits.MONITOR_ERROR, f"monitor error: {text}", report=report))
+
+    def panicked(self, event: str) -> None:
+        """The guest told pvpanic of a panic."""
+        self._tell("panicked")
+        if event != "panicked":
+            return  # a crash kernel takes over
+        if self.config.on_panic == "exit":
+            self.end(MachineExit(exits.PANIC, "the guest's kernel panicked"))
+            return
+        with self._lock:
+            if self._state == RUNNING:
+                for thread in self._threads:
+                    thread.request(PAUSED)
+                self._state = PAUSED
+        self._tell("paused")
+
+    def vcpu_exit(self, thread: VcpuThread, reason: int) -> bool:
+        """An exit other than PIO and MMIO; whether the vCPU goes on."""
+        if reason == constants.EXIT_SYSTEM_EVENT:
+            kind = thread.vcpu.kvm_run.system_event.type
+            if kind == constants.SYSTEM_EVENT_SHUTDOWN:
+                self.end(MachineExit(exits.POWEROFF, "the guest powered off"))
+            elif kind == constants.SYSTEM_EVENT_RESET:
+                self.end(MachineExit(exits.REBOOT, "the guest rebooted"))
+            else:
+                self.end(MachineExit(exits.PANIC, "the guest reported a crash"))
+            return False
+        from vmm.machine import failure
+
+        self.end(failure.describe(self, thread.vcpu, reason))
+        return False
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _need(self, call: str, state: str) -> None:
+        if self._state != state:
+            raise StateError(f"{call}: the machine is {self._state}, not {state}")
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self.platform.flush()
+
+    def _tell(self, event: str) -> None:
+        with self._lock:
+            if self._listener is not None:
+                self._listener(event)

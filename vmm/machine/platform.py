@@ -1,0 +1,147 @@
+"""What surrounds the processor: address spaces, legacy devices, tables, console."""
+
+from __future__ import annotations
+
+from vmm import layout
+from vmm.console.console import Console
+from vmm.devices.bus import AddressSpace
+from vmm.devices.debugexit import DebugExit
+from vmm.devices.i8042 import I8042
+from vmm.devices.power import AcpiPower
+from vmm.devices.pvpanic import PvPanic
+from vmm.devices.rtc import Rtc
+from vmm.devices.uart import Uart
+from vmm.kvm import constants
+from vmm.machine import exits
+from vmm.machine.exits import MachineExit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.boot import BootState
+    from vmm.kvm import CpuidEntry, Kvm, Vm
+    from vmm.machine.machine import Machine
+    from vmm.machine.vcpu_thread import VcpuThread
+
+
+class Platform:
+    """The devices of one machine, wired to it.
+
+    Attributes:
+        pio, mmio: the two address spaces.
+        uart, power, rtc: devices others need to reach.
+        console: what the UART's output goes to and its input comes from.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.vm: Vm | None = None
+        self.console = Console(machine.config.console)
+        self.pio = AddressSpace("port", 16)
+        self.mmio = AddressSpace("mmio", 64)
+        if machine.config.trace:
+            self.pio.trace = self.mmio.trace = _trace
+        end = machine.end
+        self.uart = Uart(self._line(layout.GSI_UART))
+        self.power = AcpiPower(self._poweroff, self._reset, self._line(layout.GSI_GED))
+        self.rtc = Rtc(machine.config.memory)
+        self.pio.add(layout.PORT_UART, 8, self.uart)
+        self.pio.add(layout.PORT_ACPI, 8, self.power)
+        self.pio.add(layout.PORT_RTC, 2, self.rtc)
+        i8042 = I8042(self._reset)
+        self.pio.add(layout.PORT_I8042, 1, i8042)
+        self.pio.add(layout.PORT_I8042 + 4, 1, i8042, 4)
+        self.pio.add(layout.PORT_PVPANIC, 1, PvPanic(machine.panicked))
+        self.pio.add(
+            layout.PORT_EXIT,
+            1,
+            DebugExit(
+                lambda value: end(
+                    MachineExit(
+                        exits.EXIT_PORT, f"the guest ended with status {value}", status=value
+                    )
+                )
+            ),
+        )
+
+    # --- wiring -----------------------------------------------------------------------------------
+
+    def connect(self, vm: Vm) -> None:
+        """Create the interrupt controllers and timers of a new VM."""
+        self.vm = vm
+        vm.set_tss_addr(layout.TSS)
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        vm.create_irqchip()
+        vm.create_pit2()
+        if vm.check_extension(constants.CAP_EXIT_ON_EMULATION_FAILURE):
+            vm.enable_cap(constants.CAP_EXIT_ON_EMULATION_FAILURE, 1)
+
+    def cpuid_tables(self, kvm: Kvm) -> list[list[CpuidEntry]]:
+        """What each vCPU's CPUID says."""
+        from vmm.cpu import build
+
+        return build(kvm.supported_cpuid(), self.machine.config.cpu, self.machine.config.cpus)
+
+    def load_kernel(self, kernel: str) -> BootState:
+        """Put the kernel, initrds and tables into guest memory."""
+        from vmm.boot import load
+
+        config, memory = self.machine.config, self.machine.memory
+        rsdp = None
+        if config.acpi:
+            from vmm.tables import acpi
+
+            tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus))
+            rsdp = tables.rsdp
+            blobs = tables.blobs
+        else:
+            from vmm.tables import mptable
+
+            blobs = [mptable.build(config.cpus)]
+        state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
+        for gpa, blob in blobs:
+            memory.write(gpa, blob)
+        return state
+
+    def start(self, threads: list[VcpuThread]) -> None:
+        """Called before the first vCPU runs."""
+        self.console.attach(self.uart, self._escape)
+
+    def flush(self) -> None:
+        """Bring out what the guest has written to the console."""
+        self.uart.flush()
+
+    def end(self) -> None:
+        """The machine ends: nothing may hold a vCPU up."""
+        self.console.end()
+
+    def close(self) -> None:
+        """Give back what the devices hold, and the terminal."""
+        self.console.close()
+        for device in self.pio.devices() + self.mmio.devices():
+            device.close()
+
+    # --- called by devices ------------------------------------------------------------------------
+
+    def _line(self, gsi: int) -> Callable[[int], None]:
+        def set_level(level: int) -> None:
+            if self.vm is not None:
+                self.vm.irq_line(gsi, level)
+
+        return set_level
+
+    def _escape(self) -> None:
+        self.machine.end(MachineExit(exits.STOPPED, "ended from the keyboard (Ctrl-A x)"))
+
+    def _poweroff(self) -> None:
+        self.machine.end(MachineExit(exits.POWEROFF, "the guest powered off"))
+
+    def _reset(self) -> None:
+        self.machine.end(MachineExit(exits.REBOOT, "the guest rebooted"))
+
+
+def _trace(line: str) -> None:
+    import sys
+
+    print(f"vmm: {line}", file=sys.stderr)

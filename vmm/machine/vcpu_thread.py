@@ -1,0 +1,216 @@
+"""One thread a vCPU: KVM_RUN, and a flat switch over the exits it can make.
+
+Pausing: `request` says what is wanted, sets immediate_exit and signals the thread. KVM_RUN then
+completes what the last exit left open (a PIO or MMIO read) and returns EINTR; the thread parks
+with its vCPU in a state that can be saved. The signal is blocked in the thread and unblocked only
+inside KVM_RUN (KVM_SET_SIGNAL_MASK), so none is lost and no signal handler is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import signal
+import struct
+import threading
+
+from vmm.kvm import constants, ioctls
+from vmm.kvm.ffi import ffi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.devices.bus import AddressSpace
+    from vmm.kvm.coalesced import CoalescedRing
+    from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.machine import Machine
+
+KICK_SIGNAL = signal.SIGRTMIN + 2
+"""Directed at one thread; glibc keeps the first two real-time signals for itself."""
+
+RUNNING, PAUSED, STOPPED = "running", "paused", "stopped"
+
+_KVM_RUN = ioctls.RUN.number
+_IMMEDIATE_EXIT = ffi.offsetof("struct kvm_run", "immediate_exit")
+_EXIT_REASON = ffi.offsetof("struct kvm_run", "exit_reason") // 4
+_UNION = ffi.offsetof("struct kvm_run", "io")
+_IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
+_MMIO = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
+_MMIO_DATA = _UNION + 8
+
+
+class VcpuThread:
+    """Runs one vCPU until it is asked to stop or the machine ends.
+
+    Attributes:
+        exits: how many exits came to user space.
+    """
+
+    def __init__(self, machine: Machine, vcpu: Vcpu, pio: AddressSpace, mmio: AddressSpace) -> None:
+        self.machine = machine
+        self.vcpu = vcpu
+        self.exits = 0
+        self._pio = pio
+        self._mmio = mmio
+        self._ring: CoalescedRing | None = None
+        self._want = PAUSED
+        self._parked = False
+        self._cond = threading.Condition(threading.Lock())
+        self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.number}", daemon=True)
+
+    # --- for other threads ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread, parked."""
+        self._thread.start()
+
+    def coalesce(self, ring: CoalescedRing | None) -> None:
+        """Empty `ring` before each exit is handled."""
+        self._ring = ring
+
+    def request(self, state: str) -> None:
+        """Ask for RUNNING, PAUSED or STOPPED; does not wait."""
+        with self._cond:
+            if self._want == STOPPED:
+                return
+            self._want = state
+            if state == RUNNING:
+                self.vcpu.run_map[_IMMEDIATE_EXIT] = 0
+                self._cond.notify_all()
+                return
+            self._cond.notify_all()
+            ident = self._thread.ident
+            if self._parked or ident is None:
+                return
+            self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
+            if ident != threading.get_ident() and self._thread.is_alive():
+                signal.pthread_kill(ident, KICK_SIGNAL)
+
+    def wait_parked(self) -> None:
+        """Wait until the vCPU is out of KVM_RUN, parked or ended."""
+        if self._thread.ident == threading.get_ident():
+            return
+        with self._cond:
+            while not self._parked:
+                self._cond.wait()
+
+    def join(self) -> None:
+        """Wait for the thread to end."""
+        if self._thread.ident not in (None, threading.get_ident()):
+            self._thread.join()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return self._thread.ident == threading.get_ident()
+
+    # --- the thread -------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        try:
+            self.vcpu.set_signal_mask(blocked - {KICK_SIGNAL})
+            while self._park():
+                self._run()
+        except BaseException as err:
+            self.machine.monitor_failed(err)
+        finally:
+            with self._cond:
+                self._want = STOPPED
+                self._parked = True
+                self._cond.notify_all()
+
+    def _park(self) -> bool:
+        """Wait for RUNNING (True) or STOPPED (False)."""
+        while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
+            pass
+        with self._cond:
+            if self._want == RUNNING:
+                self.vcpu.run_map[_IMMEDIATE_EXIT] = 0
+                return True
+            if self._want == PAUSED:
+                self._parked = True
+                self._cond.notify_all()
+                while self._want == PAUSED:
+                    self._cond.wait()
+                self._parked = False
+            return self._want == RUNNING
+
+    def _run(self) -> None:
+        """Run until a request interrupts KVM_RUN."""
+        fd = self.vcpu.fd
+        run = self.vcpu.run_map
+        words = memoryview(run)[:32].cast("I")
+        pio_write, mmio_read, mmio_write = self._pio.write, self._mmio.read, self._mmio.write
+        pio_read = self._pio.read
+        unpack_io, unpack_mmio = _IO.unpack_from, _MMIO.unpack_from
+        ioctl = fcntl.ioctl
+        from_bytes = int.from_bytes
+        exits = self.exits
+        ring = self._ring
+        try:
+            while True:
+                try:
+                    ioctl(fd, _KVM_RUN, 0)
+                except InterruptedError:
+                    return
+                except BlockingIOError:  # an AP that has been woken by INIT or SIPI
+                    continue
+                except OSError as err:
+                    if not self._failed_run(err):
+                        return
+                    continue
+                exits += 1
+                reason = words[_EXIT_REASON]
+                if ring is not None:
+                    ring.drain()
+                if reason == constants.EXIT_IO:
+                    direction, size, port, count, offset = unpack_io(run, _UNION)
+                    if count == 1:
+                        if direction:
+                            if size == 1:
+                                pio_write(port, 1, run[offset])
+                            else:
+                                pio_write(
+                                    port, size, from_bytes(run[offset : offset + size], "little")
+                                )
+                        elif size == 1:
+                            run[offset] = pio_read(port, 1)
+                        else:
+                            run[offset : offset + size] = pio_read(port, size).to_bytes(
+                                size, "little"
+                            )
+                    else:
+                        self._string_io(direction, size, port, count, offset)
+                elif reason == constants.EXIT_MMIO:
+                    addr, data, size, is_write = unpack_mmio(run, _UNION)
+                    if is_write:
+                        mmio_write(addr, size, from_bytes(data[:size], "little"))
+                    else:
+                        run[_MMIO_DATA : _MMIO_DATA + size] = mmio_read(addr, size).to_bytes(
+                            size, "little"
+                        )
+                elif reason == constants.EXIT_INTR:
+                    return
+                elif not self.machine.vcpu_exit(self, reason):
+                    return
+                ring = self._ring
+        finally:
+            self.exits = exits
+            words.release()
+
+    def _string_io(self, direction: int, size: int, port: int, count: int, offset: int) -> None:
+        """INS and OUTS with a repeat count: `count` items in the run area, in order."""
+        run = self.vcpu.run_map
+        for position in range(offset, offset + size * count, size):
+            if direction:
+                value = int.from_bytes(run[position : position + size], "little")
+                self._pio.write(port, size, value)
+            else:
+                value = self._pio.read(port, size)
+                run[position : position + size] = value.to_bytes(size, "little")
+
+    def _failed_run(self, err: OSError) -> bool:
+        """KVM_RUN failed outright; whether to go on."""
+        if err.errno == errno.EFAULT:
+            return self.machine.vcpu_exit(self, constants.EXIT_MEMORY_FAULT)
+        raise err

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import host, initrds
+from tests.support import host
+from vmm.testing import initrds
 from vmm.testing.kernels import Kernel, debian_kernel
 
 MARKERS = {
@@ -66,7 +67,7 @@ def full_kernel() -> Kernel:
 def make_initrd(tmp_path: Path) -> Callable[..., Path]:
     """Factory: `make_initrd(script, modules=[...], kernel=cloud_kernel, files={...})` -> path.
 
-    See tests.support.initrds.build for what is in it.
+    See vmm.testing.initrds.build for what is in it.
     """
     numbers = itertools.count(1)
 

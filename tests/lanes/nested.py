@@ -28,8 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support import initrds
 from vmm.errors import EXIT_TIMEOUT, HostError
+from vmm.testing import initrds
 from vmm.testing.kernels import cache_directory, debian_kernel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,42 @@
+# make demo    boot Debian's kernel and look at what it saw
+# make test    every test, on this host's KVM and in the nested lane
+# make shell   an interactive shell in a guest
+# make setup   only make .venv/bin/vmm ready
+# make lint | bench | clean
+
+PYTHON = .venv/bin/python
+# Arguments for pytest, e.g. make test ARGS="-k boot"; for demo and shell see examples/demo.py -h.
+ARGS =
+
+.PHONY: demo test shell setup lint bench clean compiled
+
+demo: compiled
+	$(PYTHON) -m examples.demo $(ARGS)
+
+shell: compiled
+	$(PYTHON) -m examples.demo --shell $(ARGS)
+
+test: compiled
+	$(PYTHON) -m tests.lanes $(ARGS)
+
+setup: .venv/.ready
+
+# pip writes vmm/kvm/_abi.py from the C declarations, so a change of those installs again.
+.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py
+	tools/setup
+
+# The nested lane's processor is slow and its disk read-only: it must find compiled code.
+compiled: .venv/.ready
+	@$(PYTHON) -m compileall -q vmm tests examples
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: .venv/.ready
+	$(PYTHON) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache benchmarks/results
+	rm -f vmm/kvm/_abi.py
+	find vmm tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,230 @@
+"""`make test`: every test in the lanes this host needs, and one summary.
+
+    python -m tests.lanes [--serial] [PYTEST ARGUMENT ...]
+
+On a host whose KVM runs stock Linux, pytest runs once, on it. On any other, the native lane runs
+what the host can, and the nested lane, at the same time, the tests that need a KVM. The last line
+is "N passed, N failed, N skipped", a test counting once in each lane it ran in; the exit status
+is 0 only if nothing failed and every lane ran. VMM_SKIP_LANES=nested (or native) leaves a lane out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lanes.nested import RESULTS, ROOT, NestedLane
+from tests.support import host
+from vmm.errors import HostError, UsageError
+from vmm.testing.kernels import debian_kernel
+
+NATIVE_TEST_TIMEOUT = 300
+NESTED_TEST_TIMEOUT = 600
+"""Seconds for one test: not a measure of anything, only the end of a hang."""
+NESTED_TIMEOUT = float(os.environ.get("VMM_NESTED_TIMEOUT", "3600"))
+"""Seconds for the whole nested lane."""
+NOTHING_COLLECTED = 5
+"""pytest's exit status when no test was for this lane."""
+
+
+@dataclass
+class Outcome:
+    """What one lane did. `problem` is set if the lane itself failed."""
+
+    lane: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    problem: str = ""
+
+    def read(self, report: Path, status: int) -> None:
+        """Count the tests in pytest's JUnit report."""
+        if report.exists():
+            for case in ElementTree.parse(report).getroot().iter("testcase"):
+                kinds = {child.tag for child in case}
+                if kinds & {"failure", "error"}:
+                    self.failed += 1
+                elif "skipped" in kinds:
+                    self.skipped += 1
+                else:
+                    self.passed += 1
+        elif status != NOTHING_COLLECTED:
+            self.problem = f"pytest left no report (exit status {status})"
+        if status not in (0, NOTHING_COLLECTED) and not self.failed and not self.problem:
+            self.problem = f"pytest ended with exit status {status}"
+
+
+class Output:
+    """Standard output, shared: the lane in front writes at once, the other when it gets there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: list[bytes] | None = []
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self._held is None:
+                _write(data)
+            else:
+                self._held.append(data)
+
+    def release(self) -> None:
+        """Write what was held back, and everything from now on at once."""
+        with self._lock:
+            for data in self._held or ():
+                _write(data)
+            self._held = None
+
+
+def pytest_command(report: str, timeout: int, arguments: list[str]) -> list[str]:
+    color = ["--color=yes"] if sys.stdout.isatty() else []
+    return [
+        sys.executable, "-m", "pytest", "-ra", f"--junitxml={report}", f"--timeout={timeout}",
+        "--durations=5", *color, *arguments,
+    ]  # fmt: skip
+
+
+class NativeLane:
+    """pytest on this host."""
+
+    def __init__(self, directory: Path, arguments: list[str]) -> None:
+        self.outcome = Outcome("native")
+        report = directory / "native.xml"
+        say(f"== native lane: this host, KVM back end {host.backend() or 'none'}")
+        command = pytest_command(str(report), NATIVE_TEST_TIMEOUT, ["-q", *arguments])
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "VMM_LANE": "native"},
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        self.outcome.read(report, status)
+
+
+class NestedThread:
+    """pytest in the nested lane, in a thread."""
+
+    def __init__(self, directory: Path, arguments: list[str]) -> None:
+        self.outcome = Outcome("nested")
+        self.output = Output()
+        self._directory = directory
+        self._arguments = arguments
+        self._lane = NestedLane(log=lambda text: self.output.write(f"nested: {text}\n".encode()))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> Outcome:
+        """Show the lane's output to its end."""
+        say("== nested lane: KVM of a machine emulated by QEMU")
+        self.output.release()
+        self._thread.join()
+        return self.outcome
+
+    def close(self) -> None:
+        """End the lane if it has not ended."""
+        self._lane.close()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        report = "nested.xml"
+        # Names as they run (-v): tests are slow here, and a person should see what it is at.
+        command = pytest_command(f"{RESULTS}/{report}", NESTED_TEST_TIMEOUT, self._arguments)
+        command += ["-v", "-p", "no:cacheprovider"]
+        try:
+            with self._lane as lane:
+                status = lane.run(command, output=self.output.write, timeout=NESTED_TIMEOUT)
+                if (lane.results / report).exists():
+                    shutil.copy(lane.results / report, self._directory)
+            self.outcome.read(self._directory / report, status)
+        except (HostError, UsageError, OSError, AssertionError) as error:
+            self.outcome.problem = str(error)
+
+
+def run(arguments: list[str], serial: bool) -> int:
+    skipped = set(os.environ.get("VMM_SKIP_LANES", "").replace(",", " ").split())
+    unknown = skipped - {"native", "nested"}
+    if unknown:
+        raise UsageError(f"VMM_SKIP_LANES: {' '.join(unknown)}: the lanes are native and nested")
+    wanted = ["native"] if host.runs_linux() else ["native", "nested"]
+    lanes = [lane for lane in wanted if lane not in skipped]
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="vmm-test-") as name:
+        directory = Path(name)
+        nested = None
+        try:
+            if "nested" in lanes:
+                # The nested lane has no network and a read-only cache: all is fetched here.
+                debian_kernel("cloud-amd64").vmlinux()
+                debian_kernel("amd64")
+                if not serial:
+                    nested = NestedThread(directory, arguments)
+            if "native" in lanes:
+                outcomes.append(NativeLane(directory, arguments).outcome)
+            if "nested" in lanes:
+                nested = nested or NestedThread(directory, arguments)
+                outcomes.append(nested.finish())
+        finally:
+            if nested is not None:
+                nested.close()
+    return summarize(outcomes, [lane for lane in wanted if lane in skipped])
+
+
+def summarize(outcomes: list[Outcome], left_out: list[str]) -> int:
+    """Print what each lane did and the sum; returns the exit status."""
+    say("== summary")
+    for outcome in outcomes:
+        say(
+            f"{outcome.lane} lane: {outcome.passed} passed, {outcome.failed} failed,"
+            f" {outcome.skipped} skipped"
+        )
+        if outcome.problem:
+            say(f"{outcome.lane} lane FAILED: {outcome.problem}")
+    for lane in left_out:
+        say(f"{lane} lane LEFT OUT, because VMM_SKIP_LANES says so: its tests did not run")
+    passed = sum(outcome.passed for outcome in outcomes)
+    # A lane that broke counts as a failure: the last line must not look like success.
+    failed = sum(outcome.failed + bool(outcome.problem) for outcome in outcomes)
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    say(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def main(arguments: list[str]) -> int:
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, end)
+    serial = "--serial" in arguments
+    try:
+        return run([argument for argument in arguments if argument != "--serial"], serial)
+    except (HostError, UsageError) as error:
+        print(f"lanes: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

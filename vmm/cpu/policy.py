@@ -11,8 +11,8 @@ A policy is a name, then any number of `+feature` and `-feature`, separated by c
 What is asked for is checked against KVM_GET_SUPPORTED_CPUID; what a removed feature carries goes
 with it (`features.NEEDS`, the save area of leaf 0xd, leaves of their own).
 
-On the PVM back end, features cleared here stay visible to the guest: CPUID executes on the
-processor there, at CPL3 too.
+The PVM back end answers leaves 1 (ECX, EDX) and 7 with the host's own features whatever it is
+given, so what is cleared there stays visible to the guest. The other leaves are as given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Table = dict[tuple[int, int], CpuidEntry]
 
 V1 = (
-    "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse "
+    "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse "
     "sse2 syscall nx lm"
 )
 V2 = V1 + " pni ssse3 sse4_1 sse4_2 popcnt cx16 lahf_lm"
@@ -164,9 +164,9 @@ def resolve(
         chosen = _change(chosen, able, text, added, removed)
     chosen = features.without_orphans(chosen)
     _write(table, chosen, known_only=policy in BASELINES)
+    xsave.trim(table, chosen, known_only=policy in BASELINES)
     if policy in BASELINES:
         _level_out(table, chosen, policy)
-    xsave.trim(table, chosen, known_only=policy in BASELINES)
     return list(table.values())
 
 

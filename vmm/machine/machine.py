@@ -59,6 +59,7 @@ class Machine:
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._closers: list[Callable[[], object]] = []
+        self._close_platform: Callable[[], None] | None = None
         self._threads: list[VcpuThread] = []
         self.vcpus: list[Vcpu] = []
         try:
@@ -81,7 +82,7 @@ class Machine:
         self.memory = GuestMemory(config.memory, config.backing)
         self._closers.append(self.memory.close)
         self.platform = Platform(self)
-        self._closers.append(self.platform.close)
+        self._close_platform = self.platform.close
         if config.kernel is not None:
             # Before the VM: a file that cannot boot is told before anything costs time.
             self.boot = self.platform.load_kernel(config.kernel)
@@ -120,6 +121,10 @@ class Machine:
         self._state = CLOSED
 
     def _close_all(self) -> None:
+        if self._close_platform is not None:
+            # First: its console thread may still raise interrupts, and holds a vCPU's mapping.
+            self._close_platform()
+            self._close_platform = None
         while self._closers:
             self._closers.pop()()
 

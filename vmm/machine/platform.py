@@ -13,6 +13,7 @@ from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
 from vmm.kvm import constants
 from vmm.machine import exits
+from vmm.machine.coalescing import ConsoleCoalescing
 from vmm.machine.exits import MachineExit
 
 TYPE_CHECKING = False
@@ -38,6 +39,7 @@ class Platform:
         self.machine = machine
         self.vm: Vm | None = None
         self.console = Console(machine.config.console)
+        self._coalescing: ConsoleCoalescing | None = None
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -106,11 +108,17 @@ class Platform:
 
     def start(self, threads: list[VcpuThread]) -> None:
         """Called before the first vCPU runs."""
+        assert self.vm is not None
         self.console.attach(self.uart, self._escape)
+        self._coalescing = ConsoleCoalescing(self.vm, self.uart, threads)
+        self.uart.sink = self._sink
+        self.console.tail.before_wait = self.flush
 
     def flush(self) -> None:
         """Bring out what the guest has written to the console."""
-        self.uart.flush()
+        if self._coalescing is not None:
+            self._coalescing.drain()
+        self.uart.flush(wait=False)
 
     def end(self) -> None:
         """The machine ends: nothing may hold a vCPU up."""
@@ -118,6 +126,9 @@ class Platform:
 
     def close(self) -> None:
         """Give back what the devices hold, and the terminal."""
+        if self._coalescing is not None:
+            self._coalescing.close()
+        self.uart.flush()
         self.console.close()
         for device in self.pio.devices() + self.mmio.devices():
             device.close()
@@ -130,6 +141,11 @@ class Platform:
                 self.vm.irq_line(gsi, level)
 
         return set_level
+
+    def _sink(self, data: bytes) -> None:
+        self.console.sink(data)
+        if self._coalescing is not None:
+            self._coalescing.saw(len(data))
 
     def _escape(self) -> None:
         self.machine.end(MachineExit(exits.STOPPED, "ended from the keyboard (Ctrl-A x)"))

@@ -6,11 +6,10 @@ polls, so that no handler ever finds a lock held.
 
 from __future__ import annotations
 
-import os
-import select
-
 # The C module: `signal` wraps it in enums, which cost a millisecond to load.
 import _signal  # type: ignore[import-not-found]
+import os
+import select
 
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit

@@ -189,9 +189,7 @@ class VcpuThread:
                         run[_MMIO_DATA : _MMIO_DATA + size] = mmio_read(addr, size).to_bytes(
                             size, "little"
                         )
-                elif reason == constants.EXIT_INTR:
-                    return
-                elif not self.machine.vcpu_exit(self, reason):
+                elif reason == constants.EXIT_INTR or not self.machine.vcpu_exit(self, reason):
                     return
                 ring = self._ring
         finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.cpuid_tables import TABLES, by_leaf
-from vmm.cpu import features
+from vmm.cpu import features, policy
 
 # Linux arch/x86/include/asm/cpufeatures.h and asm/kvm_para.h; AMD APM volume 3 appendix E.
 KNOWN = [
@@ -147,3 +149,11 @@ def test_bits_without_a_name_stay_unless_told() -> None:
     assert entries[0x7, 0].ecx == 1 << 26
     features.write(entries, 0, known_only=True)
     assert entries[0x7, 0].ecx == 0
+
+
+def test_the_document_lists_every_feature() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs/cpu.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| 0x")]
+    listed = [name for row in rows for name in row[2].split()]
+    assert sorted(listed) == sorted(features.BITS.keys() - policy._NOT_A_CHOICE.keys())
+    assert all(f"`{name}`" in text for name in (*policy.POLICIES, *policy._NOT_A_CHOICE))

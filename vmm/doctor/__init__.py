@@ -1,0 +1,8 @@
+"""What this host's KVM can do, found by asking it and by running tiny guests."""
+
+from __future__ import annotations
+
+from vmm.doctor.access import Problem
+from vmm.doctor.examination import Report, examine
+
+__all__ = ["Problem", "Report", "examine"]

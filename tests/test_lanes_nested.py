@@ -76,6 +76,7 @@ def test_output_is_passed_on_byte_for_byte(lane: NestedLane) -> None:
 
 def test_input_is_empty_and_the_directory_is_this_one(lane: NestedLane) -> None:
     assert run(lane, "wc -c; pwd") == (0, f"0\n{ROOT}\n".encode())
+    assert run(lane, "test -t 1 || test -t 2 || echo no terminal") == (0, b"no terminal\n")
 
 
 def test_results_reach_the_host_and_nothing_else_does(lane: NestedLane) -> None:
@@ -143,7 +144,7 @@ def test_interactive_gives_the_command_a_terminal(rows: int, columns: int, shown
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     seen = b""
 
-    def expect(text: bytes, seconds: float = 120) -> None:
+    def expect(text: bytes, seconds: float = 60) -> None:
         nonlocal seen
         deadline = time.monotonic() + seconds
         while text not in seen:
@@ -157,9 +158,12 @@ def test_interactive_gives_the_command_a_terminal(rows: int, columns: int, shown
         os.write(fd, b"tty; stty size; echo $((6 * 7))\r")
         expect(b"/dev/pts/0")
         expect(shown)
-        expect(b"42")
+        expect(b"42\r\n# ")
         os.write(fd, b"cat\r")
-        os.write(fd, b"\x03")  # interrupts cat, not the lane
+        expect(b"cat\r\n")
+        # It interrupts cat, not the lane. The next line must wait: the key empties the input.
+        os.write(fd, b"\x03")
+        expect(b"^C\r\n# ")
         os.write(fd, b"echo still $((1 + 1))\r")
         expect(b"still 2")
         os.write(fd, b"exit 9\r")

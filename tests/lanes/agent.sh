@@ -3,11 +3,12 @@
 # Makes the host's root file system this machine's (read-only underneath: what is written here goes
 # to memory and is gone with the machine), then runs what the host asks for on /dev/hvc0:
 #
-#     run SCRIPT TOKEN               SCRIPT's output goes to hvc0, its input is /dev/null
+#     run SCRIPT TOKEN               SCRIPT's output goes to vport0p1, its input is /dev/null
 #     terminal SCRIPT TOKEN ROWS COLUMNS    SCRIPT has a terminal that is hvc0's other end
 #
-# Each is answered by the byte 0x1e, TOKEN, a space, the exit status and a newline. SCRIPT is a file
-# in the directory shared as /run/lane.
+# Each is answered, where its output went, by the byte 0x1e, TOKEN, a space, the exit status and a
+# newline. SCRIPT is a file in the directory shared as /run/lane. vport0p1 is a plain port, no
+# terminal: programs behave as they do when their output goes to a file.
 
 die() {
     echo "lane: $*"
@@ -53,20 +54,23 @@ echo 1 >/proc/sys/vm/overcommit_memory
 # Opened first: the driver forgets its settings when the last opener closes.
 exec 3<>/dev/hvc0
 stty -F /dev/hvc0 raw -echo
-printf '\036ready 0\n' >&3
+exec 4>/dev/vport0p1
+printf '\036ready 0\n' >&4
 while read -r kind script token rows columns <&3; do
     if [ "$kind" = terminal ]; then
         stty -F /dev/hvc0 sane rows "$rows" columns "$columns"
         # script gives it a pseudo-terminal set like hvc0: the end of a session hangs its terminal up, which for hvc0
         # would throw away output and shut us out.
-        chroot /new script -qec "/bin/sh /run/lane/$script" /dev/null <&3 >&3 2>&3 3>&-
+        chroot /new script -qec "/bin/sh /run/lane/$script" /dev/null <&3 >&3 2>&3 3>&- 4>&-
         status=$?
         stty -F /dev/hvc0 raw -echo
+        answer=3
     else
-        setsid chroot /new /bin/sh "/run/lane/$script" </dev/null >&3 2>&3 3>&-
+        setsid chroot /new /bin/sh "/run/lane/$script" </dev/null >&4 2>&4 3>&- 4>&-
         status=$?
+        answer=4
     fi
     kill -9 -1 2>/dev/null
-    printf '\036%s %d\n' "$token" "$status" >&3
+    printf '\036%s %d\n' "$token" "$status" >&$answer
 done
 die "the host closed hvc0"

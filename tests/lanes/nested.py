@@ -77,7 +77,8 @@ class NestedLane:
         self._log = log or _say
         self._boot_timeout = boot_timeout
         self._process: subprocess.Popen[bytes] | None = None
-        self._link: socket.socket | None = None
+        self._terminal: socket.socket | None = None
+        self._port: socket.socket | None = None
         self._directory: Path | None = None
         self._commands = 0
         self._pending = b""
@@ -110,9 +111,10 @@ class NestedLane:
             self._process.kill()
             self._process.wait()
             self._process = None
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        for link in (self._terminal, self._port):
+            if link is not None:
+                link.close()
+        self._terminal = self._port = None
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
@@ -174,25 +176,27 @@ class NestedLane:
             # Without nested guests of its own, kvm_amd under TCG has less to emulate.
             parameters={"kvm-amd": "nested=0"},
         ).write(initrd)
-        self._link, far = socket.socketpair()
+        self._terminal, far_terminal = socket.socketpair()
+        self._port, far_port = socket.socketpair()
         self._log(
             f"booting Debian {kernel.release} under QEMU: {self.cpus} CPUs, {self.memory} MiB"
         )
         began = time.monotonic()
-        with far, open(self._directory / "qemu.log", "wb") as log:
-            arguments = self._arguments(kernel.vmlinuz, initrd, far.fileno())
+        with far_terminal, far_port, open(self._directory / "qemu.log", "wb") as log:
+            links = (far_terminal.fileno(), far_port.fileno())
+            arguments = self._arguments(kernel.vmlinuz, initrd, *links)
             self._process = subprocess.Popen(
                 # The kernel ends QEMU if this process dies, however that happens.
                 ["setpriv", "--pdeathsig", "KILL", qemu, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[far.fileno()],
+                pass_fds=links,
             )
         self._until("ready", self._boot_timeout, lambda data: None)
         self._log(f"ready after {time.monotonic() - began:.1f} s")
 
-    def _arguments(self, vmlinuz: Path, initrd: Path, link: int) -> list[str]:
+    def _arguments(self, vmlinuz: Path, initrd: Path, terminal: int, port: int) -> list[str]:
         assert self._directory is not None
         keep = [str(path) for path in (ROOT, cache_directory()) if _hidden(path)]
         cmdline = "console=ttyS0 loglevel=5 panic=-1 mitigations=off"
@@ -208,7 +212,8 @@ class NestedLane:
             "-kernel", str(vmlinuz), "-initrd", str(initrd), "-append", cmdline,
             "-serial", f"file:{self._directory}/console.log",
             "-device", "virtio-serial-pci",
-            "-chardev", f"socket,id=hvc,fd={link}", "-device", "virtconsole,chardev=hvc",
+            "-chardev", f"socket,id=hvc,fd={terminal}", "-device", "virtconsole,chardev=hvc",
+            "-chardev", f"socket,id=port,fd={port}", "-device", "virtserialport,chardev=port",
             "-virtfs", root,
             "-virtfs", share,
         ]  # fmt: skip
@@ -222,7 +227,7 @@ class NestedLane:
         extra: str = "",
     ) -> str:
         """Write the command's script and ask the agent for it; returns the answer's token."""
-        if self._link is None or self._directory is None:
+        if self._terminal is None or self._directory is None:
             raise LaneError("it is not running")
         self._commands += 1
         name = f"command-{self._commands}.sh"
@@ -233,7 +238,7 @@ class NestedLane:
             f"exec env -i {settings} {shlex.join(command)}\n"
         )
         token = secrets.token_hex(8)
-        self._link.sendall(f"{kind} {name} {token}{extra}\n".encode())
+        self._terminal.sendall(f"{kind} {name} {token}{extra}\n".encode())
         return token
 
     def _until(
@@ -243,8 +248,12 @@ class NestedLane:
         output: Callable[[bytes], object],
         stdin: int | None = None,
     ) -> int:
-        """Pass output on until the agent's answer to `token`; returns the status in it."""
-        assert self._link is not None
+        """Pass output on until the agent's answer to `token`; returns the status in it.
+
+        With `stdin`, what can be read there goes to the terminal, whose output is passed on.
+        """
+        link = self._port if stdin is None else self._terminal
+        assert link is not None
         began = heard = time.monotonic()
         answer = _MARK + token.encode() + b" "
         while True:
@@ -256,14 +265,14 @@ class NestedLane:
             left = _QUIET if timeout is None else began + timeout - time.monotonic()
             if left <= 0:
                 self._fail(LaneTimeout, f"no end within {timeout:g} s")
-            wanted: list[socket.socket | int] = [self._link]
+            wanted: list[socket.socket | int] = [link]
             if stdin is not None:
                 wanted.append(stdin)
             ready = select.select(wanted, [], [], min(left, _QUIET))[0]
             if stdin in ready and stdin is not None:
-                self._link.sendall(os.read(stdin, 4096))
-            if self._link in ready:
-                data = self._link.recv(65536)
+                link.sendall(os.read(stdin, 4096))
+            if link in ready:
+                data = link.recv(65536)
                 if not data:
                     self._fail(LaneError, "the emulated machine ended by itself")
                 self._pending += data

@@ -159,8 +159,8 @@ def test_interactive_gives_the_command_a_terminal(rows: int, columns: int, shown
         expect(b"/dev/pts/0")
         expect(shown)
         expect(b"42\r\n# ")
-        os.write(fd, b"cat\r")
-        expect(b"cat\r\n")
+        os.write(fd, b"sh -c 'echo at-$((2 + 3)); exec cat'\r")
+        expect(b"at-5\r\n")
         # It interrupts cat, not the lane. The next line must wait: the key empties the input.
         os.write(fd, b"\x03")
         expect(b"^C\r\n# ")

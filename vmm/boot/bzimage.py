@@ -56,7 +56,7 @@ class BzImage:
         if len(data) < 0x268:
             raise BootError(f"{name} is truncated: its setup header is not whole")
         (flag,) = struct.unpack_from("<H", data, 0x1FE)
-        if flag != BOOT_FLAG or data[MAGIC_OFFSET : MAGIC_OFFSET + 4] != MAGIC:
+        if flag != BOOT_FLAG or bytes(data[MAGIC_OFFSET : MAGIC_OFFSET + 4]) != MAGIC:
             raise BootError(f"{name} is no bzImage: the setup header's magic is missing")
         (self.version,) = struct.unpack_from("<H", data, 0x206)
         if self.version < MIN_VERSION:
@@ -105,7 +105,7 @@ class BzImage:
         payload = self._payload()
         if not payload:
             raise BootError(f"{self.name}: boot protocol too old to tell where its vmlinux is")
-        if payload[:4] == b"\x7fELF":
+        if bytes(payload[:4]) == b"\x7fELF":
             return bytes(payload)
         kind = decompress.detect(payload)
         if kind is None:

@@ -50,7 +50,7 @@ class Elf:
     def __init__(self, data: memoryview, name: str) -> None:
         self.data = data
         self.name = name
-        if len(data) < 52 or len(data) < 64 and data[4] == ELFCLASS64:
+        if len(data) < 52 or (len(data) < 64 and data[4] == ELFCLASS64):
             raise BootError(f"{name} is truncated: its ELF header is not whole")
         elf_class = data[4]
         if elf_class not in _EHDR or data[5] != ELFDATA2LSB:
@@ -110,7 +110,7 @@ class Elf:
             desc = name + (name_size + 3 & ~3)
             if desc + desc_size > len(notes):
                 return
-            if kind == XEN_ELFNOTE_PHYS32_ENTRY and notes[name : name + 4] == b"Xen\0":
+            if kind == XEN_ELFNOTE_PHYS32_ENTRY and bytes(notes[name : name + 4]) == b"Xen\0":
                 self.pvh_entry = int.from_bytes(notes[desc : desc + min(desc_size, 8)], "little")
             at = desc + (desc_size + 3 & ~3)
 

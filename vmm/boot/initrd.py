@@ -75,7 +75,7 @@ class Initrds:
 
 
 def too_little_memory(size: int, need: int, what: str) -> BootError:
-    """The error that tells the least `--memory` that would do; `need` bytes are the bare minimum."""
+    """The error that tells the least `--memory` that would do; `need` bytes are the minimum."""
     # The kernel's own structures and the unpacked initrd come on top; round up to 16 MiB.
     least = (need + 16 * layout.MIB - 1) // (16 * layout.MIB) * 16
     return BootError(

@@ -80,10 +80,17 @@ def to_struct(entries: Sequence[CpuidEntry]) -> Any:
 
 
 def from_struct(table: Any) -> list[CpuidEntry]:
-    """The entries of a `struct kvm_cpuid2`."""
+    """The entries of a `struct kvm_cpuid2`.
+
+    KVM_GET_CPUID2 up to Linux 6.1 leaves `nent` as it was given: empty entries at the end are
+    not the guest's.
+    """
     slots = table.entries
     entries = []
+    last = 0
     for position in range(table.nent):
         e = slots[position]
         entries.append(CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx))
-    return entries
+        if e.function or e.eax or e.ebx:
+            last = position + 1
+    return entries[:last]

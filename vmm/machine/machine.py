@@ -180,10 +180,7 @@ class Machine:
         with self._lock:
             self._need("resume", PAUSED)
             for thread in self._threads:
-                try:
-                    thread.vcpu.kvmclock_ctrl()
-                except HostError:
-                    pass  # the guest does not use kvmclock
+                thread.resumed()
             self._state = RUNNING
             for thread in self._threads:
                 thread.request(RUNNING)

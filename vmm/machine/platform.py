@@ -83,7 +83,9 @@ class Platform:
         """What each vCPU's CPUID says."""
         from vmm.cpu import build
 
-        return build(kvm.supported_cpuid(), self.machine.config.cpu, self.machine.config.cpus)
+        config = self.machine.config
+        deadline = bool(kvm.check_extension(constants.CAP_TSC_DEADLINE_TIMER))
+        return build(kvm.supported_cpuid(), config.cpu, config.cpus, tsc_deadline=deadline)
 
     def load_kernel(self, kernel: str) -> BootState:
         """Put the kernel, initrds and tables into guest memory."""

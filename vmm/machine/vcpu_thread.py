@@ -14,6 +14,7 @@ import signal
 import struct
 import threading
 
+from vmm.errors import KvmError
 from vmm.kvm import constants, ioctls
 from vmm.kvm.ffi import ffi
 
@@ -84,6 +85,14 @@ class VcpuThread:
             self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
             if ident != threading.get_ident() and self._thread.is_alive():
                 signal.pthread_kill(ident, KICK_SIGNAL)
+
+    def resumed(self) -> None:
+        """Tell the guest's kvmclock of the pause, if it uses that (KVM_KVMCLOCK_CTRL)."""
+        try:
+            self.vcpu.kvmclock_ctrl()
+        except KvmError as err:
+            if err.errno != errno.EINVAL:
+                raise
 
     def wait_parked(self) -> None:
         """Wait until the vCPU is out of KVM_RUN, parked or ended."""

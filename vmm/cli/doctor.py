@@ -45,5 +45,5 @@ def main(argv: Sequence[str]) -> int:
         from vmm.doctor.text import render
 
         colour = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        sys.stdout.write(render(report, colour=colour and "NO_COLOR" not in os.environ))
+        sys.stdout.write(render(report, colour=colour and not os.environ.get("NO_COLOR")))
     return EXIT_OK if report.usable else EXIT_HOST

@@ -84,10 +84,16 @@ def _no_hardware(host: Host) -> list[Problem]:
 
 
 def _denied(path: str, host: Host) -> Problem:
-    status = os.stat(path)
+    user = _user_name(os.geteuid())
+    try:
+        status = os.stat(path)
+    except OSError:
+        directory = os.path.dirname(os.path.abspath(path))
+        return Problem(
+            f"{user} may not look into the directory of {path}", f"sudo chmod a+rx {directory}"
+        )
     owner, group = _user_name(status.st_uid), _group_name(status.st_gid)
     mode = stat.S_IMODE(status.st_mode)
-    user = _user_name(os.geteuid())
     what = f"no permission on {path} for {user} (it is {owner}:{group}, mode {mode:04o})"
     if os.access(path, os.R_OK | os.W_OK, effective_ids=True):
         # The mode allows it: a device cgroup or a security module does not.

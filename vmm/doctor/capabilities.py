@@ -31,7 +31,7 @@ OPTIONAL: dict[int, str] = {
     c.CAP_TSC_DEADLINE_TIMER: "the guest's quickest timer",
     c.CAP_TSC_CONTROL: "a TSC frequency of choice",
     c.CAP_GET_TSC_KHZ: "the guest's TSC frequency",
-    c.CAP_ASYNC_PF: "the guest goes on while the host swaps",
+    c.CAP_ASYNC_PF: "guests go on while the host swaps",
     c.CAP_ADJUST_CLOCK: "saving and setting kvmclock",
     c.CAP_VCPU_EVENTS: "saving pending events",
     c.CAP_DEBUGREGS: "saving debug registers",

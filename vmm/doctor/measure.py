@@ -61,11 +61,11 @@ def loop_mips(kvm: Kvm, cpl: int) -> float:
     return mips
 
 
-def syscall_fault(kvm: Kvm) -> str:
+def syscall_fault(kvm: Kvm, handler: bytes = HANDLER) -> str:
     """How `syscall` from CPL3 fails to enter CPL0 and come back; "" if it does all that."""
     reached = "before the handler"
     try:
-        with TinyGuest(kvm, SYSCALL, cpl=3, handler=HANDLER) as guest:
+        with TinyGuest(kvm, SYSCALL, cpl=3, handler=handler) as guest:
             # What each step must report: its port, and CS then.
             for port, cs, step in (
                 (0xF4, KERNEL_CS, "at the handler's first instruction"),

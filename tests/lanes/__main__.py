@@ -10,7 +10,6 @@ is 0 only if nothing failed and every lane ran. VMM_SKIP_LANES=nested (or native
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -169,8 +168,7 @@ def run(arguments: list[str], serial: bool) -> int:
         try:
             if "nested" in lanes:
                 # The nested lane has no network and a read-only cache: all is fetched here.
-                with contextlib.suppress(ImportError):
-                    debian_kernel("cloud-amd64").vmlinux()
+                debian_kernel("cloud-amd64").vmlinux()
                 debian_kernel("amd64")
                 if not serial:
                     nested = NestedThread(directory, arguments)

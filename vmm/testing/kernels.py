@@ -44,10 +44,9 @@ class Kernel:
         target = self.directory / "vmlinux"
         if not target.exists():
             # Imported here: fetching a kernel does not need the boot loaders.
-            from vmm.boot import decompress
+            from vmm.boot.loader import extract_vmlinux
 
-            image = decompress.vmlinux_of(self.vmlinuz.read_bytes())
-            _write_whole(target, image)
+            _write_whole(target, extract_vmlinux(str(self.vmlinuz)))
         return target
 
 

@@ -45,10 +45,10 @@ def test_it_goes_on_where_it_was_with_another_rcx() -> None:
             assert guest.run(LIMIT) == (0xF4, value)
 
 
-@pytest.mark.parametrize("cpl", [0, 3])
-def test_a_guest_that_never_ends_is_ended(cpl: int) -> None:
+@pytest.mark.parametrize(("code", "cpl"), [(FOREVER, 0), (FOREVER, 3), (b"\xf4", 0)])  # hlt
+def test_a_guest_that_never_ends_is_ended(code: bytes, cpl: int) -> None:
     with pytest.raises(GuestFailed, match=r"did not end within 0\.2 s"):
-        run(FOREVER, cpl=cpl, limit=0.2)
+        run(code, cpl=cpl, limit=0.2)
 
 
 def test_a_guest_can_run_again_after_its_time_was_up() -> None:
@@ -75,8 +75,8 @@ def test_an_exception_is_a_triple_fault(code: str, cpl: int) -> None:
 
 
 def test_another_exit_is_told_by_name() -> None:
-    with pytest.raises(GuestFailed, match="KVM_EXIT_HLT"):
-        run("f4", cpl=0)
+    with pytest.raises(GuestFailed, match="KVM_EXIT_IO"):
+        run("e4f4", cpl=0)  # in al, 0xf4
 
 
 @pytest.mark.parametrize("code", [OUT_42, FOREVER, b"\x0f\x0b"])

@@ -13,16 +13,6 @@ import struct
 import threading
 
 from vmm import layout
-from vmm.boot.registers import (
-    CR0_ET,
-    CR0_NE,
-    CR0_PE,
-    CR0_PG,
-    CR4_PAE,
-    EFER_LMA,
-    EFER_LME,
-    RFLAGS_FIXED,
-)
 from vmm.errors import KvmError, VmmError
 from vmm.kvm import constants
 from vmm.kvm.ffi import ffi
@@ -42,7 +32,10 @@ HANDLER = 0x9000
 KERNEL_CS, USER_DS, USER_CS = 0x08, 0x20 | 3, 0x28 | 3
 """Selectors as `syscall` and `sysret` with STAR want them: SS is CS + 8, and CS - 8."""
 
-EFER_SCE = 1 << 0
+CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 31
+CR4_PAE = 1 << 5
+EFER_SCE, EFER_LME, EFER_LMA = 1 << 0, 1 << 8, 1 << 10
+RFLAGS_FIXED = 1 << 1
 RFLAGS_IOPL3 = 3 << 12
 MSR_STAR = 0xC0000081
 MSR_LSTAR = 0xC0000082
@@ -87,6 +80,8 @@ class TinyGuest:
             vm.set_tss_addr(layout.TSS)
             vm.set_identity_map_addr(layout.IDENTITY_MAP)
             vm.set_user_memory_region(0, 0, _MEMORY, self.memory.regions[0].hva)
+            # A vCPU without a local APIC makes the host patch its kernel (kvm_has_noapic_vcpu).
+            vm.create_irqchip()
             self.vcpu: Vcpu = stack.enter_context(vm.create_vcpu(0))
             self.vcpu.set_cpuid2(kvm.supported_cpuid())
             self._fill(code, handler)

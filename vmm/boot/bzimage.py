@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import struct
 
+from vmm import layout
 from vmm.boot import decompress
+from vmm.boot.source import PayloadSource
 from vmm.errors import BootError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmm.boot.file import InputFile
 
 MAGIC_OFFSET = 0x202
 MAGIC = b"HdrS"
 BOOT_FLAG = 0xAA55
 HEADER_START = 0x1F1
+HEADER_END_MIN = 0x268
+"""Past the last field looked at; every kernel of protocol 2.10 or later has more."""
+HEADER_END_MAX = 0x290
+"""Where edd_mbr_sig_buffer begins in struct boot_params: no header is copied past it."""
 MIN_VERSION = 0x0206
 """2.06 brought cmdline_size; older kernels (before 2.6.22) know no 64-bit entry either."""
 LOADED_HIGH = 1 << 0
 XLF_KERNEL_64 = 1 << 0
-XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
 ENTRY_64 = 0x200
 """The 64-bit entry's offset in the protected-mode kernel."""
 SECTOR = 512
@@ -25,8 +36,11 @@ class BzImage:
     """A parsed bzImage. Attributes are the setup header's fields, by their names.
 
     Args:
-        data: the whole file.
-        name: its name, for messages.
+        file: the open file.
+
+    Attributes:
+        kernel_offset, kernel_size: the protected-mode kernel in the file, bytes.
+        header: the setup header, from offset 0x1f1, as it goes into the zero page.
 
     Raises:
         BootError: it is no bzImage this can boot; says why.
@@ -34,61 +48,64 @@ class BzImage:
 
     __slots__ = (
         "cmdline_size",
-        "data",
+        "file",
         "header",
         "init_size",
         "initrd_addr_max",
         "kernel_alignment",
+        "kernel_offset",
+        "kernel_size",
         "name",
         "payload_length",
         "payload_offset",
         "pref_address",
-        "protected_mode",
         "relocatable_kernel",
-        "setup_sects",
         "version",
         "xloadflags",
     )
 
-    def __init__(self, data: memoryview, name: str) -> None:
-        self.data = data
-        self.name = name
-        if len(data) < 0x268:
+    def __init__(self, file: InputFile) -> None:
+        self.file = file
+        self.name = name = file.name
+        head = file.read(0, HEADER_END_MAX)
+        if len(head) < HEADER_END_MIN:
             raise BootError(f"{name} is truncated: its setup header is not whole")
-        (flag,) = struct.unpack_from("<H", data, 0x1FE)
-        if flag != BOOT_FLAG or bytes(data[MAGIC_OFFSET : MAGIC_OFFSET + 4]) != MAGIC:
+        (flag,) = struct.unpack_from("<H", head, 0x1FE)
+        if flag != BOOT_FLAG or head[MAGIC_OFFSET : MAGIC_OFFSET + 4] != MAGIC:
             raise BootError(f"{name} is no bzImage: the setup header's magic is missing")
-        (self.version,) = struct.unpack_from("<H", data, 0x206)
+        (self.version,) = struct.unpack_from("<H", head, 0x206)
         if self.version < MIN_VERSION:
             raise BootError(
-                f"{name} has boot protocol {self.version >> 8}.{self.version & 0xFF:02d}; "
-                "2.06 (Linux 2.6.22) or later is needed"
+                f"{name} has boot protocol {self.protocol}; 2.06 (Linux 2.6.22) or later is needed"
             )
-        if not data[0x211] & LOADED_HIGH:
+        if not head[0x211] & LOADED_HIGH:
             raise BootError(
                 f"{name} is a zImage, not a bzImage; a kernel of this century is needed"
             )
-        self.setup_sects = data[HEADER_START] or 4
-        (self.initrd_addr_max,) = struct.unpack_from("<I", data, 0x22C)
-        (self.kernel_alignment,) = struct.unpack_from("<I", data, 0x230)
-        self.relocatable_kernel = data[0x234]
-        (self.cmdline_size,) = struct.unpack_from("<I", data, 0x238)
+        self.initrd_addr_max, self.kernel_alignment = struct.unpack_from("<II", head, 0x22C)
+        self.relocatable_kernel = head[0x234]
+        (self.cmdline_size,) = struct.unpack_from("<I", head, 0x238)
         self.payload_offset = self.payload_length = 0
         self.xloadflags = self.pref_address = self.init_size = 0
         if self.version >= 0x0208:
-            self.payload_offset, self.payload_length = struct.unpack_from("<II", data, 0x248)
+            self.payload_offset, self.payload_length = struct.unpack_from("<II", head, 0x248)
         if self.version >= 0x020A:
-            self.pref_address, self.init_size = struct.unpack_from("<QI", data, 0x258)
+            self.pref_address, self.init_size = struct.unpack_from("<QI", head, 0x258)
         if self.version >= 0x020C:
-            (self.xloadflags,) = struct.unpack_from("<H", data, 0x236)
-        start = (self.setup_sects + 1) * SECTOR
-        (syssize,) = struct.unpack_from("<I", data, 0x1F4)
-        end = start + syssize * 16
+            (self.xloadflags,) = struct.unpack_from("<H", head, 0x236)
+        self.kernel_offset = ((head[HEADER_START] or 4) + 1) * SECTOR
+        (syssize,) = struct.unpack_from("<I", head, 0x1F4)
+        end = self.kernel_offset + syssize * 16
         # syssize counts 16-byte paragraphs, rounded up; a signed image has more after it.
-        if start >= len(data) or end - 15 > len(data):
-            raise BootError(f"{name} is truncated: {len(data)} bytes of {end} its header announces")
-        self.protected_mode = data[start : min(end, len(data))]
-        self.header = data[HEADER_START : min(0x202 + data[0x201], 0x290)]
+        if self.kernel_offset + ENTRY_64 >= file.size or end - 15 > file.size:
+            raise BootError(f"{name} is truncated: {file.size} bytes of {end} its header announces")
+        self.kernel_size = min(end, file.size) - self.kernel_offset
+        self.header = head[HEADER_START : min(0x202 + head[0x201], HEADER_END_MAX)]
+
+    @property
+    def protocol(self) -> str:
+        """The boot protocol's version, as boot.rst writes it: `2.15`."""
+        return f"{self.version >> 8}.{self.version & 0xFF:02d}"
 
     @property
     def has_entry_64(self) -> bool:
@@ -96,30 +113,54 @@ class BzImage:
         return bool(self.xloadflags & XLF_KERNEL_64)
 
     @property
+    def load_address(self) -> int:
+        """The GPA it is loaded at and unpacks itself to, with kernel_size or init_size of room.
+
+        A lower one would save nothing: a relocatable kernel moves itself up to pref_address.
+        """
+        return max(self.pref_address, layout.HIGH_RAM)
+
+    @property
     def compression(self) -> str:
-        """The payload's format, or `none` where it is not known."""
-        return decompress.detect(self._payload()) or "none"
+        """The payload's format: a name of `decompress`, `none` (an ELF file as it is), or
+        `unknown`."""
+        start, size = self._payload()
+        head = self.file.read(start, min(size, 6))
+        return decompress.detect(head) or ("none" if head[:4] == b"\x7fELF" else "unknown")
+
+    def can_unpack(self) -> bool:
+        """Whether this host has what it takes to unpack the payload."""
+        kind = self.compression
+        return kind == "none" or decompress.available(kind)
 
     def vmlinux(self) -> bytes:
-        """The ELF kernel in the payload, unpacked."""
-        payload = self._payload()
-        if not payload:
-            raise BootError(f"{self.name}: boot protocol too old to tell where its vmlinux is")
-        if bytes(payload[:4]) == b"\x7fELF":
-            return bytes(payload)
-        kind = decompress.detect(payload)
-        if kind is None:
+        """The ELF kernel in the payload, unpacked and whole."""
+        return b"".join(self._blocks())
+
+    def source(self) -> PayloadSource:
+        """The ELF kernel in the payload, unpacked as it is read."""
+        return PayloadSource(self._blocks(), f"the vmlinux of {self.name}")
+
+    def _blocks(self) -> Iterator[bytes]:
+        start, size = self._payload()
+        kind = self.compression
+        if not size:
+            raise BootError(f"{self.name} does not tell where its vmlinux is; try --boot bzimage")
+        if kind == "unknown":
             raise BootError(f"{self.name}: its payload has an unknown compression")
+        payload = self.file.read(start, size)
+        blocks = iter((payload,)) if kind == "none" else decompress.blocks(payload, kind)
         try:
-            image = decompress.decompress(payload, kind)
+            for number, block in enumerate(blocks):
+                if not number and block[:4] != b"\x7fELF":
+                    raise BootError("its payload is not an ELF kernel")
+                yield block
         except BootError as err:
             raise BootError(f"{self.name}: {err}") from None
-        if image[:4] != b"\x7fELF":
-            raise BootError(f"{self.name}: its payload is not an ELF kernel")
-        return image
 
-    def _payload(self) -> memoryview:
+    def _payload(self) -> tuple[int, int]:
+        """Offset in the file and bytes; 0 bytes if the header tells no place in the kernel."""
         start, size = self.payload_offset, self.payload_length
-        if not start or start + size > len(self.protected_mode):
-            return self.protected_mode[:0]
-        return self.protected_mode[start : start + size]
+        if not start or start + size > self.kernel_size:
+            return 0, 0
+        return self.kernel_offset + start, size

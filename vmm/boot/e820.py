@@ -16,8 +16,9 @@ E820_RESERVED = 2
 def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     """(GPA, bytes, type), ascending: RAM around the legacy area and the 32-bit hole.
 
-    Reserved are the EBDA (MP table), the BIOS area (ACPI tables) and PCI's ECAM window, which
-    Linux uses only if it is (PCI Firmware Specification 3.3, section 4.1.2).
+    Reserved are the EBDA (MP table), the BIOS area (ACPI tables), PCI's ECAM window, which Linux
+    uses only if it is (PCI Firmware Specification 3.3, section 4.1.2), and the four pages KVM keeps
+    for real mode on Intel, where nothing else may be put.
     """
     entries = [
         (0, layout.EBDA, E820_RAM),
@@ -29,5 +30,6 @@ def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
         if start < region.end:
             entries.append((start, region.end - start, E820_RAM))
     entries.append((layout.ECAM_BASE, layout.ECAM_SIZE, E820_RESERVED))
+    entries.append((layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED))
     entries.sort()
     return entries

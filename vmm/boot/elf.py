@@ -1,23 +1,53 @@
-"""ELF kernels (System V gABI, chapters 4 and 5): segments, entry, the PVH note."""
+"""ELF kernels (System V gABI, chapters 4 and 5): segments, entry, the PVH note.
+
+Everything a header says is checked against the file and the guest's memory before it is used.
+"""
 
 from __future__ import annotations
 
 import struct
 
+from vmm import layout
 from vmm.errors import BootError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.boot.source import FileSource, PayloadSource
+    from vmm.memory import GuestMemory
 
 ELFCLASS32, ELFCLASS64 = 1, 2
 ELFDATA2LSB = 1
-ET_EXEC, ET_DYN = 2, 3
+ET_REL, ET_EXEC, ET_DYN, ET_CORE = 1, 2, 3, 4
 EM_386, EM_X86_64 = 3, 62
 PT_LOAD, PT_NOTE = 1, 4
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 """Xen's public/elfnote.h: the physical address of the PVH entry."""
 
-_MACHINES = {8: "MIPS", 20: "PowerPC", 21: "PowerPC", 22: "s390", 40: "ARM", 183: "arm64"}
-_MACHINES[243] = "RISC-V"
-_EHDR = {ELFCLASS32: struct.Struct("<HHIIIIIHHHHHH"), ELFCLASS64: struct.Struct("<HHIQQQIHHHHHH")}
 MAX_SEGMENTS = 128
+NOTES_MAX = 1 << 20
+"""A larger note segment is not looked into, bytes."""
+
+_MACHINES = {
+    2: "SPARC",
+    8: "MIPS",
+    20: "PowerPC",
+    21: "PowerPC",
+    22: "s390",
+    40: "ARM",
+    183: "arm64",
+    243: "RISC-V",
+    258: "LoongArch",
+}
+_EHDR = {ELFCLASS32: struct.Struct("<HHIIIIIHHHHHH"), ELFCLASS64: struct.Struct("<HHIQQQIHHHHHH")}
+_PHDR = {ELFCLASS32: struct.Struct("<IIIIIIII"), ELFCLASS64: struct.Struct("<IIQQQQQQ")}
+
+_TAKEN = (
+    (layout.GDT, layout.GDT + 32, "the boot GDT"),
+    (layout.PVH_START_INFO, layout.PML4 + 0x6000, "the boot tables"),
+    (layout.CMDLINE, layout.CMDLINE + layout.CMDLINE_MAX, "the command line"),
+    (layout.EBDA, layout.HIGH_RAM, "the BIOS area"),
+)
+"""What the loader itself puts below 1 MiB, and where there is no RAM: (start, end, name)."""
 
 
 class Segment:
@@ -39,80 +69,111 @@ class Elf:
         bits: 32 or 64.
         entry: e_entry; Linux's is physical.
         segments: what to load.
-        pvh_entry: the GPA of the PVH entry, or None.
+        pvh_entry: the GPA of the PVH entry, or None; known once it is loaded.
+        is_linux: whether it has a note of Linux's (LINUX_ELFNOTE_BUILD_SALT, in every kernel since
+            4.19); known once it is loaded.
 
     Raises:
         BootError: it cannot be booted; says why.
     """
 
-    __slots__ = ("bits", "data", "entry", "name", "pvh_entry", "segments")
+    __slots__ = ("_notes", "bits", "entry", "is_linux", "name", "pvh_entry", "segments", "source")
 
-    def __init__(self, data: memoryview, name: str) -> None:
-        self.data = data
-        self.name = name
-        if len(data) < 52 or (len(data) < 64 and data[4] == ELFCLASS64):
+    def __init__(self, source: FileSource | PayloadSource) -> None:
+        self.source = source
+        self.name = name = source.name
+        head = source.read(0, 64)
+        if head[:4] != b"\x7fELF":
+            raise BootError(f"{name} is not an ELF file")
+        if len(head) < 52 or (len(head) < 64 and head[4] == ELFCLASS64):
             raise BootError(f"{name} is truncated: its ELF header is not whole")
-        elf_class = data[4]
-        if elf_class not in _EHDR or data[5] != ELFDATA2LSB:
-            raise BootError(f"{name} is an ELF file of a strange class or byte order")
+        elf_class = head[4]
+        if elf_class not in _EHDR or head[5] != ELFDATA2LSB:
+            raise BootError(f"{name} is an ELF file for another machine (class or byte order)")
         self.bits = 64 if elf_class == ELFCLASS64 else 32
         kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = _EHDR[
             elf_class
-        ].unpack_from(data, 16)
+        ].unpack_from(head, 16)
         if machine not in (EM_X86_64, EM_386):
             what = _MACHINES.get(machine, f"machine {machine}")
             raise BootError(f"{name} is an ELF file for {what}; this boots x86-64 kernels")
+        if kind == ET_REL:
+            raise BootError(f"{name} is an ELF object (a kernel module?); give it a vmlinux")
         if kind not in (ET_EXEC, ET_DYN):
-            raise BootError(
-                f"{name} is an ELF object, not an executable (a module?); give it a vmlinux"
-            )
-        wanted = 56 if self.bits == 64 else 32
-        if phentsize != wanted or not 0 < phnum <= MAX_SEGMENTS:
+            what = "a core dump" if kind == ET_CORE else f"of type {kind}"
+            raise BootError(f"{name} is an ELF file, but {what}; give it a vmlinux")
+        phdr = _PHDR[elf_class]
+        if phentsize != phdr.size or not 0 < phnum <= MAX_SEGMENTS:
             raise BootError(f"{name} has no usable ELF program headers")
-        if phoff + phnum * phentsize > len(data):
+        table = source.read(phoff, phnum * phentsize)
+        if len(table) < phnum * phentsize:
             raise BootError(f"{name} is truncated: its ELF program headers lie past its end")
         self.entry: int = entry
         self.segments: list[Segment] = []
         self.pvh_entry: int | None = None
-        for i in range(phnum):
-            self._program_header(phoff + i * phentsize)
+        self.is_linux = False
+        self._notes: list[tuple[int, int, int]] = []
+        for fields in phdr.iter_unpack(table):
+            self._program_header(fields)
         if not self.segments:
             raise BootError(f"{name} has nothing to load (no PT_LOAD segment)")
 
-    def _program_header(self, at: int) -> None:
+    def _program_header(self, fields: tuple[int, ...]) -> None:
         if self.bits == 64:
-            kind, _, offset, _, paddr, size, memory_size, _ = struct.unpack_from(
-                "<IIQQQQQQ", self.data, at
-            )
+            kind, _, offset, _, gpa, size, memory_size, align = fields
         else:
-            kind, offset, _, paddr, size, memory_size, _, _ = struct.unpack_from(
-                "<IIIIIIII", self.data, at
-            )
+            kind, offset, _, gpa, size, memory_size, _, align = fields
         if kind not in (PT_LOAD, PT_NOTE):
             return
-        if offset + size > len(self.data):
+        if size and offset + size > self.source.size:
             raise BootError(
-                f"{self.name} is truncated: {len(self.data)} bytes, a segment ends at "
+                f"{self.name} is truncated: {self.source.size} bytes, a segment ends at "
                 f"{offset + size}"
             )
         if kind == PT_NOTE:
-            self._notes(self.data[offset : offset + size])
+            if size <= NOTES_MAX:
+                self._notes.append((offset, size, 8 if align == 8 else 4))
+        elif size > memory_size:
+            raise BootError(f"{self.name}: an ELF segment is larger in the file than in memory")
         elif memory_size:
-            if size > memory_size:
-                raise BootError(f"{self.name}: an ELF segment is larger in the file than in memory")
-            self.segments.append(Segment(paddr, offset, size, memory_size))
+            self.segments.append(Segment(gpa, offset, size, memory_size))
 
-    def _notes(self, notes: memoryview) -> None:
+    def check_place(self) -> None:
+        """Refuse segments that lie where nothing can: BootError says which and why."""
+        for segment in self.segments:
+            start, end = segment.gpa, segment.gpa + segment.memory_size
+            for taken, taken_end, what in _TAKEN:
+                if start < taken_end and taken < end:
+                    raise BootError(
+                        f"{self.name} loads at {start:#x}, over {what}; link it to 1 MiB"
+                    )
+            if end > layout.HOLE_START:
+                raise BootError(f"{self.name} loads at {start:#x}, where there is never RAM")
+
+    def load(self, memory: GuestMemory) -> None:
+        """Fill guest memory, which is zero until now, and read the notes on the way."""
+        notes = [
+            (offset, memoryview(bytearray(size)), align) for offset, size, align in self._notes
+        ]
+        targets = [(offset, view) for offset, view, _ in notes]
+        targets += [(s.offset, memory.view(s.gpa, s.size)) for s in self.segments if s.size]
+        self.source.fill(targets)
+        for _, view, align in notes:
+            self._read_notes(view, align)
+
+    def _read_notes(self, notes: memoryview, align: int) -> None:
         at = 0
         while at + 12 <= len(notes):
             name_size, desc_size, kind = struct.unpack_from("<III", notes, at)
-            name = at + 12
-            desc = name + (name_size + 3 & ~3)
+            name = bytes(notes[at + 12 : at + 12 + min(name_size, 6)])
+            desc = at + 12 + name_size + align - 1 & -align
             if desc + desc_size > len(notes):
                 return
-            if kind == XEN_ELFNOTE_PHYS32_ENTRY and bytes(notes[name : name + 4]) == b"Xen\0":
-                self.pvh_entry = int.from_bytes(notes[desc : desc + min(desc_size, 8)], "little")
-            at = desc + (desc_size + 3 & ~3)
+            if name == b"Linux\0":
+                self.is_linux = True
+            elif name == b"Xen\0" and kind == XEN_ELFNOTE_PHYS32_ENTRY and desc_size in (4, 8):
+                self.pvh_entry = int.from_bytes(notes[desc : desc + desc_size], "little")
+            at = desc + desc_size + align - 1 & -align
 
     @property
     def start(self) -> int:
@@ -127,6 +188,8 @@ class Elf:
     @property
     def has_entry_64(self) -> bool:
         """Whether e_entry is a loaded physical address of a 64-bit executable."""
-        return self.bits == 64 and any(
-            s.gpa <= self.entry < s.gpa + s.memory_size for s in self.segments
-        )
+        return self.bits == 64 and self.loads(self.entry)
+
+    def loads(self, gpa: int) -> bool:
+        """Whether `gpa` is within a segment."""
+        return any(s.gpa <= gpa < s.gpa + s.memory_size for s in self.segments)

@@ -2,104 +2,86 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import stat
-
 from vmm.boot import decompress
-from vmm.boot.bzimage import BOOT_FLAG, MAGIC, MAGIC_OFFSET
+from vmm.boot.bzimage import BOOT_FLAG, HEADER_END_MIN, MAGIC, MAGIC_OFFSET
 from vmm.errors import BootError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.boot.file import InputFile
+
 BZIMAGE, ELF = "bzImage", "ELF"
-_ARM64_MAGIC = b"ARM\x64"
-_RISCV_MAGIC = b"RSC\x05"
-_UIMAGE_MAGIC = b"\x27\x05\x19\x56"
+
+_CPIO_MAGICS = (b"070701", b"070702", b"070707")
+_PEEK = 16 << 20
+"""Packed bytes read to tell what a compressed file is."""
+_TEXT = bytes(range(0x20, 0x7F)) + b"\t\r\n\f"
 
 
-def open_file(path: str, option: str) -> int:
-    """Open a regular file to read; BootError names the option and what is wrong with it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as err:
-        raise BootError(f"{option} {path}: {_why(err)}") from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-        raise BootError(f"{option} {path} is {what}; give it a file")
-    return fd
-
-
-def map_kernel(path: str) -> tuple[mmap.mmap, str]:
-    """Map a kernel file and say what it is: BZIMAGE or ELF.
+def identify(file: InputFile) -> str:
+    """BZIMAGE or ELF, by the magics.
 
     Raises:
-        BootError: it is something else; says what.
+        BootError: it is something else; says what, and what would work.
     """
-    fd = open_file(path, "kernel")
-    try:
-        size = os.fstat(fd).st_size
-        if not size:
-            raise BootError(f"kernel {path} is empty")
-        data = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-    except OSError as err:
-        raise BootError(f"kernel {path}: {_why(err)}") from None
-    finally:
-        os.close(fd)
-    try:
-        return data, identify(data, path)
-    except BaseException:
-        data.close()
-        raise
-
-
-def identify(data: mmap.mmap | bytes, path: str) -> str:
-    """BZIMAGE or ELF, by the magics; BootError says what else it is."""
-    if data[:4] == b"\x7fELF":
+    head = file.read(0, HEADER_END_MIN)
+    if head[:4] == b"\x7fELF":
         return ELF
-    has_flag = data[0x1FE:0x200] == BOOT_FLAG.to_bytes(2, "little")
-    if data[MAGIC_OFFSET : MAGIC_OFFSET + 4] == MAGIC and has_flag:
+    has_flag = head[0x1FE:0x200] == BOOT_FLAG.to_bytes(2, "little")
+    if has_flag and head[MAGIC_OFFSET : MAGIC_OFFSET + 4] == MAGIC:
         return BZIMAGE
-    raise BootError(f"kernel {path} {_wrong(data)}")
-
-
-def _wrong(data: mmap.mmap | bytes) -> str:
-    head = bytes(data[:64])
-    if head[0x38:0x3C] == _ARM64_MAGIC:
-        return "is an arm64 Image; this boots x86-64 kernels"
-    if head[0x38:0x3C] == _RISCV_MAGIC:
-        return "is a RISC-V Image; this boots x86-64 kernels"
-    if head[:2] == b"MZ":
-        if len(data) < 0x268:
-            return "is truncated: it starts like a bzImage and ends before its setup header does"
-        return "is a PE program without a Linux kernel's magic; give it a bzImage or vmlinux"
-    if head[:6] in (b"070701", b"070702"):
-        return "is an initrd (a cpio archive); give it with --initrd, and a kernel first"
-    if head[:4] == _UIMAGE_MAGIC:
-        return "is a U-Boot uImage; give it the bzImage or vmlinux it was made from"
     kind = decompress.detect(head)
-    if kind is not None:
-        return (
-            f"is {kind} data: a compressed initrd (give it with --initrd), or a packed kernel "
-            "(unpack it first)"
-        )
-    if head[:2] == b"#!":
-        return "is a script; give it a bzImage or vmlinux"
+    what = _packed(file, kind) if kind else _known(head) or _unknown(head)
+    raise BootError(f"{file.name} {what}")
+
+
+def _known(head: bytes) -> str | None:
+    """What a file that begins with `head` is, by its magic."""
+    for machine, magic in (("arm64", b"ARM\x64"), ("RISC-V", b"RSC\x05")):
+        if head[0x38:0x3C] == magic:
+            return f"is a kernel Image for {machine}; this boots x86-64 kernels"
+    if head[:2] == b"MZ":
+        if len(head) < HEADER_END_MIN:
+            return "is truncated: it starts like a bzImage and ends before its setup header does"
+        if head[4:8] == b"zimg":
+            return "is an EFI zboot image, of another machine; this boots x86-64 kernels"
+        return "is a PE program without a Linux kernel's magic; give it a bzImage or vmlinux"
+    if head[:6] in _CPIO_MAGICS or head[:2] == b"\xc7\x71":
+        return "is an initrd (a cpio archive); give it with --initrd, and a kernel first"
+    if head[:4] == b"\x27\x05\x19\x56":
+        return "is a U-Boot uImage; give it the bzImage or vmlinux it was made from"
+    if head[:4] == b"\xd0\x0d\xfe\xed":
+        return "is a device tree or FIT image; give it a bzImage or vmlinux"
     if head[:8] == b"!<arch>\n":
         return "is a package or archive; unpack it (dpkg -x) and give it boot/vmlinuz-*"
+    if head[:4] == b"QFI\xfb":
+        return "is a disk image (qcow2); give it a kernel"
+    if head[:2] == b"#!":
+        return "is a script; give it a bzImage or vmlinux"
+    return None
+
+
+def _unknown(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "is all zeroes where a kernel begins"
+    if not head.translate(None, _TEXT):
+        return "is a text file; give it a bzImage or vmlinux"
+    if head[0x1FE:0x200] == BOOT_FLAG.to_bytes(2, "little"):
+        return "is a boot sector or disk image without a Linux kernel's magic; give it a kernel"
     return "is not a kernel this can boot: neither a bzImage nor an ELF vmlinux"
 
 
-def _why(err: OSError | ValueError) -> str:
-    if isinstance(err, ValueError):
-        return "not a possible file name"
-    hints = {
-        errno.ENOENT: "no such file",
-        errno.EACCES: "no permission to read it",
-        errno.ELOOP: "too many symbolic links",
-        errno.ENOTDIR: "a part of the path is not a directory",
-    }
-    return hints.get(err.errno or 0, os.strerror(err.errno or 0))
+def _packed(file: InputFile, kind: str) -> str:
+    """What is in a compressed file, as far as its first block tells."""
+    try:
+        content = next(decompress.blocks(file.read(0, _PEEK), kind), b"")[:HEADER_END_MIN]
+    except BootError:  # broken, or no library for it
+        content = b""
+    if content[:6] in _CPIO_MAGICS:
+        return f"is an initrd (a {kind} cpio archive); give it with --initrd, and a kernel first"
+    if content[:4] == b"\x7fELF":
+        return f"is an ELF file packed with {kind}; unpack it first"
+    known = content and _known(content)
+    if known:
+        return f"is {kind} data, and what is in it {known}"
+    return f"is {kind} data: an initrd goes to --initrd, a packed kernel must be unpacked first"

@@ -2,83 +2,95 @@
 
 from __future__ import annotations
 
-import os
-
 from vmm import layout
-from vmm.boot.formats import open_file
+from vmm.boot.file import InputFile
 from vmm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
     from vmm.memory import GuestMemory
 
 
 class Initrds:
-    """Open initrd files. Each starts on a 4-byte boundary, as the kernel's cpio reader expects
-    of concatenated archives (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    """Open initrd files. A context manager.
+
+    Each starts on a 4-byte boundary, as the kernel's cpio reader expects of concatenated archives
+    (Documentation/driver-api/early-userspace/buffer-format.rst).
+
+    Attributes:
+        size: bytes they take in guest memory, padding included.
+    """
+
+    __slots__ = ("_files", "size")
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._files: list[tuple[str, int, int]] = []
-        self.size = 0
-        """Bytes they take in guest memory, padding included."""
+        self._files: list[InputFile] = []
         try:
             for path in paths:
-                fd = open_file(path, "--initrd")
-                size = os.fstat(fd).st_size
-                self._files.append((path, fd, size))
-                if not size:
-                    raise BootError(f"--initrd {path} is empty")
-                self.size += size + 3 & ~3
+                self._files.append(InputFile(path, "--initrd"))
         except BaseException:
             self.close()
             raise
+        self.size = sum(_padded(file.size) for file in self._files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files."""
-        for _, fd, _ in self._files:
-            os.close(fd)
-        self._files = []
+        for file in self._files:
+            file.close()
 
-    def load(self, memory: GuestMemory, lowest: int, highest: int) -> tuple[int, int]:
-        """Read them into guest memory as high as possible in [lowest, highest] (last byte).
+    def place(self, memory: GuestMemory, lowest: int, highest: int) -> tuple[int, int]:
+        """Where they go: as high as possible from `lowest` on, up to the byte at `highest`.
+
+        Args:
+            lowest: GPA after all the kernel needs.
+            highest: initrd_addr_max.
 
         Returns:
             GPA, page-aligned, and size; (0, 0) if there are none.
 
         Raises:
-            BootError: they do not fit; tells the least memory that would do.
+            BootError: kernel and initrd do not fit; tells the least memory that would do.
         """
+        low_end = memory.regions[0].size
+        need = _pages(lowest) + _pages(self.size)
+        if need > layout.HOLE_START or (self.size and need > highest + 1):
+            if not self.size:
+                raise BootError(f"the kernel needs RAM up to {need:#x}, where there is never any")
+            end = min(highest + 1, layout.HOLE_START)
+            raise BootError(
+                f"--initrd: {self.size} bytes do not fit between the kernel, which ends at "
+                f"{lowest:#x}, and {end:#x}, up to where it can use them; make it smaller"
+            )
+        if need > low_end:
+            what = "the kernel and the initrd" if self.size else "the kernel"
+            least = (need + layout.MIB - 1) // layout.MIB
+            raise BootError(
+                f"--memory {memory.size // layout.MIB}M is too little for {what}: "
+                f"at least --memory {least}M"
+            )
         if not self.size:
             return 0, 0
-        top = min(memory.regions[0].size, highest + 1)
-        gpa = (top - self.size) & ~(layout.PAGE_SIZE - 1)
-        if gpa < lowest:
-            need = lowest + self.size + layout.PAGE_SIZE
-            if need > min(highest + 1, layout.HOLE_START):
-                raise BootError(
-                    f"--initrd: {self.size >> 20} MiB cannot lie below {highest + 1:#x}, where this "
-                    "kernel looks for it; make it smaller"
-                )
-            raise too_little_memory(memory.size, need, "the initrd")
-        at = gpa
-        for path, fd, size in self._files:
-            view = memory.view(at, size)
-            while view:
-                count = os.readv(fd, [view])
-                if not count:
-                    raise BootError(f"--initrd {path} became shorter while it was read")
-                view = view[count:]
-            at += size + 3 & ~3
-        return gpa, self.size
+        return min(low_end, highest + 1) - self.size & -layout.PAGE_SIZE, self.size
+
+    def load(self, memory: GuestMemory, gpa: int) -> None:
+        """Read them into guest memory at `gpa`."""
+        for file in self._files:
+            file.read_into(0, memory.view(gpa, file.size))
+            gpa += _padded(file.size)
 
 
-def too_little_memory(size: int, need: int, what: str) -> BootError:
-    """The error that tells the least `--memory` that would do; `need` bytes are the minimum."""
-    # The kernel's own structures and the unpacked initrd come on top; round up to 16 MiB.
-    least = (need + 16 * layout.MIB - 1) // (16 * layout.MIB) * 16
-    return BootError(
-        f"--memory {size // layout.MIB}M is too little for the kernel and {what}: "
-        f"at least --memory {least}M"
-    )
+def _padded(size: int) -> int:
+    return size + 3 & -4
+
+
+def _pages(size: int) -> int:
+    return size + layout.PAGE_SIZE - 1 & -layout.PAGE_SIZE

@@ -1,10 +1,15 @@
 """From files to a guest ready to start: picks the protocol, loads kernel, initrds, command line.
 
 How `auto` picks:
-    bzImage   its vmlinux, unpacked on the host, at its 64-bit entry, where that can be done;
-              else the bzImage's own 64-bit entry, which unpacks itself in the guest
-    ELF       its 64-bit entry if e_entry is a loaded physical address and the file is Linux's
-              (no PVH note, or loaded from 1 MiB up with a setup-free entry); else PVH
+    bzImage   its vmlinux, unpacked by the host, as the ELF file it is (below), where the host has
+              the library for it; else the bzImage's own 64-bit entry, which unpacks itself in the
+              guest. The host is never slower at it, and much faster where guest kernel code is
+              emulated. A vmlinux started directly does not relocate itself: no KASLR. Ask for
+              `bzimage` where that matters.
+    ELF       its 64-bit entry, if e_entry is a loaded physical address and the file is Linux's own
+              (it has a note named "Linux") or has no PVH note; else PVH.
+
+Nothing is written to guest memory before all files are known to fit.
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ from vmm import layout
 from vmm.boot import formats, pvh, zeropage
 from vmm.boot.bzimage import ENTRY_64, BzImage
 from vmm.boot.elf import Elf
-from vmm.boot.initrd import Initrds, too_little_memory
-from vmm.boot.paging import write_gdt, write_page_tables
+from vmm.boot.file import InputFile
+from vmm.boot.initrd import Initrds
+from vmm.boot.paging import CODE_32, CODE_64, write_gdt, write_page_tables
+from vmm.boot.source import FileSource
 from vmm.boot.state import BootState
-from vmm.errors import BootError
+from vmm.errors import BootError, UsageError
 from vmm.units import format_size
 
 TYPE_CHECKING = False
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 
     from vmm.memory import GuestMemory
 
+MODES = ("auto", "bzimage", "elf64", "pvh")
 INITRD_ADDR_MAX = 0x7FFFFFFF
 """Where Linux's own limit is when no setup header says (arch/x86/boot/header.S)."""
 CMDLINE_SIZE = 2047
@@ -41,7 +49,7 @@ def load(
     rsdp: int | None = None,
     host_decompress: bool | None = None,
 ) -> BootState:
-    """Load `kernel` and what goes with it into guest memory.
+    """Load `kernel` and what goes with it into guest memory, which must be zero still.
 
     Args:
         kernel: path of a bzImage or an ELF vmlinux.
@@ -55,186 +63,153 @@ def load(
     Raises:
         BootError: a file is wrong, or does not fit; one line says which and why.
     """
-    mapping, kind = formats.map_kernel(kernel)
-    archives = None
-    data = memoryview(mapping)
-    try:
-        archives = Initrds(initrds)
-        if kind == formats.BZIMAGE:
-            image = BzImage(data, f"kernel {kernel}")
-            return _load_bzimage(memory, image, archives, cmdline, mode, rsdp, host_decompress)
-        if mode == "bzimage":
-            raise BootError(f"--boot bzimage: kernel {kernel} is an ELF file; use elf64 or pvh")
-        elf = Elf(data, f"kernel {kernel}")
-        return _load_elf(memory, elf, archives, cmdline, mode, rsdp, None)
-    finally:
-        if archives is not None:
-            archives.close()
-        _release(data, mapping)
+    if mode not in MODES:
+        raise UsageError(f"--boot {mode!r} is not one of {', '.join(MODES)}")
+    with InputFile(kernel, "kernel") as file, Initrds(initrds) as archives:
+        job = _Job(memory, archives, cmdline, rsdp)
+        if formats.identify(file) == formats.ELF:
+            if mode == "bzimage":
+                raise BootError(f"--boot bzimage: {file.name} is an ELF file; use elf64 or pvh")
+            return job.elf(Elf(FileSource(file)), mode, None)
+        image = BzImage(file)
+        if mode == "bzimage" or (mode == "auto" and not _unpack_here(image, host_decompress)):
+            return job.bzimage(image)
+        return job.elf(Elf(image.source()), mode, image)
 
 
 def extract_vmlinux(path: str) -> bytes:
-    """The ELF kernel inside a bzImage."""
-    mapping, kind = formats.map_kernel(path)
-    data = memoryview(mapping)
-    try:
-        if kind == formats.ELF:
-            return bytes(data)
-        return BzImage(data, f"kernel {path}").vmlinux()
-    finally:
-        _release(data, mapping)
+    """The ELF kernel inside a bzImage; an ELF file as it is. BootError if there is none."""
+    with InputFile(path, "kernel") as file:
+        if formats.identify(file) == formats.ELF:
+            return file.read(0, file.size)
+        return BzImage(file).vmlinux()
 
 
-def _release(data: memoryview, mapping: object) -> None:
-    """Views of the file may still be held by an exception's frames; then it goes with them."""
-    data.release()
-    try:
-        mapping.close()  # type: ignore[attr-defined]
-    except BufferError:
-        pass
+def _unpack_here(image: BzImage, wish: bool | None) -> bool:
+    """Whether `auto` unpacks on the host: as wished, or where the host can."""
+    return image.can_unpack() if wish is None else wish
 
 
-def _load_bzimage(
-    memory: GuestMemory,
-    image: BzImage,
-    archives: Initrds,
-    cmdline: str,
-    mode: str,
-    rsdp: int | None,
-    host_decompress: bool | None,
-) -> BootState:
-    if mode == "auto":
-        mode = "bzimage" if host_decompress is False else "elf64"
-        if host_decompress is None and not _quick_to_unpack(image):
-            mode = "bzimage"
-    if mode in ("elf64", "pvh"):
-        elf = Elf(memoryview(image.vmlinux()), f"vmlinux of {image.name}")
-        return _load_elf(memory, elf, archives, cmdline, mode, rsdp, image)
-    if not image.has_entry_64:
-        raise BootError(f"{image.name} is a 32-bit kernel; this boots x86-64 kernels")
-    _write_cmdline(memory, cmdline, image.cmdline_size)
-    start = max(image.pref_address, layout.HIGH_RAM)
-    end = start + max(image.init_size, len(image.protected_mode))
-    if end > memory.regions[0].size:
-        raise too_little_memory(memory.size, end + archives.size, "its work space")
-    memory.write(start, image.protected_mode)
-    initrd = archives.load(memory, end, image.initrd_addr_max)
-    zero_page = zeropage.write_zero_page(memory, header=image.header, initrd=initrd, rsdp=rsdp)
-    return _long_mode(
-        memory,
-        start + ENTRY_64,
-        zero_page,
-        [
-            f"bzImage, boot protocol {image.version >> 8}.{image.version & 0xFF:02d}, "
-            f"{format_size(len(image.data))} at {start:#x}, unpacks itself ({image.compression})",
-            *_initrd_line(initrd),
-        ],
-    )
+class _Job:
+    """What every way of loading needs."""
 
+    __slots__ = ("archives", "cmdline", "memory", "rsdp")
 
-def _quick_to_unpack(image: BzImage) -> bool:
-    """Whether the host unpacks the payload sooner than the guest would: its library is there."""
-    if not image.payload_length:
-        return False
-    names = {"lz4": "lz4", "zstd": "zstandard", "lzo": "lzo"}
-    kind = image.compression
-    if kind not in names:
-        return kind in ("gzip", "xz", "lzma", "bzip2", "none")
-    from importlib.util import find_spec
+    def __init__(
+        self, memory: GuestMemory, archives: Initrds, cmdline: str, rsdp: int | None
+    ) -> None:
+        self.memory = memory
+        self.archives = archives
+        self.cmdline = cmdline
+        self.rsdp = rsdp
 
-    return find_spec(names[kind]) is not None
+    def bzimage(self, image: BzImage) -> BootState:
+        """A bzImage at its own 64-bit entry."""
+        if not image.has_entry_64:
+            why = "is a 32-bit kernel" if image.version >= 0x020C else "is older than Linux 3.8"
+            raise BootError(
+                f"{image.name} {why}: it has no 64-bit entry; this boots x86-64 kernels"
+            )
+        line = _command_line(self.cmdline, image.cmdline_size)
+        start = image.load_address
+        end = start + max(image.init_size, image.kernel_size)
+        initrd = self.archives.place(self.memory, end, image.initrd_addr_max)
+        self._write_common(line, initrd)
+        image.file.read_into(image.kernel_offset, self.memory.view(start, image.kernel_size))
+        what = (
+            f"bzImage, boot protocol {image.protocol}, {format_size(image.file.size)} "
+            f"at {start:#x}, unpacks itself ({image.compression})"
+        )
+        return self._long64(start + ENTRY_64, image, initrd, [what])
 
+    def elf(self, elf: Elf, mode: str, image: BzImage | None) -> BootState:
+        """An ELF kernel, the vmlinux of `image` if that is given."""
+        if mode == "elf64" and not elf.has_entry_64:
+            raise BootError(f"--boot elf64: {elf.name} has no 64-bit entry at a loaded address")
+        elf.check_place()
+        line = _command_line(self.cmdline, image.cmdline_size if image else CMDLINE_SIZE)
+        end = max(elf.end, layout.HIGH_RAM)
+        if image is not None:
+            # Room for what Linux sets up after its image; a bare vmlinux has it in its segments.
+            end = max(end, elf.start + image.init_size)
+        highest = image.initrd_addr_max if image else INITRD_ADDR_MAX
+        initrd = self.archives.place(self.memory, end, highest)
+        self._write_common(line, initrd)
+        elf.load(self.memory)
+        what = f"ELF kernel at {elf.start:#x}..{elf.end - 1:#x}"
+        if image is not None:
+            what = f"vmlinux of a bzImage ({image.compression}, unpacked by the host){what[10:]}"
+        if _use_pvh(elf, mode, image):
+            return self._pvh32(elf, initrd, [what])
+        return self._long64(elf.entry, image, initrd, [what])
 
-def _load_elf(
-    memory: GuestMemory,
-    elf: Elf,
-    archives: Initrds,
-    cmdline: str,
-    mode: str,
-    rsdp: int | None,
-    image: BzImage | None,
-) -> BootState:
-    if mode == "auto":
-        mode = "elf64" if _is_linux(elf) else "pvh"
-    if mode == "elf64" and not elf.has_entry_64:
-        raise BootError(f"--boot elf64: {elf.name} has no 64-bit entry at a loaded address")
-    if mode == "pvh" and elf.pvh_entry is None:
-        raise BootError(f"--boot pvh: {elf.name} has no PVH note (CONFIG_PVH); try elf64")
-    _write_cmdline(memory, cmdline, image.cmdline_size if image else CMDLINE_SIZE)
-    _load_segments(memory, elf, archives)
-    limit = image.initrd_addr_max if image else INITRD_ADDR_MAX
-    lowest = max(elf.end, layout.HIGH_RAM) + layout.PAGE_SIZE - 1 & ~(layout.PAGE_SIZE - 1)
-    if image is not None:
-        # The kernel needs room after its image (brk, early page tables): init_size covers it.
-        lowest = max(lowest, elf.start + image.init_size)
-    initrd = archives.load(memory, lowest, limit)
-    what = f"ELF kernel at {elf.start:#x}..{elf.end - 1:#x}"
-    if image is not None:
-        what = f"vmlinux of a bzImage ({image.compression}, unpacked by the host), {what[4:]}"
-    lines = [what, *_initrd_line(initrd)]
-    if mode == "elf64":
+    def _write_common(self, line: bytes, initrd: tuple[int, int]) -> None:
+        self.memory.write(layout.CMDLINE, line + b"\0")
+        self.archives.load(self.memory, initrd[0])
+
+    def _long64(
+        self, rip: int, image: BzImage | None, initrd: tuple[int, int], lines: list[str]
+    ) -> BootState:
+        write_gdt(self.memory, CODE_64)
         header = image.header if image else None
-        zero_page = zeropage.write_zero_page(memory, header=header, initrd=initrd, rsdp=rsdp)
-        return _long_mode(memory, elf.entry, zero_page, lines)
-    assert elf.pvh_entry is not None
-    write_gdt(memory)
-    start_info = pvh.write_start_info(memory, initrd=initrd, rsdp=rsdp)
-    lines.append(f"starts at {elf.pvh_entry:#x}, PVH")
-    return BootState(
-        "pvh32", elf.pvh_entry, rbx=start_info, rsp=layout.BOOT_STACK, description=lines
-    )
+        zero_page = zeropage.write_zero_page(
+            self.memory, header=header, initrd=initrd, rsdp=self.rsdp
+        )
+        lines += _initrd_line(initrd)
+        lines.append(f"starts at {rip:#x}, 64-bit boot protocol")
+        return BootState(
+            "long64",
+            rip,
+            rsi=zero_page,
+            rsp=layout.BOOT_STACK,
+            cr3=write_page_tables(self.memory),
+            description=lines,
+        )
+
+    def _pvh32(self, elf: Elf, initrd: tuple[int, int], lines: list[str]) -> BootState:
+        assert elf.pvh_entry is not None
+        write_gdt(self.memory, CODE_32)
+        start_info = pvh.write_start_info(self.memory, initrd=initrd, rsdp=self.rsdp)
+        lines += _initrd_line(initrd)
+        lines.append(f"starts at {elf.pvh_entry:#x}, PVH")
+        return BootState(
+            "pvh32", elf.pvh_entry, rbx=start_info, rsp=layout.BOOT_STACK, description=lines
+        )
 
 
-def _is_linux(elf: Elf) -> bool:
-    """A vmlinux, whose e_entry takes the zero page: 64-bit, with an entry at the first loaded
-    byte of its text, 1 MiB or higher, and the percpu or init segments Linux has (three or more).
-    Anything else with a PVH note is started through that."""
-    if elf.pvh_entry is None:
+def _use_pvh(elf: Elf, mode: str, image: BzImage | None) -> bool:
+    """Whether a loaded ELF kernel starts through PVH, else its 64-bit entry; see the module."""
+    entry = elf.pvh_entry
+    if mode == "elf64":
+        return False
+    linux = elf.is_linux or image is not None
+    if mode == "auto" and elf.has_entry_64 and (linux or entry is None):
+        return False
+    if entry is not None:
+        if not elf.loads(entry):
+            raise BootError(f"{elf.name}: its PVH note names {entry:#x}, where it loads nothing")
         return True
-    return elf.has_entry_64 and elf.entry >= layout.HIGH_RAM and len(elf.segments) >= 3
+    if mode == "pvh":
+        raise BootError(f"--boot pvh: {elf.name} has no PVH note (CONFIG_PVH); try elf64")
+    if elf.bits == 32:
+        raise BootError(f"{elf.name} is a 32-bit ELF file without a PVH note; this cannot start it")
+    raise BootError(f"{elf.name} has neither a 64-bit entry at a loaded address nor a PVH note")
 
 
-def _load_segments(memory: GuestMemory, elf: Elf, archives: Initrds) -> None:
-    low_end = memory.regions[0].size
-    for segment in elf.segments:
-        end = segment.gpa + segment.memory_size
-        if segment.gpa < layout.HIGH_RAM:
-            if layout.PVH_START_INFO <= end and segment.gpa < layout.CMDLINE + layout.CMDLINE_MAX:
-                raise BootError(
-                    f"{elf.name} loads at {segment.gpa:#x}, over the boot tables; link it to 1 MiB"
-                )
-            if end > layout.EBDA:
-                raise BootError(f"{elf.name} loads at {segment.gpa:#x}, into the BIOS area")
-        if end > layout.HOLE_START:
-            raise BootError(f"{elf.name} loads at {segment.gpa:#x}, where there is never RAM")
-        if end > low_end:
-            raise too_little_memory(memory.size, end + archives.size, "its segments")
-    for segment in elf.segments:
-        part = elf.data[segment.offset : segment.offset + segment.size]
-        memory.write(segment.gpa, part)  # what follows in memory (bss) is zero already
-
-
-def _write_cmdline(memory: GuestMemory, cmdline: str, limit: int) -> None:
-    line = cmdline.encode("utf-8", "surrogateescape")
+def _command_line(cmdline: str, limit: int) -> bytes:
+    """It as bytes, checked against the kernel's cmdline_size (without the NUL; 0 is unknown)."""
+    try:
+        line = cmdline.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as err:
+        raise BootError(f"--append: no way to write character {err.start + 1} as UTF-8") from None
     limit = min(limit or CMDLINE_SIZE, layout.CMDLINE_MAX - 1)
     if len(line) > limit:
         raise BootError(
             f"--append: the command line has {len(line)} bytes, this kernel takes {limit}"
         )
-    memory.write(layout.CMDLINE, line + b"\0")
-
-
-def _long_mode(memory: GuestMemory, rip: int, zero_page: int, lines: list[str]) -> BootState:
-    write_gdt(memory)
-    lines.append(f"starts at {rip:#x}, 64-bit boot protocol")
-    return BootState(
-        "long64",
-        rip,
-        rsi=zero_page,
-        rsp=layout.BOOT_STACK,
-        cr3=write_page_tables(memory),
-        description=lines,
-    )
+    if b"\0" in line:
+        raise BootError("--append: the command line has a NUL character in it")
+    return line
 
 
 def _initrd_line(initrd: tuple[int, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the 64-bit boot protocol expects to find set up: a flat GDT and identity page tables."""
+"""What the boot protocols expect to find set up: a flat GDT and, for long mode, identity tables."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
-_GDT = (
-    0,
-    0,
-    0x00AF9B000000FFFF,  # 0x10 __BOOT_CS: 64-bit code, flat
-    0x00CF93000000FFFF,  # 0x18 __BOOT_DS: data, flat
-)
+CODE_64 = 0x00AF9B000000FFFF
+CODE_32 = 0x00CF9B000000FFFF
+DATA = 0x00CF93000000FFFF
+"""Flat segment descriptors (Intel SDM volume 3, section 3.4.5)."""
 _TABLE = 0x3  # present, writable
 _LARGE_PAGE = 0x83  # the same, 2 MiB
 
 
-def write_gdt(memory: GuestMemory) -> None:
-    """Put the GDT at layout.GDT."""
-    memory.write(layout.GDT, struct.pack("<4Q", *_GDT))
+def write_gdt(memory: GuestMemory, code: int) -> None:
+    """Put a GDT at layout.GDT: `code` as 0x10 (__BOOT_CS), data as 0x18 (__BOOT_DS)."""
+    memory.write(layout.GDT, struct.pack("<4Q", 0, 0, code, DATA))
 
 
 def write_page_tables(memory: GuestMemory) -> int:

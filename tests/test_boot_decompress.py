@@ -25,7 +25,7 @@ def need(kind: str) -> None:
 def data() -> bytes:
     """9 MiB and a bit, so more than a block, that packs well and not perfectly."""
     rng = random.Random(1)
-    return b"".join(rng.randbytes(64) * rng.randrange(1, 9) for _ in range(33000)) + b"end"
+    return b"".join(rng.randbytes(64) * rng.randrange(1, 300) for _ in range(1000)) + b"end"
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_broken_data_raise_boot_errors_only(kind: str) -> None:
 
 
 def test_the_whole_is_not_held_in_memory() -> None:
-    # A bomb: 1 GiB of zeroes. Only its first block is ever made.
+    # A bomb: 256 MiB of zeroes. Only its first block is ever made.
     image = subprocess.run(
-        ["sh", "-c", "head -c 1G /dev/zero | gzip -1"], stdout=subprocess.PIPE, check=True
+        ["sh", "-c", "head -c 256M /dev/zero | gzip -1"], stdout=subprocess.PIPE, check=True
     ).stdout
     assert len(next(decompress.blocks(image, "gzip"))) == BLOCK
 

@@ -81,7 +81,7 @@ def test_wrong_files(tmp_path: Path, make: object, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a\0b", "\ud800", "x" * 300, "/etc/passwd/vmlinuz"])
 def test_impossible_names(name: str) -> None:
-    with pytest.raises(BootError, match="^kernel ") as caught:
+    with pytest.raises(BootError, match=r"^kernel ") as caught:
         InputFile(name, "kernel")
     assert "\n" not in str(caught.value)
 

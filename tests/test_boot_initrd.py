@@ -79,19 +79,28 @@ def test_too_large_for_where_the_kernel_looks(tmp_path: Path) -> None:
     path = tmp_path / "huge"
     path.touch()
     os.truncate(path, 3 * GIB)  # sparse
-    with Initrds([str(path)]) as initrds, GuestMemory(5 * GIB) as memory:
-        with pytest.raises(BootError, match="make it smaller"):
-            initrds.place(memory, 2 * MIB, NO_LIMIT)
+    with (
+        Initrds([str(path)]) as initrds,
+        GuestMemory(5 * GIB) as memory,
+        pytest.raises(BootError, match="make it smaller"),
+    ):
+        initrds.place(memory, 2 * MIB, NO_LIMIT)
     os.truncate(path, 20 * MIB)
-    with Initrds([str(path)]) as initrds, GuestMemory(64 * MIB) as memory:
-        with pytest.raises(BootError, match="0x1000000, up to where it can use them"):
-            initrds.place(memory, 2 * MIB, 0xFFFFFF)
+    with (
+        Initrds([str(path)]) as initrds,
+        GuestMemory(64 * MIB) as memory,
+        pytest.raises(BootError, match="0x1000000, up to where it can use them"),
+    ):
+        initrds.place(memory, 2 * MIB, 0xFFFFFF)
 
 
-def test_a_kernel_past_all_ram_is_told(tmp_path: Path) -> None:
-    with Initrds([]) as initrds, GuestMemory(64 * MIB) as memory:
-        with pytest.raises(BootError, match="where there is never any"):
-            initrds.place(memory, 4 * GIB, NO_LIMIT)
+def test_a_kernel_past_all_ram_is_told() -> None:
+    with (
+        Initrds([]) as initrds,
+        GuestMemory(64 * MIB) as memory,
+        pytest.raises(BootError, match="where there is never any"),
+    ):
+        initrds.place(memory, 4 * GIB, NO_LIMIT)
 
 
 def test_one_wrong_file_closes_the_others(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BLOCK = 8 << 20
 """Unpacked bytes a block; also the size of each block but the last of an lz4 legacy frame."""
 MEMORY_MAX = 256 << 20
-"""What xz and lzma may use at most, bytes: a broken header can ask for 4 GiB (Linux uses 32 MiB)."""
+"""What xz and lzma may use at most, bytes; a broken header can ask for 4 GiB."""
 INPUT = 1 << 20
 """Packed bytes given to a library at a time."""
 

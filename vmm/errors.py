@@ -11,7 +11,7 @@ import os
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_HOST = 69
-"""The host cannot run this (sysexits.h EX_UNAVAILABLE): no /dev/kvm, no permission, missing capability."""
+"""The host cannot run this (sysexits.h EX_UNAVAILABLE): no /dev/kvm, no permission, ..."""
 EXIT_INTERNAL = 70
 """The monitor itself failed (sysexits.h EX_SOFTWARE)."""
 EXIT_PANIC = 120

@@ -19,7 +19,7 @@ PVH_MODLIST = 0x6080
 ZERO_PAGE = 0x7000
 BOOT_STACK = 0x8FF0
 PML4 = 0x9000
-"""Boot page tables: PML4, one PDPT at 0xa000, four page directories from 0xb000 (4 GiB, 2 MiB pages)."""
+"""Boot page tables: PML4, PDPT at 0xa000, four page directories from 0xb000 (4 GiB)."""
 CMDLINE = 0x20000
 CMDLINE_MAX = 0x10000
 EBDA = 0x9FC00
@@ -50,7 +50,7 @@ PORT_I8042 = 0x60
 PORT_EXIT = 0xF4
 PORT_PVPANIC = 0x505
 PORT_ACPI = 0x600
-"""ACPI block, 8 ports: sleep control 0x600, sleep status 0x601, reset 0x602, GED selector 0x604 (32 bits)."""
+"""ACPI block, 8 ports: sleep control, sleep status, reset, -, GED selector (32 bits)."""
 
 # --- interrupts (GSIs) ----------------------------------------------------------------------------
 IOAPIC_PINS = 24

@@ -56,7 +56,13 @@ exec 3<>/dev/hvc0
 stty -F /dev/hvc0 raw -echo
 exec 4>/dev/vport0p1
 printf '\036ready 0\n' >&4
+# While one VM is open, KVM's static keys stay as they are. Their patching (int3, then the rest)
+# at each first and last VM sometimes hangs TCG's processors for good: all spin in exc_int3.
+hold_vm() {
+    chroot /new perl -e 'sysopen(K, "/dev/kvm", 2) and ioctl(K, 0xAE01, 0) and sleep' 3>&- 4>&- &
+}
 while read -r kind script token rows columns <&3; do
+    hold_vm
     if [ "$kind" = terminal ]; then
         stty -F /dev/hvc0 sane rows "$rows" columns "$columns"
         # script gives it a pseudo-terminal set like hvc0: the end of a session hangs its terminal up, which for hvc0

@@ -105,3 +105,21 @@ def test_nothing_slow_is_imported() -> None:
         check=True,
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_the_hosts_name_goes_into_the_brand_leaves() -> None:
+    from vmm.cpu import build, host_brand
+    from vmm.kvm.cpuid import CpuidEntry
+
+    supported = [
+        CpuidEntry(0, eax=1),
+        CpuidEntry(1, edx=1),
+        CpuidEntry(0x8000_0000, eax=0x8000_0008),
+    ]
+    table = build(supported, "host", brand="A processor " + "x" * 60)[0]
+    leaves = [e for e in table if 0x8000_0002 <= e.function <= 0x8000_0004]
+    text = b"".join(
+        register.to_bytes(4, "little") for e in leaves for register in (e.eax, e.ebx, e.ecx, e.edx)
+    )
+    assert text == b"A processor " + b"x" * 35 + b"\0"
+    assert host_brand() == "" or host_brand().isprintable()

@@ -1,3 +1,58 @@
-"""vmm: a KVM virtual machine monitor in Python."""
+"""vmm: a KVM virtual machine monitor in Python.
+
+The public names are here, loaded on first use: a program pays only for what it takes.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.config import MachineConfig
+    from vmm.console.tail import ConsoleClosed
+    from vmm.errors import (
+        BootError,
+        GuestMemoryError,
+        HostError,
+        KvmError,
+        StateError,
+        UsageError,
+        VmmError,
+    )
+    from vmm.initramfs import Initramfs
+    from vmm.machine import Machine, MachineExit
+
+__all__ = [
+    "BootError",
+    "ConsoleClosed",
+    "GuestMemoryError",
+    "HostError",
+    "Initramfs",
+    "KvmError",
+    "Machine",
+    "MachineConfig",
+    "MachineExit",
+    "StateError",
+    "UsageError",
+    "VmmError",
+    "__version__",
+]
+
+_HOME = {
+    "ConsoleClosed": "vmm.console.tail",
+    "Initramfs": "vmm.initramfs",
+    "Machine": "vmm.machine",
+    "MachineConfig": "vmm.config",
+    "MachineExit": "vmm.machine",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'vmm' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME.get(name, "vmm.errors")), name)
+    globals()[name] = value
+    return value

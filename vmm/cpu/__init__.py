@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vmm.kvm.cpuid import CpuidEntry
 
-__all__ = ["build"]
+__all__ = ["build", "host_brand"]
 
 
 def build(
@@ -28,14 +28,27 @@ def build(
     cpus: int = 1,
     *,
     tsc_deadline: bool = True,
+    brand: str = "",
 ) -> list[list[CpuidEntry]]:
     """A CPUID table for each of `cpus` vCPUs; table n is for APIC id n.
 
     `supported` is not changed. Tables share the entries that are the same for all: take them as
-    read-only. `tsc_deadline`: KVM_CAP_TSC_DEADLINE_TIMER, with the in-kernel APIC.
+    read-only. `tsc_deadline`: KVM_CAP_TSC_DEADLINE_TIMER, with the in-kernel APIC. `brand`: the
+    host processor's name (`host_brand`), for the policies that show the host's processor.
 
     UsageError: `policy` cannot be read, or not be had on this host (see `vmm.cpu.policy`).
     """
-    resolved = _policy.resolve(supported, policy, tsc_deadline=tsc_deadline)
+    resolved = _policy.resolve(supported, policy, tsc_deadline=tsc_deadline, brand=brand)
     base = _topology.apply(resolved, cpus)
     return [base, *(_topology.for_vcpu(base, vcpu) for vcpu in range(1, cpus))]
+
+
+def host_brand() -> str:
+    """The first "model name" of /proc/cpuinfo, or an empty string."""
+    with open("/proc/cpuinfo", "rb", buffering=0) as cpuinfo:
+        head = cpuinfo.read(4096)
+    at = head.find(b"model name")
+    if at < 0:
+        return ""
+    line = head[at : head.find(b"\n", at)]
+    return line.partition(b":")[2].strip().decode("ascii", "replace")

@@ -138,13 +138,18 @@ def parse(text: str) -> tuple[str, list[str], list[str]]:
 
 
 def resolve(
-    supported: Iterable[CpuidEntry], text: str = "host", *, tsc_deadline: bool = True
+    supported: Iterable[CpuidEntry],
+    text: str = "host",
+    *,
+    tsc_deadline: bool = True,
+    brand: str = "",
 ) -> list[CpuidEntry]:
     """The CPUID table that policy `text` makes of KVM_GET_SUPPORTED_CPUID's; new entries.
 
     `tsc_deadline`: KVM_CAP_TSC_DEADLINE_TIMER is there and so is the in-kernel APIC (the table
-    itself does not say). Leaves that would read as zeros are left out, which to a guest is the
-    same. The topology leaves are still the host's: see `vmm.cpu.topology`.
+    itself does not say). `brand`: the host processor's name, which KVM's table does not have; a
+    baseline has one of its own. Leaves that would read as zeros are left out, which to a guest is
+    the same. The topology leaves are still the host's: see `vmm.cpu.topology`.
 
     UsageError: as `parse`, a feature asked for that KVM does not support here, or a baseline that
     this host does not reach.
@@ -167,6 +172,8 @@ def resolve(
     xsave.trim(table, chosen, known_only=policy in BASELINES)
     if policy in BASELINES:
         _level_out(table, chosen, policy)
+    elif brand and (0x8000_0002, 0) not in table:
+        _put_brand(table, brand)
     return list(table.values())
 
 
@@ -261,7 +268,7 @@ def _level_out(table: Table, chosen: int, policy: str) -> None:
 
 def _put_brand(table: Table, brand: str) -> None:
     """The processor's name, in leaves 0x80000002 to 4 (48 bytes, padded with NUL)."""
-    text = brand.encode("ascii").ljust(48, b"\0")
+    text = brand.encode("ascii", "replace")[:47].ljust(48, b"\0")
     for leaf in (0x8000_0002, 0x8000_0003, 0x8000_0004):
         at = 16 * (leaf - 0x8000_0002)
         words = [int.from_bytes(text[i : i + 4], "little") for i in range(at, at + 16, 4)]

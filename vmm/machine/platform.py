@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from vmm.machine.vcpu_thread import VcpuThread
 
 
+PANIC_TEXT = "Kernel panic - not syncing"
+"""What Linux's panic() prints first (kernel/panic.c)."""
+
+
 class Platform:
     """The devices of one machine, wired to it.
 
@@ -81,11 +85,17 @@ class Platform:
 
     def cpuid_tables(self, kvm: Kvm) -> list[list[CpuidEntry]]:
         """What each vCPU's CPUID says."""
-        from vmm.cpu import build
+        from vmm.cpu import build, host_brand
 
         config = self.machine.config
         deadline = bool(kvm.check_extension(constants.CAP_TSC_DEADLINE_TIMER))
-        return build(kvm.supported_cpuid(), config.cpu, config.cpus, tsc_deadline=deadline)
+        return build(
+            kvm.supported_cpuid(),
+            config.cpu,
+            config.cpus,
+            tsc_deadline=deadline,
+            brand=host_brand(),
+        )
 
     def load_kernel(self, kernel: str) -> BootState:
         """Put the kernel, initrds and tables into guest memory."""
@@ -156,6 +166,15 @@ class Platform:
         self.machine.end(MachineExit(exits.POWEROFF, "the guest powered off"))
 
     def _reset(self) -> None:
+        self.flush()
+        text = self.console.tail.text()
+        at = text.rfind(PANIC_TEXT)
+        if at >= 0:
+            # A kernel whose pvpanic driver was not loaded reboots on a panic like on any other
+            # occasion (panic=-1); that it printed one tells the difference.
+            line = text[at:].split("\n", 1)[0].strip()
+            self.machine.end(MachineExit(exits.PANIC, f"the guest's kernel panicked: {line}"))
+            return
         self.machine.end(MachineExit(exits.REBOOT, "the guest rebooted"))
 
 

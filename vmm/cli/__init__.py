@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -17,38 +19,77 @@ Boot a Linux kernel in a virtual machine, or tell what this host can run.
 `vmm run --help` lists the options.
 """
 COMMANDS = ("run", "doctor")
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+"""What the host says when it runs out of something; no fault of ours."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    command = args[0] if args else ""
-    if command in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
-        return 0
-    if command in ("-V", "--version"):
-        from vmm import __version__
-
-        print(f"vmm {__version__}")
-        return 0
-    if command not in COMMANDS:
-        what = f"{command!r} is not a command" if command else "no command given"
-        print(f"vmm: {what}; use one of: {', '.join(COMMANDS)} (see vmm --help)", file=sys.stderr)
-        return 2
-    from vmm.errors import EXIT_INTERRUPTED, VmmError
-
     try:
-        if command == "run":
-            from vmm.cli.run import main as run
+        _hold_standard_descriptors()
+        from vmm.errors import EXIT_HOST, EXIT_INTERNAL, EXIT_INTERRUPTED, VmmError
 
-            return run(args[1:])
-        from vmm.cli.doctor import main as doctor
-
-        return doctor(args[1:])
-    except VmmError as err:
-        print(f"vmm: {err}", file=sys.stderr)
-        return err.exit_status
+        try:
+            return _command(list(sys.argv[1:] if argv is None else argv))
+        except VmmError as err:
+            _say(str(err))
+            return err.exit_status
+        except OSError as err:
+            if err.errno not in EXHAUSTED:
+                raise
+            _say(f"the host has run out of something: {err}; see `ulimit -a`")
+            return EXIT_HOST
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 1
+    except Exception as err:
+        import traceback
+
+        from vmm.cli.say import write_error
+
+        write_error(traceback.format_exc())
+        _say(f"internal error, {type(err).__name__}: a bug of vmm's own, please report the above")
+        return EXIT_INTERNAL
+
+
+def _command(args: list[str]) -> int:
+    from vmm.errors import UsageError
+
+    command = args[0] if args else ""
+    if command == "run":
+        from vmm.cli.run import main as run
+
+        return run(args[1:])
+    if command == "doctor":
+        from vmm.cli.doctor import main as doctor
+
+        return doctor(args[1:])
+    from vmm.cli.say import answer
+
+    if command in ("-h", "--help", "help"):
+        answer(USAGE)
+        return 0
+    if command in ("-V", "--version"):
+        from vmm import __version__
+
+        answer(f"vmm {__version__}\n")
+        return 0
+    what = f"{command!r} is not a command" if args else "no command given"
+    raise UsageError(f"{what}; use one of: {', '.join(COMMANDS)} (see vmm --help)")
+
+
+def _say(message: str) -> None:
+    from vmm.cli.say import say
+
+    say(message)
+
+
+def _hold_standard_descriptors() -> None:
+    """Put /dev/null where 0, 1 or 2 is closed: else /dev/kvm or a kernel would take its number,
+    and be read as input or written to as output. Output cannot be written, as before."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDONLY)  # the lowest number that is free: this one

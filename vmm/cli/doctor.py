@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 
-from vmm.cli.arguments import Parser
+from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.say import STDOUT, answer
 from vmm.errors import EXIT_HOST, EXIT_OK
 from vmm.kvm import DEV_KVM
 
@@ -22,28 +21,35 @@ exit status:
   69   KVM cannot be used; the report says why, and what to do
 """
 
-
-def parser() -> Parser:
-    """The options of `vmm doctor`."""
-    p = Parser("vmm doctor", "Say which KVM this host has and what will run on it.", EPILOG)
-    p.add_argument("--json", action="store_true", help="the report as JSON")
-    p.add_argument(
-        "--device", metavar="PATH", default=DEV_KVM, help=f"the KVM device (default {DEV_KVM})"
-    )
-    return p
+PARSER = Parser(
+    "vmm doctor",
+    "Say which KVM this host has and what will run on it.",
+    (
+        Option("--json", help="the report as JSON"),
+        Option(
+            "--device", metavar="PATH", default=DEV_KVM, help=f"the KVM device (default {DEV_KVM})"
+        ),
+    ),
+    epilog=EPILOG,
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Examine and report; the exit status (see EPILOG)."""
-    args = parser().parse_args(argv)
+    args = PARSER.parse(argv)
+    if args.given(HELP):
+        answer(PARSER.help_text())
+        return EXIT_OK
     from vmm.doctor import examine
 
-    report = examine(args.device)
-    if args.json:
-        print(json.dumps(report.as_dict(), indent=2))
+    report = examine(args.value("--device"))
+    if args.given("--json"):
+        import json
+
+        answer(json.dumps(report.as_dict(), indent=2) + "\n")
     else:
         from vmm.doctor.text import render
 
-        colour = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        sys.stdout.write(render(report, colour=colour and not os.environ.get("NO_COLOR")))
+        colour = os.isatty(STDOUT) and os.environ.get("TERM", "dumb") != "dumb"
+        answer(render(report, colour=colour and not os.environ.get("NO_COLOR")))
     return EXIT_OK if report.usable else EXIT_HOST

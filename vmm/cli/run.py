@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from vmm.cli.arguments import Parser
+from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.say import answer, say, write_error
 from vmm.config import BOOT_MODES, ON_PANIC, MachineConfig
-from vmm.errors import UsageError
+from vmm.errors import EXIT_OK, UsageError
 from vmm.units import format_size, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from argparse import Namespace
     from collections.abc import Sequence
 
+    from vmm.cli.arguments import Arguments
     from vmm.machine import Machine
 
 EPILOG = """\
@@ -30,112 +30,123 @@ on a terminal: Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A c sends a break
 SIGTERM presses the ACPI power button; a second one ends the machine.
 """
 
+PARSER = Parser(
+    "vmm run",
+    "Boot KERNEL (bzImage or ELF vmlinux) in a virtual machine.",
+    (
+        Option(
+            "--initrd",
+            metavar="FILE",
+            repeat=True,
+            help="initial RAM disk; repeat to concatenate several",
+        ),
+        Option(
+            "--append",
+            metavar="CMDLINE",
+            repeat=True,
+            help="added to the kernel command line after the default (shown with -v)",
+        ),
+        Option("--memory", metavar="SIZE", default="256M", help="guest RAM (default 256M)"),
+        Option("--cpus", metavar="N", default="1", help="vCPUs (default 1)"),
+        Option(
+            "--cpu",
+            metavar="POLICY",
+            default="host",
+            help="host, max, x86-64-v2, -v3 or -v4, then ,+feature,-feature (default host)",
+        ),
+        Option(
+            "--console",
+            metavar="WHERE",
+            default="auto",
+            help="auto (this terminal), none, file:PATH or pty",
+        ),
+        Option(
+            "--boot", metavar="HOW", default="auto", help=", ".join(BOOT_MODES) + " (default auto)"
+        ),
+        Option("--no-acpi", help="an MP table instead of ACPI"),
+        Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
+        Option(
+            "--on-panic",
+            metavar="ACTION",
+            default="exit",
+            help=" or ".join(ON_PANIC) + " when the guest panics (default exit)",
+        ),
+        Option("-v", "--verbose", help="say what is loaded and what it does"),
+    ),
+    operand="KERNEL",
+    epilog=EPILOG,
+)
 
-def parser() -> Parser:
-    """The options of `vmm run`."""
-    p = Parser("vmm run", "Boot KERNEL (bzImage or ELF vmlinux) in a virtual machine.", EPILOG)
-    add = p.add_argument
-    add("kernel", metavar="KERNEL", help="bzImage or ELF vmlinux")
-    add(
-        "--initrd",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="initial RAM disk; repeat to concatenate several",
-    )
-    add(
-        "--append",
-        metavar="CMDLINE",
-        action="append",
-        default=[],
-        help="added to the kernel command line after the default (shown with -v)",
-    )
-    add("--memory", metavar="SIZE", default="256M", help="guest RAM (default 256M)")
-    add("--cpus", metavar="N", default="1", help="vCPUs (default 1)")
-    add(
-        "--cpu",
-        metavar="POLICY",
-        default="host",
-        help="host, max, x86-64-v2, -v3 or -v4, then ,+feature,-feature (default host)",
-    )
-    add(
-        "--console",
-        metavar="WHERE",
-        default="auto",
-        help="auto (this terminal), none, file:PATH or pty",
-    )
-    add("--boot", metavar="HOW", default="auto", help=", ".join(BOOT_MODES) + " (default auto)")
-    add("--no-acpi", action="store_true", help="an MP table instead of ACPI")
-    add("--timeout", metavar="S", help="end the machine after S seconds, status 124")
-    add(
-        "--on-panic",
-        metavar="ACTION",
-        default="exit",
-        help=" or ".join(ON_PANIC) + " when the guest panics (default exit)",
-    )
-    add("-v", "--verbose", action="store_true", help="say what is loaded and what it does")
-    return p
 
-
-def configure(args: Namespace) -> MachineConfig:
+def configure(args: Arguments) -> MachineConfig:
     """A configuration from parsed options; UsageError names the one that cannot be."""
-    try:
-        cpus = int(args.cpus)
-    except ValueError:
-        raise UsageError(f"--cpus {args.cpus!r} is not a number; say for example 2") from None
+    cpus = args.value("--cpus")
+    if not (cpus.isascii() and cpus.removeprefix("-").isdecimal() and len(cpus) < 10):
+        raise UsageError(f"--cpus {cpus!r} is not a number; say for example 2")
     timeout = None
-    if args.timeout is not None:
+    if args.given("--timeout"):
         try:
-            timeout = float(args.timeout)
+            timeout = float(args.value("--timeout"))
         except ValueError:
-            raise UsageError(f"--timeout {args.timeout!r} is not a number of seconds") from None
+            raise UsageError(
+                f"--timeout {args.value('--timeout')!r} is not a number of seconds; say for "
+                "example 30 or 0.5"
+            ) from None
+    console = args.value("--console")
+    if console == "auto" and sys.stdout is None:
+        raise UsageError("--console auto: standard output is closed; try --console none")
     return MachineConfig(
-        args.kernel,
-        initrds=args.initrd,
-        append=" ".join(args.append),
-        memory=parse_size(args.memory, "--memory"),
-        cpus=cpus,
-        cpu=args.cpu,
-        console=args.console,
-        boot=args.boot,
-        acpi=not args.no_acpi,
+        args.operands[0],
+        initrds=args.values("--initrd"),
+        append=" ".join(args.values("--append")),
+        memory=parse_size(args.value("--memory"), "--memory"),
+        cpus=int(cpus),
+        cpu=args.value("--cpu"),
+        console=console,
+        boot=args.value("--boot"),
+        acpi=not args.given("--no-acpi"),
         timeout=timeout,
-        on_panic=args.on_panic,
-        trace=args.verbose,
+        on_panic=args.value("--on-panic"),
+        trace=args.given("--verbose"),
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run; the exit status (see EPILOG)."""
-    args = parser().parse_args(argv)
+    args = PARSER.parse(argv)
+    if args.given(HELP):
+        answer(PARSER.help_text())
+        return EXIT_OK
     config = configure(args)
-    from vmm.cli.supervise import supervise
+    from vmm.cli.supervise import Signals, supervise
     from vmm.machine import Machine
 
+    verbose = config.trace
     with Machine(config) as machine:
-        if args.verbose:
+        if verbose:
             _describe(machine)
         backend = machine.platform.console.backend
         if config.console == "pty":
-            _say(f"console on {backend.name.removeprefix('pty ')}")
-        ended = supervise(machine)
+            say(f"console on {backend.name.removeprefix('pty ')}")
+        with Signals() as signals:
+            try:
+                ended = supervise(machine, signals)
+            finally:
+                # Before signals take the process again: it gives the terminal back.
+                machine.close()
     if backend.error:
-        _say(backend.error)
+        say(backend.error)
     if ended.report:
-        sys.stderr.write(ended.report.rstrip("\n") + "\n")
-    if not ended.ok or args.verbose:
-        _say(f"{ended.message} (status {ended.status})")
+        write_error(ended.report.rstrip("\n") + "\n")
+    if not ended.ok or verbose:
+        say(f"{ended.message} (status {ended.status})")
     return ended.status
 
 
 def _describe(machine: Machine) -> None:
     config = machine.config
-    _say(f"{config.cpus} vCPU ({config.cpu}), {format_size(config.memory)} of memory")
+    say(f"{config.cpus} vCPU ({config.cpu}), {format_size(config.memory)} of memory")
     if machine.boot is not None:
         for line in machine.boot.description:
-            _say(line)
-    _say(f"command line: {config.cmdline}")
-
-
-def _say(line: str) -> None:
-    os.write(2, f"vmm: {line}\n".encode())
+            say(line)
+    say(f"command line: {config.cmdline}")

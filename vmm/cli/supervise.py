@@ -11,57 +11,93 @@ import _signal  # type: ignore[import-not-found]
 import os
 import select
 
+from vmm.cli.say import say
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Self
+
     from vmm.machine import Machine
 
 SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 NAMES = {_signal.SIGINT: "SIGINT", _signal.SIGTERM: "SIGTERM", _signal.SIGHUP: "SIGHUP"}
+LONGEST_WAIT = 3600.0
+"""Seconds in one poll(2), whose limit is 24 days."""
 
 
-def supervise(machine: Machine) -> MachineExit:
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP come out of `fd`, a byte each, instead of ending the process.
+
+    A context manager, for the main thread. One that was ignored (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+
+    def __enter__(self) -> Self:
+        self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._old_fd = _signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._old = {
+            signum: _signal.signal(signum, _on_signal)
+            for signum in SIGNALS
+            if _signal.getsignal(signum) != _signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._old.items():
+            _signal.signal(signum, handler)
+        _signal.set_wakeup_fd(self._old_fd)
+        os.close(self.fd)
+        os.close(self._write_end)
+        self.fd = -1
+
+    def read(self) -> bytes:
+        """The signals that came, in order."""
+        try:
+            return os.read(self.fd, 64)
+        except BlockingIOError:
+            return b""
+
+
+def supervise(machine: Machine, signals: Signals) -> MachineExit:
     """Start the machine and see it to its end. On the main thread."""
-    ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    old_fd = _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    old = {signum: _signal.signal(signum, _ignore) for signum in SIGNALS}
+    changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def on_event(event: str) -> None:
-        if event == "stopped":
-            os.eventfd_write(ended, 1)
+        if event in ("stopped", "paused"):
+            os.eventfd_write(changed, 1)
 
     machine.listen(on_event)
     poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    poll.register(read_end, select.POLLIN)
+    poll.register(changed, select.POLLIN)
+    poll.register(signals.fd, select.POLLIN)
     pressed = False
     try:
         machine.start()
         while machine.exit is None:
             left = machine.time_left()
-            ready = [fd for fd, _ in poll.poll(None if left is None else left * 1000 + 1)]
-            if read_end not in ready:
-                continue
-            for signum in os.read(read_end, 64):
+            wait = LONGEST_WAIT if left is None else min(left, LONGEST_WAIT)
+            ready = [fd for fd, _ in poll.poll(wait * 1000 + 1)]
+            if changed in ready:
+                os.eventfd_read(changed)
+                if machine.state == "paused":
+                    say("the guest's kernel panicked; it is paused (SIGINT or Ctrl-A x ends it)")
+            for signum in signals.read() if signals.fd in ready else b"":
                 if signum == _signal.SIGTERM and not pressed:
                     pressed = True
                     machine.press_power_button()
-                elif signum in SIGNALS:
+                elif signum in NAMES:
                     machine.end(
                         MachineExit(exits.STOPPED, f"ended by {NAMES[signum]}", status=128 + signum)
                     )
         return machine.wait()
     finally:
         machine.listen(None)
-        for signum, handler in old.items():
-            _signal.signal(signum, handler)
-        _signal.set_wakeup_fd(old_fd)
-        for fd in (ended, read_end, write_end):
-            os.close(fd)
+        os.close(changed)
 
 
-def _ignore(signum: int, frame: object) -> None:
+def _on_signal(signum: int, frame: object) -> None:
     """The wakeup descriptor carries the signal."""

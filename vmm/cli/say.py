@@ -1,0 +1,60 @@
+"""What the command says: answers on standard output, lines that begin with `vmm:` on error.
+
+Written straight to the descriptors. Nothing is left in a buffer for the interpreter to fail on
+at its end (status 120, which is a guest's panic here); a line about odd text (a file name, a
+guest's own words) stays one line.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmm.errors import HostError
+
+STDOUT, STDERR = 1, 2
+LONGEST = 1000
+"""Characters of a line; what is over is cut out of its middle."""
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+    if not message.isprintable():
+        message = "".join(map(_visible, message))
+    write_error(f"vmm: {message}\n")
+
+
+def write_error(text: str) -> None:
+    """`text` as it is on standard error; nothing happens where nobody listens."""
+    try:
+        _write(STDERR, text)
+    except OSError:
+        return
+
+
+def answer(text: str) -> None:
+    """`text` on standard output, what the person asked for.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        HostError: it cannot be written (a full disk, a closed descriptor).
+    """
+    try:
+        _write(STDOUT, text)
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        raise HostError(f"standard output: {err.strerror}") from None
+
+
+def _write(fd: int, text: str) -> None:
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")

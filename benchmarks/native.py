@@ -1,0 +1,67 @@
+"""native.c: compiled when it changed, kept in the user's cache, and asked for figures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vmm.errors import HostError
+from vmm.testing.kernels import cache_directory
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O2", "-Wall", "-pthread")
+
+
+def program() -> str:
+    """Path of the compiled program."""
+    source = SOURCE.read_bytes()
+    name = hashlib.sha256(source + " ".join(FLAGS).encode()).hexdigest()[:16]
+    target = cache_directory() / "bench" / f"native-{name}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob("native-*"):
+            old.unlink()
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = os.path.join(scratch, "native")
+            try:
+                subprocess.run(["gcc", *FLAGS, "-o", made, str(SOURCE)], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise HostError(f"cannot compile {SOURCE}: {error}; is gcc installed?") from None
+            os.rename(made, target)
+    return str(target)
+
+
+class Native:
+    """A running `native serve`: warm, as the Python process it is compared with."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [program(), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, command: str) -> int:
+        """Nanoseconds for `command` (see native.c)."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise HostError(f"the C program ended at {command!r}; its message is above")
+        return int(answer)

@@ -3,6 +3,8 @@
  *
  *   native once      one machine: its guest writes the exit port; exits with that status
  *   native idle      one machine whose guest halts; says "ready", ends with its standard input
+ *   native spawn COMMAND...   runs it without output; prints nanoseconds, peak KiB, status.
+ *                    A small parent, because a child's peak starts from its parent's.
  *   native serve     reads commands, answers each with a line of nanoseconds:
  *                      create               create, run to the first exit, close
  *                      exits CPL N FILE     N exits of the guest in FILE (see guests.py)
@@ -16,6 +18,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -236,12 +240,36 @@ static void serve(void)
 	}
 }
 
+static int spawn(char **command)
+{
+	int status;
+	struct rusage usage;
+	uint64_t start = now();
+	pid_t child = fork();
+	if (child < 0)
+		die("fork");
+	if (!child) {
+		int null = open("/dev/null", O_RDWR);
+		dup2(null, 0);
+		dup2(null, 1);
+		execvp(command[0], command);
+		die(command[0]);
+	}
+	if (wait4(child, &status, 0, &usage) < 0)
+		die("wait4");
+	printf("%lu %ld %d\n", (unsigned long)(now() - start), usage.ru_maxrss,
+	       WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	struct machine m;
 	const char *mode = argc > 1 ? argv[1] : "";
 	if (!strcmp(mode, "serve")) {
 		serve();
+	} else if (!strcmp(mode, "spawn") && argc > 2) {
+		return spawn(argv + 2);
 	} else if (!strcmp(mode, "once")) {
 		create(&m);
 		set_up_pvh(&m, exit_code, sizeof exit_code);
@@ -257,7 +285,7 @@ int main(int argc, char **argv)
 		fflush(stdout);
 		getchar();
 	} else {
-		fprintf(stderr, "usage: native once|idle|serve\n");
+		fprintf(stderr, "usage: native once|idle|serve|spawn COMMAND...\n");
 		return 2;
 	}
 	return 0;

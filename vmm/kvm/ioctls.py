@@ -144,7 +144,9 @@ def ioctl_struct(fd: int, call: Ioctl, struct: Any) -> int:
 
 
 def _error(call: Ioctl, err: OSError) -> KvmError:
-    from vmm.kvm.hints import hint_for
-
     number = err.errno or 0
+    try:
+        from vmm.kvm.hints import hint_for
+    except OSError:  # no descriptor is left to read that module with
+        return KvmError(call.name, number, "too many open files: raise `ulimit -n`")
     return KvmError(call.name, number, hint_for(call.name, number))

@@ -38,6 +38,7 @@ LIMIT = 30.0
 """Seconds a guest may run to its next exit; only an emulated host comes near it."""
 
 CODE_32, CODE_64, DATA_SEL, TSS_SEL = 0x08, 0x10, 0x18, 0x30
+CR4_OSFXSR = 1 << 9
 USER_CODE, USER_DATA = 0x20 | 3, 0x28 | 3
 _DESCRIPTORS = (
     0,
@@ -214,11 +215,12 @@ class Guest:
             sregs.tr = (TSS, 0x67, TSS_SEL, 11, 1, 0, 0, 0, 0, 0, 0, 0, 0)
             sregs.gdt.base, sregs.gdt.limit = GDT, 8 * len(_DESCRIPTORS) - 1
             sregs.idt.base, sregs.idt.limit = IDT, 0xFFF if long else 0x7FF
+            sregs.cr4 = CR4_OSFXSR
             sregs.cr0 = doctor.CR0_PE | doctor.CR0_ET | doctor.CR0_NE
             if long:
                 sregs.cr0 |= doctor.CR0_PG
                 sregs.cr3 = layout.PML4
-                sregs.cr4 = doctor.CR4_PAE
+                sregs.cr4 |= doctor.CR4_PAE
                 sregs.efer = doctor.EFER_LME | doctor.EFER_LMA
         vcpu.set_sregs(sregs)
         regs = vcpu.get_regs()

@@ -12,6 +12,10 @@ from _thread import allocate_lock
 
 from vmm.errors import HostError, UsageError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import select
+
 CHUNK = 4096
 """Bytes a write that was told "writable" hands over at once: a pipe takes these without
 blocking (PIPE_BUF)."""
@@ -34,6 +38,9 @@ class Backend:
         self._closed = False
         self._ending = False
         self._lock = allocate_lock()
+
+    def begin(self) -> None:
+        """The machine starts: output comes from here on. UsageError where it cannot go."""
 
     def write(self, data: bytes) -> None:
         """Put out all of `data`; may wait for a slow reader until `end` or `close`."""
@@ -63,14 +70,18 @@ class FdBackend(Backend):
 
     def __init__(self, name: str, fd: int) -> None:
         super().__init__(name)
+        self.fd = fd
+        self._poll: select.poll | None = None
+        if fd >= 0:
+            self._watch()
+
+    def _watch(self) -> None:
         import select
         import stat
 
-        self.fd = fd
-        self._poll: select.poll | None = None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             self._poll = select.poll()
-            self._poll.register(fd, select.POLLOUT)
+            self._poll.register(self.fd, select.POLLOUT)
 
     def write(self, data: bytes) -> None:
         with self._lock:
@@ -102,18 +113,39 @@ class FdBackend(Backend):
 
 
 class FileBackend(FdBackend):
-    """A file, truncated."""
+    """A file, truncated when the machine starts: one that cannot start leaves the log of the one
+    before alone."""
 
     def __init__(self, path: str) -> None:
+        super().__init__(f"file:{path}", -1)
+        self._path = path
+        try:
+            directory = os.path.isdir(path)
+            there = directory or os.path.exists(path)
+            if directory:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            parent = os.path.dirname(path) or "."
+            if not os.access(path if there else parent, os.W_OK):
+                missing = not there and not os.path.isdir(parent)
+                number = errno.ENOENT if missing else errno.EACCES
+                raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def begin(self) -> None:
+        if self.fd >= 0 or self._closed:
+            return
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            fd = os.open(path, flags, 0o666)
+            self.fd = os.open(self._path, flags, 0o666)
         except OSError as error:
-            raise UsageError(
-                f"--console file:{path}: {error.strerror}; give a file that can be written, "
-                "in a directory that exists"
-            ) from error
-        super().__init__(f"file:{path}", fd)
+            raise self._cannot(error) from error
+        self._watch()
+
+    def write(self, data: bytes) -> None:
+        if self.fd < 0:
+            self.begin()
+        super().write(data)
 
     def close(self) -> None:
         super().close()
@@ -121,6 +153,12 @@ class FileBackend(FdBackend):
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
+
+    def _cannot(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"--console file:{self._path}: {error.strerror}; give a file that can be written, "
+            "in a directory that exists"
+        )
 
 
 class StdioBackend(FdBackend):

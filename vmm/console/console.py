@@ -36,6 +36,7 @@ class Console:
 
     def attach(self, uart: Uart, on_end: Callable[[], None] | None = None) -> None:
         """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed."""
+        self.backend.begin()
         uart.sink = self.sink
         self._uart = uart
         self.tail.before_wait = lambda: uart.flush(wait=False)

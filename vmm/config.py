@@ -117,8 +117,10 @@ class MachineConfig:
         if self.memory < MIB:
             raise UsageError(f"--memory {self.memory} bytes is too little; at least 1M, say 256M")
         if self.memory % PAGE_SIZE:
+            near = (self.memory // PAGE_SIZE + 1) * PAGE_SIZE
             raise UsageError(
-                f"--memory {self.memory} bytes is not a multiple of {PAGE_SIZE}; say 256M"
+                f"--memory {self.memory} bytes is not a multiple of {PAGE_SIZE}; "
+                f"--memory {near >> 10}K is"
             )
         limit = OVERCOMMIT * host_memory()
         if self.memory > limit:
@@ -127,17 +129,24 @@ class MachineConfig:
                 f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
-            raise UsageError(f"--cpus {self.cpus} is not from 1 to {MAX_CPUS}")
+            raise UsageError(f"--cpus {self.cpus} is not a number from 1 to {MAX_CPUS}")
         if self.boot not in BOOT_MODES:
             raise UsageError(f"--boot {self.boot!r} is not one of {', '.join(BOOT_MODES)}")
         if self.on_panic not in ON_PANIC:
             raise UsageError(f"--on-panic {self.on_panic!r} is not one of {', '.join(ON_PANIC)}")
         if self.timeout is not None and not 0 < self.timeout < 1e9:
-            raise UsageError(f"--timeout {self.timeout:g} is not a positive number of seconds")
+            raise UsageError(
+                f"--timeout {self.timeout:g} is not a number of seconds above 0 and below 1e9"
+            )
+        if self.kernel == "":
+            raise UsageError("KERNEL is an empty name; give the path of a bzImage or vmlinux")
         if self.initrds and self.kernel is None:
             raise UsageError("--initrd needs a kernel")
-        if "\0" in self.append:
-            raise UsageError("--append has a NUL character in it")
+        for characters, name in (("\0", "NUL character"), ("\r\n", "line break")):
+            if any(character in self.append for character in characters):
+                raise UsageError(
+                    f"--append {self.append!r} has a {name} in it; words are parted by spaces"
+                )
         file = self.console.removeprefix("file:")
         if self.console not in CONSOLES[:2] + CONSOLES[3:] and (file == self.console or not file):
             raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")

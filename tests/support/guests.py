@@ -51,7 +51,7 @@ _DESCRIPTORS = (
     0,
 )
 MODES = {"real": 16, "protected": 32, "long": 64, "user": 64}
-"""`user` is long mode entered at CPL0, which goes on at CPL3 (IOPL 3) by iretq."""
+"""`user` is `long` with `to_user` as its first step."""
 
 PRELUDE = f"""
 .set DATA, {DATA}
@@ -73,18 +73,15 @@ PRELUDE = f"""
 .macro enable_apic              # spurious vector register: on, vector 0xff
     poke LAPIC+0xf0, 0x1ff
 .endm
-.macro to_user                  # go on after this at CPL3, interrupts on where \\flags says so
+.macro to_user flags=0x3002     # go on after this at CPL3, with these flags (IOPL 3)
     pushq ${USER_DATA}
     pushq ${STACK}
-    pushq $(0x3002 | USER_IF)
+    pushq $\\flags
     pushq ${USER_CODE}
     pushq $1f
     iretq
 1:
 .endm
-.ifndef USER_IF
-.set USER_IF, 0
-.endif
 """
 
 
@@ -186,10 +183,9 @@ class Guest:
         memory.write(GDT, struct.pack(f"<{len(_DESCRIPTORS)}Q", *_DESCRIPTORS))
         memory.write_u64(TSS + 4, STACK - 0x800)  # RSP0, under the stack itself
         paging.write_page_tables(memory)
-        if self.mode == "user":
-            entries = struct.unpack("<3072Q", memory.read(layout.PML4, 0x6000))
-            user = (entry | 4 if entry else 0 for entry in entries)
-            memory.write(layout.PML4, struct.pack("<3072Q", *user))
+        entries = struct.unpack("<3072Q", memory.read(layout.PML4, 0x6000))
+        user = (entry | 4 if entry else 0 for entry in entries)  # pages user code may use too
+        memory.write(layout.PML4, struct.pack("<3072Q", *user))
         for position, vector in enumerate(self.vectors):
             target = HANDLERS + position * HANDLER_SIZE
             if self.mode == "real":

@@ -47,6 +47,9 @@ IDENTITY_MAP = 0xFFFBC000
 PORT_UART = 0x3F8
 PORT_RTC = 0x70
 PORT_I8042 = 0x60
+PORT_PIT = 0x40
+PORT_SPEAKER = 0x61
+"""Gate of the i8254's third counter, and the speaker."""
 PORT_EXIT = 0xF4
 PORT_PVPANIC = 0x505
 PORT_ACPI = 0x600

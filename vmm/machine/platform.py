@@ -15,6 +15,7 @@ from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.coalescing import ConsoleCoalescing
 from vmm.machine.exits import MachineExit
+from vmm.machine.late_pit import LatePit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ class Platform:
     # --- wiring -----------------------------------------------------------------------------------
 
     def connect(self, vm: Vm) -> None:
-        """Create the interrupt controllers and timers of a new VM."""
+        """Create the interrupt controllers of a new VM."""
         self.vm = vm
         vm.set_tss_addr(layout.TSS)
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.create_irqchip()
-        vm.create_pit2()
+        self.pit = LatePit(vm)
+        self.pio.add(layout.PORT_PIT, 4, self.pit)
+        self.pio.add(layout.PORT_SPEAKER, 1, self.pit, layout.PORT_SPEAKER - layout.PORT_PIT)
         if vm.check_extension(constants.CAP_EXIT_ON_EMULATION_FAILURE):
             vm.enable_cap(constants.CAP_EXIT_ON_EMULATION_FAILURE, 1)
 

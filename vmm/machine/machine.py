@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 
+from vmm import layout
 from vmm.config import MachineConfig
 from vmm.errors import HostError, StateError, UsageError, VmmError
 from vmm.kvm import Kvm, constants
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
-from vmm.machine.platform import Platform
 from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
 from vmm.memory import GuestMemory
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vmm.boot import BootState
     from vmm.console.tail import ConsoleTail
     from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.platform import Platform
 
 CREATED = "created"
 CLOSED = "closed"
@@ -59,6 +60,7 @@ class Machine:
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._closers: list[Callable[[], object]] = []
+        self.platform: Platform
         self._close_platform: Callable[[], None] | None = None
         self._threads: list[VcpuThread] = []
         self.vcpus: list[Vcpu] = []
@@ -81,13 +83,20 @@ class Machine:
             raise HostError("this KVM lacks KVM_CAP_IMMEDIATE_EXIT; Linux 4.12 or later is needed")
         self.memory = GuestMemory(config.memory, config.backing)
         self._closers.append(self.memory.close)
-        self.platform = Platform(self)
-        self._close_platform = self.platform.close
         vm = self.vm = kvm.create_vm()
         self._closers.append(vm.close)
+        vm.set_tss_addr(layout.TSS)
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
         # Early, and memory slots late: registering the interrupt controllers starts a grace period
-        # in KVM (8 ms at 250 Hz), which a memory slot waits for; the kernel is loaded meanwhile.
-        self.platform.connect(vm)
+        # in KVM (8 ms at 250 Hz), which a memory slot waits for. Meanwhile modules and the kernel
+        # are loaded.
+        vm.create_irqchip()
+        if vm.check_extension(constants.CAP_EXIT_ON_EMULATION_FAILURE):
+            vm.enable_cap(constants.CAP_EXIT_ON_EMULATION_FAILURE, 1)
+        from vmm.machine.platform import Platform
+
+        self.platform = Platform(self, vm)
+        self._close_platform = self.platform.close
         if config.kernel is not None:
             self.boot = self.platform.load_kernel(config.kernel)
         tables = self.platform.cpuid_tables(kvm)

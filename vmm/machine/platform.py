@@ -36,13 +36,13 @@ class Platform:
 
     Attributes:
         pio, mmio: the two address spaces.
-        uart, power, rtc: devices others need to reach.
+        uart, power, rtc, pit: devices others need to reach.
         console: what the UART's output goes to and its input comes from.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, vm: Vm) -> None:
         self.machine = machine
-        self.vm: Vm | None = None
+        self.vm = vm
         self.console = Console(machine.config.console)
         self._coalescing: ConsoleCoalescing | None = None
         self.pio = AddressSpace("port", 16)
@@ -56,6 +56,9 @@ class Platform:
         self.pio.add(layout.PORT_UART, 8, self.uart)
         self.pio.add(layout.PORT_ACPI, 8, self.power)
         self.pio.add(layout.PORT_RTC, 2, self.rtc)
+        self.pit = LatePit(vm)
+        self.pio.add(layout.PORT_PIT, 4, self.pit)
+        self.pio.add(layout.PORT_SPEAKER, 1, self.pit, layout.PORT_SPEAKER - layout.PORT_PIT)
         i8042 = I8042(self._reset)
         self.pio.add(layout.PORT_I8042, 1, i8042)
         self.pio.add(layout.PORT_I8042 + 4, 1, i8042, 4)
@@ -73,18 +76,6 @@ class Platform:
         )
 
     # --- wiring -----------------------------------------------------------------------------------
-
-    def connect(self, vm: Vm) -> None:
-        """Create the interrupt controllers of a new VM."""
-        self.vm = vm
-        vm.set_tss_addr(layout.TSS)
-        vm.set_identity_map_addr(layout.IDENTITY_MAP)
-        vm.create_irqchip()
-        self.pit = LatePit(vm)
-        self.pio.add(layout.PORT_PIT, 4, self.pit)
-        self.pio.add(layout.PORT_SPEAKER, 1, self.pit, layout.PORT_SPEAKER - layout.PORT_PIT)
-        if vm.check_extension(constants.CAP_EXIT_ON_EMULATION_FAILURE):
-            vm.enable_cap(constants.CAP_EXIT_ON_EMULATION_FAILURE, 1)
 
     def cpuid_tables(self, kvm: Kvm) -> list[list[CpuidEntry]]:
         """What each vCPU's CPUID says."""
@@ -123,7 +114,6 @@ class Platform:
 
     def start(self, threads: list[VcpuThread]) -> None:
         """Called before the first vCPU runs."""
-        assert self.vm is not None
         self.console.attach(self.uart, self._escape)
         self._coalescing = ConsoleCoalescing(self.vm, self.uart, threads)
         self.uart.sink = self._sink
@@ -152,8 +142,7 @@ class Platform:
 
     def _line(self, gsi: int) -> Callable[[int], None]:
         def set_level(level: int) -> None:
-            if self.vm is not None:
-                self.vm.irq_line(gsi, level)
+            self.vm.irq_line(gsi, level)
 
         return set_level
 

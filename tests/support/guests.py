@@ -264,6 +264,10 @@ class Guest:
     def mmio(self, limit: float = LIMIT) -> Mmio:
         """Run to the next memory-mapped access."""
         self._expect(constants.EXIT_MMIO, limit)
+        return self.memory_access()
+
+    def memory_access(self) -> Mmio:
+        """The memory-mapped access that the last exit was."""
         mmio = self.vcpu.kvm_run.mmio
         data = bytes(mmio.data)[: mmio.len] if mmio.is_write else None
         return Mmio(mmio.phys_addr, mmio.len, data)

@@ -27,13 +27,13 @@ setup: .venv/.ready
 
 # The nested lane's processor is slow and its disk read-only: it must find compiled code.
 compiled: .venv/.ready
-	@$(PYTHON) -m compileall -q vmm tests examples
+	@$(PYTHON) -m compileall -q vmm tests examples benchmarks
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-bench: .venv/.ready
+bench: compiled
 	$(PYTHON) -m benchmarks $(ARGS)
 
 clean:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from vmm.cli import command
 
-from vmm.cli import main
-
-sys.exit(main())
+command()

@@ -9,6 +9,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 USAGE = """\
 usage: vmm run KERNEL [--initrd FILE ...] [--append CMDLINE] [--memory 256M] [--cpus N] ...
@@ -21,6 +22,18 @@ Boot a Linux kernel in a virtual machine, or tell what this host can run.
 COMMANDS = ("run", "doctor")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """What the host says when it runs out of something; no fault of ours."""
+
+
+def command() -> NoReturn:
+    """The process `vmm`: `main`, and out without taking the interpreter down, which takes 5 ms.
+
+    Machines are closed by now, and nothing is in a buffer (vmm.cli.say).
+    """
+    import atexit
+
+    status = main()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

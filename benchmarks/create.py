@@ -20,14 +20,18 @@ REPETITIONS = 60
 
 
 def measure(progress: Progress) -> list[Series]:
-    """Machine with and without a kernel file, and the same ioctls from C."""
+    """Machine with and without a kernel file, and the same ioctls from C.
+
+    An i8254 is what most monitors create; Machine leaves it until a guest touches it.
+    """
     with tempfile.TemporaryDirectory(prefix="vmm-bench-") as scratch, Native() as native:
         kernel = os.path.join(scratch, "exit.elf")
         Path(kernel).write_bytes(guests.pvh_elf(guests.EXIT_0))
         contenders: dict[str, Callable[[], Sequence[float]]] = {
             "Machine, code put in by hand": lambda: [_timed(_bare)],
             "Machine, ELF kernel and ACPI tables": lambda: [_timed(lambda: _kernel(kernel))],
-            "the same ioctls in C": lambda: [native.ask("create") / 1e6],
+            "the same ioctls in C": lambda: [native.ask("create 0") / 1e6],
+            "in C, with an i8254 in KVM": lambda: [native.ask("create 1") / 1e6],
         }
         results = interleave(contenders, REPETITIONS, progress, "create", warm_up=3)
     return [
@@ -36,7 +40,7 @@ def measure(progress: Progress) -> list[Series]:
             "Machine created, run, closed",
             name,
             "ms",
-            reference=name.endswith("in C"),
+            reference=name == "the same ioctls in C",
             samples=[sample[0] for sample in samples],
         )
         for name, samples in results.items()

@@ -6,7 +6,7 @@
  *   native spawn COMMAND...   runs it without output; prints nanoseconds, peak KiB, status.
  *                    A small parent, because a child's peak starts from its parent's.
  *   native serve     reads commands, answers each with a line of nanoseconds:
- *                      create               create, run to the first exit, close
+ *                      create PIT           create, run to the first exit, close; an i8254 if 1
  *                      exits CPL N FILE     N exits of the guest in FILE (see guests.py)
  */
 #include <fcntl.h>
@@ -58,8 +58,8 @@ static uint64_t now(void)
 	return t.tv_sec * 1000000000ULL + t.tv_nsec;
 }
 
-/* The ioctls of Machine.__init__, in its order. */
-static void create(struct machine *m)
+/* The ioctls of Machine.__init__, in its order; the i8254 is what most monitors create, too. */
+static void create(struct machine *m, int with_pit)
 {
 	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (m->kvm < 0)
@@ -77,18 +77,19 @@ static void create(struct machine *m)
 	CALL(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity);
 	CALL(m->vm, KVM_CREATE_IRQCHIP, 0);
 	struct kvm_pit_config pit = { .flags = KVM_PIT_SPEAKER_DUMMY };
-	CALL(m->vm, KVM_CREATE_PIT2, &pit);
+	if (with_pit)
+		CALL(m->vm, KVM_CREATE_PIT2, &pit);
 	if (CALL(m->vm, KVM_CHECK_EXTENSION, KVM_CAP_EXIT_ON_EMULATION_FAILURE)) {
 		struct kvm_enable_cap cap = { .cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = { 1 } };
 		CALL(m->vm, KVM_ENABLE_CAP, &cap);
 	}
+	CALL(m->kvm, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER);
+	cpuid.head.nent = 256;
+	CALL(m->kvm, KVM_GET_SUPPORTED_CPUID, &cpuid);
 	struct kvm_userspace_memory_region region = {
 		.memory_size = MEMORY, .userspace_addr = (uintptr_t)m->memory,
 	};
 	CALL(m->vm, KVM_SET_USER_MEMORY_REGION, &region);
-	CALL(m->kvm, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER);
-	cpuid.head.nent = 256;
-	CALL(m->kvm, KVM_GET_SUPPORTED_CPUID, &cpuid);
 	m->vcpu = CALL(m->vm, KVM_CREATE_VCPU, 0);
 	m->run_size = CALL(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
@@ -217,23 +218,26 @@ static void *idle(void *machine)
 static void serve(void)
 {
 	char line[4096], image[4000];
-	int cpl;
+	int cpl, pit;
 	long count;
 	while (fgets(line, sizeof line, stdin)) {
 		struct machine m;
 		uint64_t taken;
 		if (sscanf(line, "exits %d %ld %3999s", &cpl, &count, image) == 3) {
-			create(&m);
+			create(&m, 0);
 			set_up_long(&m, image, cpl);
 			taken = run(&m) / count;
 			destroy(&m);
-		} else {
+		} else if (sscanf(line, "create %d", &pit) == 1) {
 			uint64_t start = now();
-			create(&m);
+			create(&m, pit);
 			set_up_pvh(&m, exit_code, sizeof exit_code);
 			run(&m);
 			destroy(&m);
 			taken = now() - start;
+		} else {
+			fprintf(stderr, "what is %s", line);
+			exit(2);
 		}
 		printf("%lu\n", (unsigned long)taken);
 		fflush(stdout);
@@ -271,13 +275,13 @@ int main(int argc, char **argv)
 	} else if (!strcmp(mode, "spawn") && argc > 2) {
 		return spawn(argv + 2);
 	} else if (!strcmp(mode, "once")) {
-		create(&m);
+		create(&m, 0);
 		set_up_pvh(&m, exit_code, sizeof exit_code);
 		run(&m);
 		destroy(&m);
 	} else if (!strcmp(mode, "idle")) {
 		pthread_t thread;
-		create(&m);
+		create(&m, 0);
 		set_up_pvh(&m, halt_code, sizeof halt_code);
 		if (pthread_create(&thread, NULL, idle, &m))
 			die("pthread_create");

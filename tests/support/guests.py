@@ -129,6 +129,8 @@ class Guest:
         handlers: assembly by interrupt vector; the others' gates are not present.
         irqchip: an in-kernel interrupt controller; without, the vCPU has no local APIC and
             HLT comes out.
+        split_irqchip: only the local APICs are the kernel's.
+        pit: an in-kernel timer.
         map_memory: False leaves the memory slots to the caller.
         regs: initial values by register name.
 
@@ -145,6 +147,8 @@ class Guest:
         handlers: Mapping[int, str] | None = None,
         memory: int = 2 * layout.MIB,
         irqchip: bool = True,
+        split_irqchip: bool = False,
+        pit: bool = False,
         map_memory: bool = True,
         **regs: int,
     ) -> None:
@@ -159,6 +163,10 @@ class Guest:
             self.vm.set_identity_map_addr(layout.IDENTITY_MAP)
             if irqchip:
                 self.vm.create_irqchip()
+            if split_irqchip:
+                self.vm.enable_cap(constants.CAP_SPLIT_IRQCHIP, layout.IOAPIC_PINS)
+            if pit:
+                self.vm.create_pit2()
             if map_memory:
                 self.vm.set_user_memory_region(0, 0, memory, self.memory.regions[0].hva)
             self.vcpu = stack.enter_context(self.vm.create_vcpu(0))

@@ -100,8 +100,6 @@ class Machine:
         if config.kernel is not None:
             self.boot = self.platform.load_kernel(config.kernel)
         tables = self.platform.cpuid_tables(kvm)
-        for slot, region in enumerate(self.memory.regions):
-            vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
         for number in range(config.cpus):
             vcpu = vm.create_vcpu(number)
             self.vcpus.append(vcpu)
@@ -111,6 +109,8 @@ class Machine:
                 from vmm.boot import registers
 
                 registers.set_up(vcpu, self.boot if number == 0 else None)
+        for slot, region in enumerate(self.memory.regions):
+            vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
         self._threads = [
             VcpuThread(self, vcpu, self.platform.pio, self.platform.mmio) for vcpu in self.vcpus
         ]

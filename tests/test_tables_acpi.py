@@ -109,7 +109,8 @@ def test_fadt() -> None:
     assert len(fadt) == 276
     assert fadt[8] == 6
     assert fadt[131] == 5
-    flags, boot_arch = struct.unpack_from("<I", fadt, 112)[0], struct.unpack_from("<H", fadt, 109)[0]
+    (boot_arch,) = struct.unpack_from("<H", fadt, 109)
+    (flags,) = struct.unpack_from("<I", fadt, 112)
     assert flags & 1 << 20, "HW_REDUCED_ACPI"
     assert flags & 1 << 10, "RESET_REG_SUP"
     assert flags & 1 << 4, "the power button is no fixed one"

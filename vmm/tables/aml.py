@@ -19,18 +19,29 @@ def pkg_length(content: bytes) -> bytes:
     """PkgLength and `content` (section 20.2.4); the length counts its own bytes."""
     for extra in range(4):
         total = len(content) + 1 + extra
-        if extra == 0 and total < 0x40:
-            return bytes((total,)) + content
-        if extra and total < 1 << (4 + 8 * extra):
-            lead = extra << 6 | total & 0xF
-            return bytes((lead,)) + (total >> 4).to_bytes(extra, "little") + content
+        if total <= _MOST[extra]:
+            return _encode_length(total, extra) + content
     raise ValueError(f"an AML package of {len(content)} bytes is too long")
 
 
+_MOST = (0x3F, 0xFFF, 0xFFFFF, 0xFFFFFFF)
+"""The highest PkgLength with so many bytes after its first."""
+
+
+def _encode_length(value: int, extra: int) -> bytes:
+    """A PkgLength of `extra` bytes after the first, which has the lowest 6, or 4, bits."""
+    if not extra:
+        return bytes((value,))
+    return bytes((extra << 6 | value & 0xF,)) + (value >> 4).to_bytes(extra, "little")
+
+
+_NAME_CHARACTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
+
 def name_seg(name: str) -> bytes:
-    """A NameSeg: up to four characters, padded with underscores."""
-    if not 1 <= len(name) <= 4:
-        raise ValueError(f"AML name {name!r} has not 1 to 4 characters")
+    """A NameSeg: up to four of A-Z, 0-9 and _, no digit first; padded with underscores."""
+    if not 1 <= len(name) <= 4 or set(name) - _NAME_CHARACTERS or name[0].isdigit():
+        raise ValueError(f"{name!r} is no AML name")
     return name.ljust(4, "_").encode("ascii")
 
 
@@ -55,9 +66,9 @@ def integer(value: int) -> bytes:
     if value in (0, 1):
         return bytes((value,))
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
-        if value < 1 << (8 * size):
+        if 0 <= value < 1 << (8 * size):
             return bytes((prefix,)) + value.to_bytes(size, "little")
-    raise ValueError(f"{value:#x} does not fit an AML integer")
+    raise ValueError(f"{value:#x} is no AML integer: 0 to 64 bits")
 
 
 def term(value: Term) -> bytes:
@@ -65,6 +76,8 @@ def term(value: Term) -> bytes:
     if isinstance(value, int):
         return integer(value)
     if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError(f"{value!r} is no AML string: it has a NUL in it")
         return b"\x0d" + value.encode("ascii") + b"\0"
     return value
 
@@ -114,9 +127,10 @@ def field(region: str, access: int, *fields: tuple[str, int]) -> bytes:
 
 def _field_length(bits: int) -> bytes:
     """A FieldElement's PkgLength: the number itself, not counting its own bytes."""
-    if bits < 0x40:
-        return bytes((bits,))
-    return bytes((0x40 | bits & 0xF,)) + (bits >> 4).to_bytes(1, "little")
+    for extra, most in enumerate(_MOST):
+        if 0 < bits <= most:
+            return _encode_length(bits, extra)
+    raise ValueError(f"an AML field of {bits} bits")
 
 
 def store(value: Term, target: bytes) -> bytes:

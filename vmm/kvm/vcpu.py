@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.vm import Vm
 
-MSRS_A_CALL = 256
-"""KVM takes at most 256 MSRs in one KVM_GET_MSRS or KVM_SET_MSRS (MAX_IO_MSRS)."""
+MSRS_A_CALL = 255
+"""KVM takes fewer than 256 MSRs in one KVM_GET_MSRS or KVM_SET_MSRS (MAX_IO_MSRS)."""
 
 
 class Vcpu:

@@ -45,8 +45,8 @@ class Backend:
     def write(self, data: bytes) -> None:
         """Put out all of `data`; may wait for a slow reader until `end` or `close`."""
 
-    def ready(self) -> bool:
-        """Whether a short write would not wait."""
+    def ready(self, patience: float = 0) -> bool:
+        """Whether a short write would not wait; it may become so within `patience` seconds."""
         return True
 
     def end(self) -> None:
@@ -101,13 +101,13 @@ class FdBackend(Backend):
                 except OSError as error:
                     self._fail(error)
 
-    def ready(self) -> bool:
+    def ready(self, patience: float = 0) -> bool:
         if self._poll is None:
             return True
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(timeout=patience):
             return False
         try:
-            return bool(self._poll.poll(0))
+            return bool(self._poll.poll(patience * 1000))
         finally:
             self._lock.release()
 

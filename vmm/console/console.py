@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vmm.console.terminal import Terminal
     from vmm.devices.uart import Uart
 
+HELP_PATIENCE = 0.5
+"""Seconds the help waits for room on the terminal."""
+
 
 class Console:
     """`spec` is what `--console` takes: auto, none, file:PATH, pty.
@@ -56,7 +59,8 @@ class Console:
 
         def act(action: str) -> None:
             if action == HELP:
-                if self.backend.ready():
+                # Patience for a guest that is printing; a reader that is stuck stays without.
+                if self.backend.ready(HELP_PATIENCE):
                     self.backend.write(HELP_TEXT.encode())
             elif on_end is not None:
                 on_end()

@@ -171,6 +171,8 @@ class Platform:
 
 
 def _trace(line: str) -> None:
-    import sys
+    import os
+    from contextlib import suppress
 
-    print(f"vmm: {line}", file=sys.stderr)
+    with suppress(OSError):  # nobody may be listening; the guest goes on
+        os.write(2, f"vmm: {line}\n".encode())

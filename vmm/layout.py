@@ -23,9 +23,10 @@ PML4 = 0x9000
 CMDLINE = 0x20000
 CMDLINE_MAX = 0x10000
 EBDA = 0x9FC00
-"""End of usable low RAM; the MP floating pointer structure goes here (MP spec 1.4, section 4)."""
+"""End of usable low RAM: 1 KiB up to 640 KiB where a PC's firmware keeps data."""
 BIOS_ROM = 0xE0000
-"""ACPI tables: RSDP first, on a 16-byte boundary, as ACPI 6.5 section 5.2.5.1 wants it found."""
+"""ACPI tables: RSDP first, on a 16-byte boundary, as ACPI 6.5 section 5.2.5.1 wants it found. Or
+the MP table, see vmm.tables.mptable."""
 HIGH_RAM = 0x100000
 
 # --- the hole ---------------------------------------------------------------------------------

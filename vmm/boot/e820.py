@@ -16,7 +16,7 @@ E820_RESERVED = 2
 def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     """(GPA, bytes, type), ascending: RAM around the legacy area and the 32-bit hole.
 
-    Reserved are the EBDA (MP table), the BIOS area (ACPI tables), PCI's ECAM window, which Linux
+    Reserved are the EBDA, the BIOS area (ACPI or MP tables), PCI's ECAM window, which Linux
     uses only if it is (PCI Firmware Specification 3.3, section 4.1.2), and the four pages KVM keeps
     for real mode on Intel, where nothing else may be put.
     """

@@ -15,17 +15,25 @@ CPU_SIGNATURE = 0x600
 CPU_FPU_APIC = 0x201
 APIC_VERSION = 0x14
 ISA_IRQS = 16
+MAX_CPUS = 254
+"""Ids have 8 bits: 255 is for broadcasts, and the IOAPIC takes the one after the processors'."""
+GPA = layout.BIOS_ROM + 0x10000
+"""0xf0000: the third of the places where an operating system looks for the floating pointer (MP
+1.4, section 4). The others are of 1 KiB, in which a table of more than 40 processors has no room.
+"""
 
 
 def build(cpus: int) -> tuple[int, bytes]:
-    """The floating pointer and the table behind it, and the GPA they go to: layout.EBDA.
+    """The GPA to write at, and the floating pointer with the table behind it.
 
     ISA interrupts go to the IOAPIC pin of the same number, as KVM's default routing has it.
 
     Raises:
-        UsageError: over 40 processors do not fit below 0xa0000.
+        UsageError: more processors than MAX_CPUS.
     """
-    gpa = layout.EBDA
+    if cpus > MAX_CPUS:
+        raise UsageError(f"--no-acpi: an MP table holds at most {MAX_CPUS} processors, not {cpus}")
+    gpa = GPA
     entries = []
     for cpu in range(cpus):
         flags = CPU_ENABLED | (CPU_BOOTSTRAP if cpu == 0 else 0)
@@ -63,6 +71,4 @@ def build(cpus: int) -> tuple[int, bytes]:
     table[7] = -sum(table) & 0xFF
     pointer = bytearray(struct.pack("<4sIBBB5x", b"_MP_", gpa + 16, 1, MP_SPEC_1_4, 0))
     pointer[10] = -sum(pointer) & 0xFF
-    if gpa + 16 + len(table) > 0xA0000:
-        raise UsageError(f"--no-acpi: an MP table holds at most 40 processors, not {cpus}")
     return gpa, bytes(pointer + table)

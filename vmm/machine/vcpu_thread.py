@@ -63,7 +63,12 @@ class VcpuThread:
 
     def start(self) -> None:
         """Start the thread, parked."""
-        self._thread.start()
+        # Blocked from its first moment: a kick before would end the process.
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, {KICK_SIGNAL})
+        try:
+            self._thread.start()
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
     def coalesce(self, ring: CoalescedRing | None) -> None:
         """Empty `ring` before each exit is handled."""
@@ -116,7 +121,7 @@ class VcpuThread:
     # --- the thread -------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, {KICK_SIGNAL})
+        blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
         try:
             self.vcpu.set_signal_mask(blocked - {KICK_SIGNAL})
             while self._park():

@@ -153,8 +153,8 @@ class MachineConfig:
 
     @property
     def default_cmdline(self) -> str:
-        """Put before `append`: the console, and what makes a panic or reboot end the machine."""
-        return "console=ttyS0 reboot=k panic=-1"
+        """Put before `append`: the console, what ends it at a panic or reboot, no PCI."""
+        return "console=ttyS0 reboot=k panic=-1 pci=off"
 
     @property
     def cmdline(self) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 
 from vmm.errors import HostError
-from vmm.initramfs import Initramfs
+from vmm.initramfs import Initramfs, exit_program
 from vmm.testing.kernels import Kernel
 
 PROLOGUE = """#!/bin/busybox sh
@@ -37,12 +37,14 @@ def build(
     """An archive whose /init mounts /proc, /sys and /dev, inserts modules, and runs `script`.
 
     `script` is busybox shell, with all of busybox in PATH; when it ends, the machine powers off.
+    `vmm-exit N` ends it at once, with status N.
     `modules` are `kernel`'s, inserted with their dependencies; `parameters` has theirs by name.
     `files` maps paths in the guest to their text, bytes, or a host file (a PathLike).
     """
     ram = Initramfs()
     ram.file("bin/busybox", source=busybox(), mode=0o755)
     ram.symlink("bin/sh", "busybox")
+    ram.file("bin/vmm-exit", data=exit_program(), mode=0o755)
     for directory in ("proc", "sys", "dev", "tmp", "run", "root", "mnt"):
         ram.dir(directory)
     # The kernel opens this for init's stdin, stdout and stderr before anything is mounted.

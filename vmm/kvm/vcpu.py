@@ -105,7 +105,7 @@ class Vcpu:
         return self._get(ioctls.GET_FPU, "kvm_fpu")
 
     def set_fpu(self, fpu: Any) -> None:
-        """KVM_SET_FPU."""
+        """KVM_SET_FPU. A vCPU that has not used its FPU yet may ignore it: see `set_xsave`."""
         ioctl_struct(self.fd, ioctls.SET_FPU, fpu)
 
     def get_xsave(self) -> bytearray:
@@ -123,7 +123,10 @@ class Vcpu:
         return area
 
     def set_xsave(self, area: bytearray) -> None:
-        """KVM_SET_XSAVE; takes what `get_xsave` and `get_xsave2` gave."""
+        """KVM_SET_XSAVE; takes what `get_xsave` and `get_xsave2` gave.
+
+        A component whose bit in XSTATE_BV (offset 512) is clear is put into its initial state.
+        """
         ioctl_struct(self.fd, ioctls.SET_XSAVE, ffi.from_buffer(area))
 
     def get_xcrs(self) -> Any:

@@ -12,6 +12,7 @@ Under plain `pytest`, a test whose need is not met is skipped, with the reason. 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import host
+from vmm.errors import HostError
 from vmm.testing import initrds
 from vmm.testing.kernels import Kernel, debian_kernel
+from vmm.testing.tiny import TinyKernel
+from vmm.testing.tiny import tiny_kernel as build_tiny_kernel
 
 MARKERS = {
     "needs_kvm": "needs /dev/kvm, whichever back end",
@@ -61,6 +65,20 @@ def cloud_kernel() -> Kernel:
 def full_kernel() -> Kernel:
     """Debian's full amd64 kernel (XZ)."""
     return debian_kernel("amd64")
+
+
+@pytest.fixture(scope="session")
+def tiny_kernel(request: pytest.FixtureRequest) -> TinyKernel:
+    """A small 6.1 kernel with virtio built in: .vmlinux (ELF), .bzimage (gzip), .config.
+
+    Built on first use, in minutes: mark a test that needs it `timeout(N, func_only=True)`, which
+    leaves fixtures out.
+    """
+    with contextlib.suppress(HostError):
+        return build_tiny_kernel(build=False)
+    # A person at a terminal should see why nothing else happens for so long.
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return build_tiny_kernel()
 
 
 @pytest.fixture

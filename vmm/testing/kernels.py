@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _unpack_debs(kernels: Path, flavour: str) -> Kernel | None:
     # Renamed when complete: an interrupted unpack, or one at the same time, leaves nothing half.
     with tempfile.TemporaryDirectory(dir=kernels, prefix=".unpack-") as scratch:
         tree = Path(scratch) / "tree"
-        _tool(["dpkg", "-x", str(kernels / f"{name}.deb"), str(tree)])
+        run_tool(["dpkg", "-x", str(kernels / f"{name}.deb"), str(tree)])
         try:
             tree.rename(kernels / name)
         except OSError:
@@ -146,27 +147,48 @@ def _download(kernels: Path, flavour: str) -> None:
             f" linux-image-VERSION-{flavour}_*.deb into {kernels}"
         )
     kernels.mkdir(parents=True, exist_ok=True)
+
+    def newest() -> str:
+        depends = run_tool(["apt-cache", "depends", f"linux-image-{flavour}"])
+        packages = re.findall(rf"Depends: (linux-image-[0-9]\S*-{flavour})\b", depends)
+        if not packages:
+            raise HostError(f"this host's apt offers no linux-image-{flavour} (not Debian?)")
+        return str(packages[0])
+
+    _apt_download(newest, kernels)
+
+
+def download_package(package: str, directory: Path) -> Path:
+    """The .deb of `package`, fetched by apt-get into `directory`, where it appears when whole.
+
+    Raises HostError if there is no apt-get or it cannot.
+    """
+    if shutil.which("apt-get") is None:
+        raise HostError(f"no apt-get here to fetch {package}; put Debian's into {directory}")
+    return _apt_download(lambda: package, directory)
+
+
+def _apt_download(package: Callable[[], str], directory: Path) -> Path:
+    """Fetch what `package` says, asked once more when the package lists had to be renewed."""
     try:
-        _try_download(kernels, flavour)
+        return _try_download(package(), directory)
     except HostError:
         # No package lists yet (a fresh machine), or lists older than the archive.
         root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        _tool([*root, "apt-get", "-q", "update"])
-        _try_download(kernels, flavour)
+        run_tool([*root, "apt-get", "-q", "update"])
+        return _try_download(package(), directory)
 
 
-def _try_download(kernels: Path, flavour: str) -> None:
-    depends = _tool(["apt-cache", "depends", f"linux-image-{flavour}"])
-    packages = re.findall(rf"Depends: (linux-image-[0-9]\S*-{flavour})\b", depends)
-    if not packages:
-        raise HostError(f"this host's apt offers no package linux-image-{flavour} (not Debian?)")
-    with tempfile.TemporaryDirectory(dir=kernels, prefix=".download-") as scratch:
-        _tool(["apt-get", "-q", "download", packages[0]], cwd=scratch)
+def _try_download(package: str, directory: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".download-") as scratch:
+        run_tool(["apt-get", "-q", "download", package], cwd=scratch)
         for deb in Path(scratch).glob("*.deb"):
-            deb.rename(kernels / deb.name)
+            return deb.rename(directory / deb.name)
+    raise HostError(f"apt-get download {package} left no package")
 
 
-def _tool(command: list[str], cwd: str | None = None) -> str:
+def run_tool(command: list[str], cwd: str | None = None) -> str:
+    """Standard output of `command`; HostError if it is not there or fails, with its last line."""
     try:
         done = subprocess.run(
             command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
+import os
 import struct
 import subprocess
 import tempfile
@@ -23,6 +25,7 @@ from vmm.errors import KvmError
 from vmm.kvm import Kvm, constants
 from vmm.kvm.ffi import ffi
 from vmm.memory import GuestMemory
+from vmm.testing.kernels import cache_directory
 
 CODE = 0x2000
 HANDLERS = CODE + 0x400
@@ -92,11 +95,21 @@ def assemble(source: str, mode: str, handlers: tuple[str, ...] = ()) -> bytes:
     text += f".code{MODES[mode]}\n{'to_user' if mode == 'user' else ''}\n{source}\n"
     for position, handler in enumerate(handlers):
         text += f".org {HANDLERS - CODE + position * HANDLER_SIZE:#x}\n{handler}\n"
+    # Kept on disk: in the nested lane `as` and `ld` take longer than the guest.
+    kept = cache_directory() / "guests" / hashlib.sha256(text.encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        return kept.read_bytes()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "guest")
         _tool(["as", "--64", "-o", f"{path}.o", "-"], text)
         _tool(["ld", "--oformat=binary", f"-Ttext={CODE:#x}", "-e0", "-o", f"{path}", f"{path}.o"])
-        return path.read_bytes()
+        code = path.read_bytes()
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(code)
+        unfinished.rename(kept)
+    return code
 
 
 def _tool(command: list[str], stdin: str | None = None) -> None:

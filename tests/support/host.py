@@ -23,6 +23,12 @@ def runs_linux() -> bool:
     return backend() in ("kvm_intel", "kvm_amd")
 
 
+def emulated() -> bool:
+    """Whether the host's processor is QEMU's TCG, whose AMD-V lacks some debugging features."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as cpuinfo:
+        return "TCG" in cpuinfo.read()
+
+
 def lane() -> str | None:
     """The lane this pytest is: "native", "nested", or None when a person runs it."""
     return os.environ.get("VMM_LANE") or None

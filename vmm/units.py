@@ -10,18 +10,18 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def parse_size(text: str, option: str, default_suffix: str = "M") -> int:
     """Bytes of `256M`, `1.5G`, `4GiB`, `262144K`; a bare number is in `default_suffix` units.
 
-    Suffixes are powers of 1024, any case, with or without `B` or `iB`; `256B`... is bytes only
-    with `default_suffix=""`.
+    Suffixes are powers of 1024, any case, with or without `B` or `iB`; `B` alone is bytes.
 
     Raises:
         UsageError: naming `option`, the text and what would work.
     """
     number = text.strip().upper()
-    if number.endswith("IB"):
-        number = number[:-2]
-    elif number.endswith("B"):
-        number = number[:-1]
     suffix = default_suffix
+    if number.endswith("B"):
+        number = number[:-1]
+        suffix = ""
+        if number.endswith("I") and number[-2:-1] in _SUFFIXES:
+            number = number[:-1]
     if number and number[-1] in "KMGT":
         number, suffix = number[:-1], number[-1]
     try:

@@ -16,6 +16,7 @@ from tests.support.guests import DATA, LIMIT, Guest
 from vmm.doctor import guest as doctor
 from vmm.errors import KvmError
 from vmm.kvm import constants, vcpu_state, vm_state
+from vmm.kvm.ffi import new
 
 pytestmark = pytest.mark.needs_kvm
 
@@ -225,6 +226,24 @@ def test_the_time_stamp_counter_does_not_go_back() -> None:
         with twin:
             twin.done()
             assert twin.memory.read_u64(DATA) > before
+
+
+def test_the_guests_clock_goes_on() -> None:
+    """kvmclock: system_time of struct pvclock_vcpu_time_info, which KVM writes anew."""
+    msr = 0x4B564D01  # MSR_KVM_SYSTEM_TIME_NEW
+    source = f"mov ${msr}, %ecx; mov $DATA+1, %eax; xor %edx, %edx; wrmsr; done 1; done 2"
+    with Guest(source, pit=True) as guest:
+        clock = new("kvm_clock_data")
+        clock.clock = 777 * 10**9
+        guest.vm.set_clock(clock)
+        assert guest.done() == 1
+        twin, state = twin_of(guest, pit=True)
+        with twin:
+            twin.memory.fill(DATA, 32)
+            assert twin.done() == 2
+            time = twin.memory.read_u64(DATA + 16)
+            assert 777 * 10**9 <= time < 1377 * 10**9
+            assert time >= state["vm"]["clock"]
 
 
 def test_another_tsc_frequency_is_refused_where_it_cannot_be_had() -> None:

@@ -22,7 +22,7 @@ from vmm import layout
 from vmm.boot import paging
 from vmm.doctor import guest as doctor
 from vmm.errors import KvmError
-from vmm.kvm import Kvm, constants
+from vmm.kvm import Kvm, Vcpu, constants
 from vmm.kvm.ffi import ffi
 from vmm.memory import GuestMemory
 from vmm.testing.kernels import cache_directory
@@ -248,12 +248,16 @@ class Guest:
 
     # --- running ----------------------------------------------------------------------------------
 
-    def run(self, limit: float = LIMIT) -> int:
-        """KVM_RUN to the next exit; its reason. AssertionError if there is none in time."""
-        with doctor._Limit(self.vcpu, limit) as deadline:
+    def run(self, limit: float = LIMIT, vcpu: Vcpu | None = None) -> int:
+        """KVM_RUN (of another vCPU) to the next exit; its reason.
+
+        AssertionError if there is none in time.
+        """
+        vcpu = vcpu or self.vcpu
+        with doctor._Limit(vcpu, limit) as deadline:
             while True:
                 try:
-                    reason = self.vcpu.run()
+                    reason = vcpu.run()
                 except KvmError as err:
                     if err.errno not in (errno.EINTR, errno.EAGAIN):
                         raise

@@ -1,0 +1,49 @@
+"""vmm/memory/region.py: where a region is, what it takes, and what closing gives back."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from vmm.layout import GIB, MIB, PAGE_SIZE
+from vmm.memory import Region, map_backing
+
+
+def test_it_knows_its_addresses() -> None:
+    mapping = map_backing("memfd", MIB)
+    region = Region(4 * GIB, mapping, "memfd")
+    try:
+        assert (region.gpa, region.size, region.end) == (4 * GIB, MIB, 4 * GIB + MIB)
+        assert repr(region) == "Region(0x100000000..0x1000fffff, memfd)"
+        mapping[0x123:0x127] = b"here"
+        assert ctypes.string_at(region.hva + 0x123, 4) == b"here"
+        region.data[0x123] = ord("H")
+        assert mapping[0x123:0x127] == b"Here"
+    finally:
+        assert region.close()
+    assert mapping.closed
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("anonymous", 0), ("memfd", 7)])
+def test_a_view_outlives_it(kind: str, kept: int) -> None:
+    """The pages of a private mapping go at once; those of a shared one may be another's too."""
+    region = Region(0, map_backing(kind, MIB), kind)
+    region.data[5] = 7
+    view = memoryview(region.map)[4:8]
+    assert region.close() is False
+    assert view[1] == kept
+    view[1] = 9
+    assert view[1] == 9
+
+
+def test_resident_counts_pages_written() -> None:
+    region = Region(0, map_backing("anonymous", GIB), "anonymous")
+    region.map.madvise(15)  # MADV_NOHUGEPAGE: one page a write
+    try:
+        assert region.resident() == 0
+        for page in (0, 1, 7, 1000, GIB // PAGE_SIZE - 1):
+            region.data[page * PAGE_SIZE] = 1
+        assert region.resident() == 5 * PAGE_SIZE
+    finally:
+        region.close()

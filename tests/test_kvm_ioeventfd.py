@@ -44,7 +44,7 @@ def writes(pio: bool, *values: int, size: int = 2) -> str:
 
 def seen(guest: Guest) -> list[int]:
     """The values of the writes that did exit, up to the guest's end."""
-    values = []
+    values: list[int] = []
     while True:
         reason_is_io = guest.run() == 2
         access: Io | Mmio = guest.port_access() if reason_is_io else guest.memory_access()

@@ -51,7 +51,7 @@ def test_string_output_comes_in_order(mode: str, size: int, letter: str) -> None
         seen = b""
         while (access := guest.io()).port == PORT:
             assert access.size == size and access.data is not None
-            assert len(access.data) == size * access.count
+            assert len(access.data) == size * access.times
             seen += access.data
         assert (seen, access.data) == (data, b"\x09")
 
@@ -64,7 +64,7 @@ def test_string_input_goes_to_memory(mode: str, size: int, letter: str) -> None:
     with Guest(source, mode) as guest:
         left = data
         while (access := guest.io()).port == PORT:
-            part = access.size * access.count
+            part = access.size * access.times
             guest.answer_io(left[:part])
             left = left[part:]
         assert left == b"" and access.data == b"\x09"

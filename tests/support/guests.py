@@ -119,12 +119,12 @@ def _tool(command: list[str], stdin: str | None = None) -> None:
 
 
 class Io(NamedTuple):
-    """A port access: `data` is what the guest wrote; or None, and `size` times `count` to give."""
+    """A port access of `times` items of `size` bytes; `data` is what the guest wrote, or None."""
 
     port: int
     size: int
     data: bytes | None
-    count: int = 1
+    times: int = 1
 
 
 class Mmio(NamedTuple):
@@ -149,7 +149,7 @@ class Guest:
 
     >>> with Guest("mov $7, %al; out %al, $0xf4", "real") as guest:  # doctest: +SKIP
     ...     guest.io()
-    Io(port=244, size=1, data=b'\\x07', count=1)
+    Io(port=244, size=1, data=b'\\x07', times=1)
     """
 
     def __init__(

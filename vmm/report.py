@@ -61,6 +61,21 @@ _ENTRY_REASONS = {
     0xFFFF_FFFF: "invalid guest state",
     0xFFFF_FFFF_FFFF_FFFF: "invalid guest state",
 }
+_EXITS = {
+    "KVM_EXIT_MEMORY_FAULT": (
+        "the host's memory under an address the guest used cannot be accessed",
+        "see that the host is not out of memory or huge pages, and that no file under guest "
+        "memory was cut short",
+    ),
+    "KVM_EXIT_DEBUG": (
+        "a breakpoint or a single step that was asked for with KVM_SET_GUEST_DEBUG",
+        "take the guest debug flags off the vCPU: `Machine` does not serve a debugger",
+    ),
+}
+_EXIT_UNKNOWN = (
+    "this monitor did not ask for it and does not know what it wants",
+    "please report it as a bug of vmm's, with the host's kernel version and this text",
+)
 _RESET = {"rip": 0xFFF0, "cs.base": 0xFFFF_0000, "cs.selector": 0xF000}
 
 
@@ -123,6 +138,7 @@ def format_failure(
     suberror: int = 0,
     data: Sequence[int] = (),
     reason: int = 0,
+    exit_name: str = "",
 ) -> str:
     """The whole report, lines ended by newlines; the first line alone says what happened.
 
@@ -137,6 +153,8 @@ def format_failure(
         insn: the bytes KVM tells of (`instruction_bytes`); they stand in for missing code.
         suberror, data: of an internal error.
         reason: hardware_entry_failure_reason of a failed entry.
+        exit_name: of an exit this monitor has no use for (`KVM_EXIT_DEBUG`); the cause is then
+            INTERNAL_ERROR, but KVM does not call it one.
     """
     words, bits, cpl = mode(regs, sregs)
     at = linear_rip(regs, sregs)
@@ -144,7 +162,10 @@ def format_failure(
         code = insn  # what KVM fetched, whatever memory holds now
     listing = _decode(code, at, bits)
     first = listing[0] if listing else None
-    title, detail = _what(cause, first, code, suberror, reason)
+    if exit_name:
+        title, detail = f"unexpected exit {exit_name}", _EXITS.get(exit_name, _EXIT_UNKNOWN)[0]
+    else:
+        title, detail = _what(cause, first, code, suberror, reason)
     lines = [f"vCPU {vcpu}: {title} at {at:#x} ({words}, CPL {cpl}): {detail}"]
     if data and cause == INTERNAL_ERROR:
         lines.append("  data " + " ".join(f"{word:#x}" for word in data))
@@ -157,7 +178,10 @@ def format_failure(
     why = _why(cause, first, code, backend, cpl)
     if why:
         lines.append(f"  why: {why}")
-    lines.append("  what to do: " + _advice(cause, code, at, backend, cpl, lost))
+    if exit_name:
+        lines.append("  what to do: " + _EXITS.get(exit_name, _EXIT_UNKNOWN)[1])
+    else:
+        lines.append("  what to do: " + _advice(cause, code, at, backend, cpl, lost))
     return "\n".join(lines) + "\n"
 
 

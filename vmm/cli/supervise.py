@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 NAMES = {_signal.SIGINT: "SIGINT", _signal.SIGTERM: "SIGTERM", _signal.SIGHUP: "SIGHUP"}
-LONGEST_WAIT = 3600.0
-"""Seconds in one poll(2), whose limit is 24 days."""
 
 
 class Signals:
@@ -78,9 +76,7 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
     try:
         machine.start()
         while machine.exit is None:
-            left = machine.time_left()
-            wait = LONGEST_WAIT if left is None else min(left, LONGEST_WAIT)
-            ready = [fd for fd, _ in poll.poll(wait * 1000 + 1)]
+            ready = [fd for fd, _ in poll.poll()]
             if changed in ready:
                 os.eventfd_read(changed)
                 if machine.state == "paused":

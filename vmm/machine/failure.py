@@ -31,6 +31,7 @@ def describe(machine: Machine, vcpu: Vcpu, exit_reason: int) -> MachineExit:
     """What `exit_reason` (constants.EXIT_*) means for the machine. On the vCPU's thread."""
     run = vcpu.kvm_run
     suberror = reason = 0
+    name = ""
     data: list[int] = []
     insn = b""
     if exit_reason == constants.EXIT_SHUTDOWN:
@@ -49,9 +50,8 @@ def describe(machine: Machine, vcpu: Vcpu, exit_reason: int) -> MachineExit:
             insn = report.instruction_bytes(data)
             message = "KVM could not emulate an instruction of the guest"
     else:
-        name = constants.EXIT_NAMES.get(exit_reason, str(exit_reason))
+        name = constants.EXIT_NAMES.get(exit_reason, f"number {exit_reason}")
         kind, message = exits.INTERNAL_ERROR, f"unexpected exit {name}"
-        suberror = 0
     try:
         regs, sregs = report.registers(vcpu.get_regs(), vcpu.get_sregs())
     except KvmError as err:
@@ -67,6 +67,7 @@ def describe(machine: Machine, vcpu: Vcpu, exit_reason: int) -> MachineExit:
         suberror=suberror,
         data=data,
         reason=reason,
+        exit_name=name,
     )
     return MachineExit(kind, message, report=text)
 

@@ -63,6 +63,7 @@ class Machine:
         self.platform: Platform
         self._close_platform: Callable[[], None] | None = None
         self._threads: list[VcpuThread] = []
+        self._watchdog: threading.Timer | None = None
         self.vcpus: list[Vcpu] = []
         try:
             self._build()
@@ -127,6 +128,8 @@ class Machine:
             return
         if self._state != CREATED:
             self.stop()
+        if self._watchdog is not None:
+            self._watchdog.join()
         self._close_all()
         self._state = CLOSED
 
@@ -164,11 +167,17 @@ class Machine:
         with self._lock:
             self._need("start", CREATED)
             self.platform.start(self._threads)
-            self.started_at = time.monotonic()
-            for thread in self._threads:
-                thread.start()
-                thread.request(RUNNING)
+            self.console.before_wait = self._before_console_wait
             self._state = RUNNING
+            self.started_at = time.monotonic()
+            try:
+                for thread in self._threads:
+                    thread.start()
+                    thread.request(RUNNING)
+                self._watch()
+            except RuntimeError as err:
+                self.monitor_failed(err)
+                raise HostError(f"--cpus {self.config.cpus}: {err}; see `ulimit -u`") from err
         self._tell("started")
 
     def pause(self) -> None:
@@ -198,9 +207,10 @@ class Machine:
 
     def stop(self) -> MachineExit:
         """End the machine now, as pulling the plug; why it ended (maybe before) is returned."""
-        if self._state == CREATED:
-            self._state = STOPPED
-        self.end(MachineExit(exits.STOPPED, "stopped by the monitor"))
+        if self._state != CLOSED:
+            self.end(MachineExit(exits.STOPPED, "stopped by the monitor"))
+        elif self.exit is None:
+            raise StateError("stop: the machine is closed, and was never started")
         self._join()
         assert self.exit is not None
         return self.exit
@@ -217,7 +227,9 @@ class Machine:
         return self.wait()
 
     def press_power_button(self) -> None:
-        """What SIGTERM does to `vmm run`: an ACPI power button event."""
+        """What SIGTERM does to `vmm run`: an ACPI power button event. Nothing if it has stopped."""
+        if self._state in (CREATED, CLOSED):
+            raise StateError(f"press_power_button: the machine is {self._state}, not running")
         self.platform.power.press_power_button()
 
     def wait(self, timeout: float | None = None) -> MachineExit:
@@ -226,32 +238,15 @@ class Machine:
         Raises:
             TimeoutError: `timeout` seconds passed first; the machine goes on. (The time limit of
                 the configuration is another thing: it ends the machine.)
+            StateError: it was not started.
         """
-        if self._state == CREATED:
-            raise StateError("wait: the machine is created, not started")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._ended.is_set():
-            left = self.time_left()
-            if deadline is not None:
-                rest = deadline - time.monotonic()
-                if rest <= 0:
-                    raise TimeoutError(f"the machine has not ended within {timeout:g} s")
-                left = rest if left is None else min(left, rest)
-            self._ended.wait(left)
+        if self._state in (CREATED, CLOSED) and self.exit is None:
+            raise StateError(f"wait: the machine is {self._state}, and was never started")
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the machine has not ended within {timeout:g} s")
         self._join()
         assert self.exit is not None
         return self.exit
-
-    def time_left(self) -> float | None:
-        """Seconds until the configured time limit, None without one; at 0 the machine is ended."""
-        limit = self.config.timeout
-        if limit is None:
-            return None
-        left = self.started_at + limit - time.monotonic()
-        if left <= 0:
-            self.end(MachineExit(exits.TIMEOUT, f"no end within {limit:g} s (--timeout)"))
-            return 0.0
-        return left
 
     # --- called by vCPU threads and devices -----------------------------------------------------
 
@@ -265,6 +260,8 @@ class Machine:
             self.platform.end()
             for thread in self._threads:
                 thread.request(STOPPED)
+            if self._watchdog is not None:
+                self._watchdog.cancel()
         self._ended.set()
         self._tell("stopped")
 
@@ -313,10 +310,30 @@ class Machine:
         if self._state != state:
             raise StateError(f"{call}: the machine is {self._state}, not {state}")
 
+    def _watch(self) -> None:
+        """Have the time limit kept, whether or not anybody waits for the end."""
+        limit = self.config.timeout
+        if limit is None:
+            return
+        reason = MachineExit(exits.TIMEOUT, f"no end within {limit:g} s (--timeout)")
+        self._watchdog = threading.Timer(limit, self.end, (reason,))
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
     def _join(self) -> None:
+        if self._state == CLOSED:
+            return
         for thread in self._threads:
             thread.join()
         self.platform.flush()
+        self.console.close()
+
+    def _before_console_wait(self) -> None:
+        """Somebody waits for output: bring out what there is, tell that no more will come."""
+        if self._ended.is_set():
+            self._join()
+        else:
+            self.platform.flush()
 
     def _tell(self, event: str) -> None:
         with self._lock:

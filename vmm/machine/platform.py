@@ -117,7 +117,6 @@ class Platform:
         self.console.attach(self.uart, self._escape)
         self._coalescing = ConsoleCoalescing(self.vm, self.uart, threads)
         self.uart.sink = self._sink
-        self.console.tail.before_wait = self.flush
 
     def flush(self) -> None:
         """Bring out what the guest has written to the console."""

@@ -92,6 +92,7 @@ def test_data_breakpoint(mode: str) -> None:
 def test_single_step_at_cpl_3() -> None:
     with Guest(f"done 1; {NOPS}", "user") as guest:
         assert guest.done() == 1
+        guest.complete()
         debug(guest, constants.GUESTDBG_SINGLESTEP)
         if host.backend() == "kvm_pvm":  # gives the #DB to the guest, which has no handler
             assert guest.run() == constants.EXIT_SHUTDOWN

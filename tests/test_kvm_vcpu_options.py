@@ -104,7 +104,8 @@ def test_enable_cap_on_a_vcpu(enforced: bool) -> None:
         if not guest.kvm.check_extension(CAP_ENFORCE_PV_FEATURE_CPUID):
             pytest.skip("no KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
         table = guest.kvm.supported_cpuid()
-        guest.vcpu.set_cpuid2([e for e in table if not 0x40000000 <= e.function < 0x40000100])
+        next(entry for entry in table if entry.function == 0x40000001).eax = 0
+        guest.vcpu.set_cpuid2(table)
         if enforced:
             guest.vcpu.enable_cap(CAP_ENFORCE_PV_FEATURE_CPUID, 1)
         assert guest.done() == (13 if enforced else 9)
@@ -170,12 +171,13 @@ def test_the_tsc_offset_is_an_attribute() -> None:
         assert ioctls.ioctl_struct(fd, ioctls.HAS_DEVICE_ATTR, attr) == 0
         ioctls.ioctl_struct(fd, ioctls.GET_DEVICE_ATTR, attr)
         before = value[0]
-        value[0] = wanted = (before + (1 << 40)) % (1 << 64)
+        value[0] = (before + (1 << 40)) % (1 << 64)
         ioctls.ioctl_struct(fd, ioctls.SET_DEVICE_ATTR, attr)
         value[0] = 0
         ioctls.ioctl_struct(fd, ioctls.GET_DEVICE_ATTR, attr)
-        # PVM's guests have the host's TSC.
-        assert value[0] == (before if backend() == "kvm_pvm" else wanted)
+        moved = (value[0] - before) % (1 << 64)
+        # PVM's guests have the host's TSC; hosts whose TSC is not stable correct the offset.
+        assert moved == 0 if backend() == "kvm_pvm" else 1 << 39 < moved < 1 << 41
         attr.attr = 77
         with pytest.raises(KvmError, match=r"^KVM_HAS_DEVICE_ATTR: .*ENXIO"):
             ioctls.ioctl_struct(fd, ioctls.HAS_DEVICE_ATTR, attr)

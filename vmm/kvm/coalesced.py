@@ -27,24 +27,31 @@ RING_MAX = (_PAGE - _HEAD.size) // _ENTRY.size
 class CoalescedRing:
     """Empties the ring into `sink(addr, data, pio)`, in the order of the guest's writes.
 
-    Any thread may call `drain`; the sink runs under the ring's lock.
+    Any thread may call `drain`, which does nothing once the ring is closed; the sink runs under
+    the ring's lock.
     """
 
-    __slots__ = ("_heads", "_lock", "_page", "_sink")
+    __slots__ = ("_closed", "_heads", "_lock", "_page", "_sink")
 
     def __init__(self, vcpu: Vcpu, sink: Callable[[int, bytes, bool], None]) -> None:
         offset = vcpu.vm.check_extension(constants.CAP_COALESCED_MMIO) * _PAGE
         self._page = memoryview(vcpu.run_map)[offset : offset + _PAGE]
         self._heads = self._page[: _HEAD.size].cast("I")
         self._sink = sink
+        self._closed = False
         self._lock = allocate_lock()
 
     def drain(self) -> None:
         """Take every write that is in the ring now; runs of bytes to one address go as one."""
         heads = self._heads
-        if heads[0] == heads[1]:
+        try:
+            if heads[0] == heads[1]:
+                return
+        except ValueError:  # released
             return
         with self._lock:
+            if self._closed:
+                return
             first, last = heads[0], heads[1]
             run = bytearray()
             run_key: tuple[int, int] | None = None
@@ -71,5 +78,6 @@ class CoalescedRing:
     def close(self) -> None:
         """Let go of the mapping."""
         with self._lock:
+            self._closed = True
             self._heads.release()
             self._page.release()

@@ -40,11 +40,12 @@ class ConsoleCoalescing:
         self._seen = 0
         self._ring: CoalescedRing | None = None
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._offered = bool(vm.check_extension(constants.CAP_COALESCED_PIO))
 
     def saw(self, size: int) -> None:
-        """The guest printed `size` bytes; called by the console's sink, on a vCPU thread."""
+        """The guest printed `size` bytes; called by the console's sink, on whatever thread."""
         self._seen += size
         if self._seen >= THRESHOLD and self._offered:
             self._offered = False
@@ -52,12 +53,14 @@ class ConsoleCoalescing:
 
     def drain(self) -> None:
         """Give the UART what is in the ring; from any thread."""
-        if self._ring is not None:
-            self._ring.drain()
+        ring = self._ring
+        if ring is not None:
+            ring.drain()
 
     def close(self) -> None:
         """Stop; before the vCPUs are closed, after their threads ended."""
-        self._stop.set()
+        with self._lock:  # the console's thread may just begin it, or be about to
+            self._stop.set()
         if self._thread is not None:
             self._thread.join()
         if self._ring is not None:
@@ -65,12 +68,15 @@ class ConsoleCoalescing:
             self._ring = None
 
     def _begin(self) -> None:
-        ring = self._ring = CoalescedRing(self._threads[0].vcpu, self._deliver)
-        for thread in self._threads:
-            thread.coalesce(ring)
-        self._vm.coalesce(layout.PORT_UART, 1, pio=True)
-        self._thread = threading.Thread(target=self._watch, name="vmm-coalesced", daemon=True)
-        self._thread.start()
+        with self._lock:
+            if self._stop.is_set():
+                return
+            ring = self._ring = CoalescedRing(self._threads[0].vcpu, self._deliver)
+            for thread in self._threads:
+                thread.coalesce(ring)
+            self._vm.coalesce(layout.PORT_UART, 1, pio=True)
+            self._thread = threading.Thread(target=self._watch, name="vmm-coalesced", daemon=True)
+            self._thread.start()
 
     def _deliver(self, addr: int, data: bytes, pio: bool) -> None:
         self._uart.write_many(data)

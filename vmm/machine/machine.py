@@ -325,7 +325,7 @@ class Machine:
             return
         for thread in self._threads:
             thread.join()
-        self.platform.flush()
+        self.platform.flush(wait=True)  # not for long: a stuck reader is given up on at the end
         self.console.close()
 
     def _before_console_wait(self) -> None:

@@ -94,19 +94,17 @@ class Platform:
     def load_kernel(self, kernel: str) -> BootState:
         """Put the kernel, initrds and tables into guest memory."""
         from vmm.boot import load
+        from vmm.tables import mptable
 
         config, memory = self.machine.config, self.machine.memory
         rsdp = None
+        blobs = [mptable.build(config.cpus)]  # with ACPI too: looking for it in vain takes long
         if config.acpi:
             from vmm.tables import acpi
 
             tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus))
             rsdp = tables.rsdp
-            blobs = tables.blobs
-        else:
-            from vmm.tables import mptable
-
-            blobs = [mptable.build(config.cpus)]
+            blobs += tables.blobs
         state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
         for gpa, blob in blobs:
             memory.write(gpa, blob)
@@ -118,11 +116,11 @@ class Platform:
         self._coalescing = ConsoleCoalescing(self.vm, self.uart, threads)
         self.uart.sink = self._sink
 
-    def flush(self) -> None:
-        """Bring out what the guest has written to the console."""
+    def flush(self, wait: bool = False) -> None:
+        """Bring out what the guest has written to the console; see `Uart.flush`."""
         if self._coalescing is not None:
             self._coalescing.drain()
-        self.uart.flush(wait=False)
+        self.uart.flush(wait)
 
     def end(self) -> None:
         """The machine ends: nothing may hold a vCPU up."""
@@ -157,7 +155,7 @@ class Platform:
         self.machine.end(MachineExit(exits.POWEROFF, "the guest powered off"))
 
     def _reset(self) -> None:
-        self.flush()
+        self.flush(wait=True)
         text = self.console.tail.text()
         at = text.rfind(PANIC_TEXT)
         if at >= 0:

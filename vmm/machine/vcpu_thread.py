@@ -161,7 +161,6 @@ class VcpuThread:
         ioctl = fcntl.ioctl
         from_bytes = int.from_bytes
         exits = self.exits
-        ring = self._ring
         try:
             while True:
                 try:
@@ -178,6 +177,7 @@ class VcpuThread:
                     continue
                 exits += 1
                 reason = words[_EXIT_REASON]
+                ring = self._ring  # now: another thread may have set it during KVM_RUN
                 if ring is not None:
                     ring.drain()
                 if reason == constants.EXIT_IO:
@@ -208,7 +208,6 @@ class VcpuThread:
                         )
                 elif reason == constants.EXIT_INTR or not self.machine.vcpu_exit(self, reason):
                     return
-                ring = self._ring
         finally:
             self.exits = exits
             words.release()

@@ -127,5 +127,5 @@ def test_local_interrupts(cpus: int) -> None:
 
 
 def test_no_more_processors_than_ids() -> None:
-    with pytest.raises(UsageError, match=r"--no-acpi: .* at most 254 processors, not 255"):
+    with pytest.raises(UsageError, match=r"at most 254 processors, not 255"):
         mptable.build(MAX_CPUS + 1)

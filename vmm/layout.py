@@ -25,8 +25,10 @@ CMDLINE_MAX = 0x10000
 EBDA = 0x9FC00
 """End of usable low RAM: 1 KiB up to 640 KiB where a PC's firmware keeps data."""
 BIOS_ROM = 0xE0000
-"""ACPI tables: RSDP first, on a 16-byte boundary, as ACPI 6.5 section 5.2.5.1 wants it found. Or
-the MP table, see vmm.tables.mptable."""
+"""ACPI tables: RSDP first, on a 16-byte boundary, as ACPI 6.5 section 5.2.5.1 wants it found."""
+MP_TABLE = 0xF0000
+"""The MP table's floating pointer: the third of the places where an operating system looks for it
+(MP spec 1.4, section 4). The others are of 1 KiB, without room for more than 40 processors."""
 HIGH_RAM = 0x100000
 
 # --- the hole ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def build(config: AcpiConfig) -> AcpiTables:
     """Build all tables, placed from layout.BIOS_ROM; the RSDP comes first.
 
     Raises:
-        ValueError: they do not fit below 1 MiB (over 1,000 processors do).
+        ValueError: they do not fit below layout.MP_TABLE (those of 4,500 processors do).
     """
     rsdp_gpa = layout.BIOS_ROM
     at = rsdp_gpa + 64
@@ -85,8 +85,10 @@ def build(config: AcpiConfig) -> AcpiTables:
         nonlocal at
         gpa = at
         at = at + len(data) + 15 & ~15
-        if at > layout.HIGH_RAM:
-            raise ValueError(f"ACPI tables for {config.cpus} processors do not fit below 1 MiB")
+        if at > layout.MP_TABLE:
+            raise ValueError(
+                f"ACPI tables for {config.cpus} processors do not fit below the MP table"
+            )
         blobs.append((gpa, data))
         tables[data[:4].decode()] = data
         return gpa

@@ -1,4 +1,9 @@
-"""The MP table (Intel MultiProcessor Specification 1.4), for kernels without ACPI."""
+"""The MP table (Intel MultiProcessor Specification 1.4), for kernels without ACPI.
+
+A kernel with ACPI uses the MADT, but a Linux that can read MP tables (CONFIG_X86_MPPARSE) looks for
+one all the same: in all of the 64 KiB below 1 MiB if there is none, with 4,096 mappings of what is
+left of them (smp_scan_config, arch/x86/kernel/mpparse.c). Finding one at the start ends that.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +22,10 @@ APIC_VERSION = 0x14
 ISA_IRQS = 16
 MAX_CPUS = 254
 """Ids have 8 bits: 255 is for broadcasts, and the IOAPIC takes the one after the processors'."""
-GPA = layout.BIOS_ROM + 0x10000
-"""0xf0000: the third of the places where an operating system looks for the floating pointer (MP
-1.4, section 4). The others are of 1 KiB, in which a table of more than 40 processors has no room.
-"""
 
 
 def build(cpus: int) -> tuple[int, bytes]:
-    """The GPA to write at, and the floating pointer with the table behind it.
+    """Where to write, layout.MP_TABLE, and the floating pointer with the table behind it.
 
     ISA interrupts go to the IOAPIC pin of the same number, as KVM's default routing has it.
 
@@ -32,8 +33,8 @@ def build(cpus: int) -> tuple[int, bytes]:
         UsageError: more processors than MAX_CPUS.
     """
     if cpus > MAX_CPUS:
-        raise UsageError(f"--no-acpi: an MP table holds at most {MAX_CPUS} processors, not {cpus}")
-    gpa = GPA
+        raise UsageError(f"an MP table holds at most {MAX_CPUS} processors, not {cpus}")
+    gpa = layout.MP_TABLE
     entries = []
     for cpu in range(cpus):
         flags = CPU_ENABLED | (CPU_BOOTSTRAP if cpu == 0 else 0)

@@ -16,8 +16,8 @@ from vmm.kvm.ffi import ffi
 pytestmark = pytest.mark.needs_kvm
 
 MSR_STAR = 0xC0000081
-MOVING = {0x10, 0x3B, 0x40000020}
-"""MSRs that are time: IA32_TSC, IA32_TSC_ADJUST, HV_X64_MSR_TIME_REF_COUNT."""
+MOVING = {0x10, 0x3B, 0x40000010, 0x40000020}
+"""MSRs that are time: IA32_TSC, IA32_TSC_ADJUST, HV_X64_MSR_VP_RUNTIME, _TIME_REF_COUNT."""
 XMM0, XSTATE_BV, XSTATE_SSE = 160, 512, 2
 """Offsets in an XSAVE area and a bit there (Intel SDM volume 1, 13.4)."""
 

@@ -22,8 +22,8 @@ from vmm.kvm.ffi import new
 
 pytestmark = pytest.mark.needs_kvm
 
-MOVING = {0x10, 0x3B, 0x40000020}
-"""MSRs that are time: IA32_TSC, IA32_TSC_ADJUST, HV_X64_MSR_TIME_REF_COUNT."""
+MOVING = {0x10, 0x3B, 0x40000010, 0x40000020}
+"""MSRs that are time: IA32_TSC, IA32_TSC_ADJUST, HV_X64_MSR_VP_RUNTIME, _TIME_REF_COUNT."""
 MSR_STAR, MSR_FS_BASE, MSR_KERNEL_GS_BASE = 0xC0000081, 0xC0000100, 0xC0000102
 
 A, C = 6364136223846793005, 1442695040888963407  # a linear congruential generator modulo 2**64

@@ -1,0 +1,351 @@
+"""Base of the virtio devices: negotiation, queues, configuration space. No transport, no KVM.
+
+A device says what it is (ID, FEATURES, QUEUES), fills `config`, and answers requests:
+
+    class Entropy(VirtioDevice):
+        ID, QUEUES = spec.ID_ENTROPY, (64,)
+
+        def request(self, index, chain):
+            return chain.write(os.urandom(chain.writable_size()))
+
+Threads: a transport calls from vCPU threads, whoever serves a queue calls `notify` from his own.
+A queue's `lock` is held while its requests are handled; a reset waits for what is under way
+(`drain`) and takes them all, so nothing of a former life writes into guest memory.
+"""
+
+from __future__ import annotations
+
+from _thread import RLock, allocate_lock
+
+from vmm.virtio import spec
+from vmm.virtio.queue import Chain, QueueError, VirtQueue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.memory import GuestMemory
+
+RING_FEATURES = spec.bits(
+    spec.F_VERSION_1, spec.F_INDIRECT_DESC, spec.F_EVENT_IDX, spec.F_RING_PACKED, spec.F_RING_RESET
+)
+"""What every device offers besides its own."""
+
+
+class QueueSlot:
+    """A queue as the driver configures it.
+
+    Attributes:
+        size_max: the most entries; 0 would mean that there is no such queue.
+        size, desc, driver, device: entries and GPAs, as the driver wrote them.
+        queue: the ring once it is enabled, else None.
+        lock: held while its requests are handled.
+    """
+
+    __slots__ = ("desc", "device", "driver", "lock", "queue", "size", "size_max")
+
+    def __init__(self, size_max: int) -> None:
+        self.size_max = size_max
+        self.lock = RLock()
+        self.clear()
+
+    def clear(self) -> None:
+        """As after a reset."""
+        self.size = self.size_max
+        self.desc = self.driver = self.device = 0
+        self.queue: VirtQueue | None = None
+
+
+class VirtioDevice:
+    """One device.
+
+    Attributes:
+        config: the device's configuration space, as the driver reads it.
+        config_generation: counts changes of it, modulo 256.
+        slots: its queues.
+        status: the device status field (2.1).
+        driver_features: what the driver accepted.
+        interrupt: set by the transport: `interrupt(index)` tells of used buffers.
+        config_interrupt: set by the transport.
+        on_error: told in one line of what the driver did wrong.
+        on_bug: told of an exception that escaped in a thread of the device's.
+        quiet: no new requests are taken (a reset is under way).
+    """
+
+    ID = 0
+    FEATURES = 0
+    """The device's own feature bits, a mask."""
+    QUEUES: tuple[int, ...] = ()
+    """The largest size of each queue."""
+
+    memory: GuestMemory
+    """The guest's; there once the device is part of a machine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.features = self.FEATURES | RING_FEATURES
+        self.config = bytearray()
+        self.config_generation = 0
+        self.slots = [QueueSlot(size) for size in self.QUEUES]
+        self.status = 0
+        self.driver_features = 0
+        self.interrupt: Callable[[int], None] = _nobody
+        self.config_interrupt: Callable[[], None] = _nothing
+        self.on_error: Callable[[str], None] | None = None
+        self.on_bug: Callable[[BaseException], object] = _raise
+        self.quiet = False
+        self._lock = allocate_lock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    # --- for devices to override ------------------------------------------------------------------
+
+    def request(self, index: int, chain: Chain) -> int | None:
+        """Answer a request of queue `index`: the bytes written; None keeps it, see `finish`."""
+        return 0
+
+    def requests(self, index: int, queue: VirtQueue, chains: list[Chain]) -> None:
+        """Answer a batch; a device overrides this where a batch is cheaper than its parts."""
+        for chain in chains:
+            written = self.request(index, chain)
+            if written is not None:
+                queue.push(chain, written)
+
+    def started(self) -> None:
+        """DRIVER_OK: features and queues are final."""
+
+    def stopped(self) -> None:
+        """Reset: no queue is there any more; forget what was under way."""
+
+    def drain(self) -> None:
+        """Wait until no kept request is under way; called with `quiet` set and no lock held."""
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        """The driver wrote to the configuration space; most devices have nothing writable."""
+
+    def close(self) -> None:
+        """Give back host resources; harmless twice."""
+
+    # --- queues -----------------------------------------------------------------------------------
+
+    def notify(self, index: int) -> None:
+        """Serve queue `index`: all that is there, then ask for the next notify."""
+        slot = self.slots[index]
+        with slot.lock:
+            queue = slot.queue
+            if queue is None or self.quiet or not self.status & spec.DRIVER_OK:
+                return
+            try:
+                while True:
+                    chains = queue.pop_batch()
+                    if chains:
+                        self.requests(index, queue, chains)
+                        if queue.publish():
+                            self.interrupt(index)
+                    elif not queue.rearm():
+                        return
+            except QueueError as err:
+                if queue.publish():
+                    self.interrupt(index)
+                self.needs_reset(f"queue {index}: {err}")
+
+    def finish(self, index: int, queue: VirtQueue, chain: Chain, written: int) -> None:
+        """Give back a chain that `request` kept; from any thread."""
+        slot = self.slots[index]
+        with slot.lock:
+            if slot.queue is queue and not queue.broken:
+                queue.push(chain, written)
+                if queue.publish():
+                    self.interrupt(index)
+
+    def needs_reset(self, why: str) -> None:
+        """The driver broke the protocol: stop, and let it know (2.1.2)."""
+        with self._lock:
+            if self.status & spec.DEVICE_NEEDS_RESET:
+                return
+            self.status |= spec.DEVICE_NEEDS_RESET
+        for slot in self.slots:
+            queue = slot.queue
+            if queue is not None:
+                queue.broken = True
+        if self.on_error is not None:
+            self.on_error(f"{self.name}: {why}; the driver must reset the device")
+        if self.status & spec.DRIVER_OK:
+            self.config_interrupt()
+
+    def config_changed(self) -> None:
+        """`config` has changed: tell the driver."""
+        self.config_generation = (self.config_generation + 1) & 0xFF
+        if self.status & spec.DRIVER_OK:
+            self.config_interrupt()
+
+    # --- for transports ---------------------------------------------------------------------------
+
+    def accept_features(self, mask: int) -> None:
+        """The driver's choice; kept until FEATURES_OK (later writes are not looked at)."""
+        if not self.status & spec.FEATURES_OK:
+            self.driver_features = mask
+
+    def set_status(self, status: int) -> None:
+        """The driver wrote the status field; 0 resets."""
+        if not status:
+            self.reset()
+            return
+        added = status & ~self.status
+        if added & spec.FEATURES_OK and not self._features_ok():
+            status &= ~spec.FEATURES_OK
+            added &= ~spec.FEATURES_OK
+        if added & spec.DRIVER_OK and not status & spec.FEATURES_OK:
+            status &= ~spec.DRIVER_OK  # the legacy sequence, which version 2 devices do not have
+            added &= ~spec.DRIVER_OK
+        with self._lock:
+            self.status = status | self.status & spec.DEVICE_NEEDS_RESET
+        if added & spec.DRIVER_OK:
+            self.started()
+
+    def _features_ok(self) -> bool:
+        chosen = self.driver_features
+        return not chosen & ~self.features and bool(chosen >> spec.F_VERSION_1 & 1)
+
+    def has(self, feature: int) -> bool:
+        """Whether feature bit `feature` was negotiated."""
+        return bool(self.driver_features >> feature & 1)
+
+    def enable_queue(self, index: int) -> bool:
+        """The driver enables queue `index` with the addresses in its slot; whether it could be."""
+        slot = self.slots[index]
+        if not self.status & spec.FEATURES_OK:
+            return False
+        with slot.lock:
+            if slot.queue is not None:
+                return True
+            try:
+                slot.queue = self._ring(slot)
+            except QueueError as err:
+                self.needs_reset(f"queue {index}: {err}")
+                return False
+        return True
+
+    def _ring(self, slot: QueueSlot) -> VirtQueue:
+        if not 0 < slot.size <= slot.size_max:
+            raise QueueError(f"{slot.size} entries, not 1 to {slot.size_max}")
+        if self.has(spec.F_RING_PACKED):
+            from vmm.virtio.packed import PackedQueue as Ring
+        else:
+            from vmm.virtio.split import SplitQueue as Ring  # type: ignore[assignment]
+        return Ring(
+            self.memory,
+            slot.size,
+            slot.desc,
+            slot.driver,
+            slot.device,
+            indirect=self.has(spec.F_INDIRECT_DESC),
+            event_idx=self.has(spec.F_EVENT_IDX),
+        )
+
+    def reset_queue(self, index: int) -> None:
+        """VIRTIO_F_RING_RESET: stop one queue (2.6.1)."""
+        slot = self.slots[index]
+        self.quiet = True
+        self.drain()
+        with slot.lock:
+            slot.clear()
+            self.queue_stopped(index)
+        self.quiet = False
+        for other in range(len(self.slots)):  # what they were notified of meanwhile
+            self.notify(other)
+
+    def queue_stopped(self, index: int) -> None:
+        """Queue `index` was reset by itself; forget what was under way in it."""
+
+    def reset(self) -> None:
+        """Registers as after power-on; returns when no request is under way."""
+        self.quiet = True
+        self.drain()
+        for slot in self.slots:
+            slot.lock.acquire()
+        try:
+            for slot in self.slots:
+                slot.clear()
+            with self._lock:
+                self.status = 0
+            self.driver_features = 0
+            self.stopped()
+        finally:
+            self.quiet = False
+            for slot in self.slots:
+                slot.lock.release()
+
+    def read_config(self, offset: int, size: int) -> int:
+        """`size` bytes of the configuration space at `offset`; what lies beyond reads 0."""
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """The driver writes the configuration space; out of range is ignored."""
+        if offset + size <= len(self.config):
+            self.config_written(offset, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        """Negotiation and queues as plain data; while paused, with no request under way."""
+        queues: list[dict[str, object]] = []
+        for slot in self.slots:
+            state: dict[str, object] = {
+                "size": slot.size,
+                "desc": slot.desc,
+                "driver": slot.driver,
+                "device": slot.device,
+            }
+            if slot.queue is not None:
+                state["ring"] = slot.queue.save()
+            queues.append(state)
+        return {
+            "status": self.status,
+            "features": self.driver_features,
+            "config": bytes(self.config),
+            "generation": self.config_generation,
+            "queues": queues,
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Take over what `save` gave; raises ValueError where it is not this device's."""
+        queues = state["queues"]
+        if not isinstance(queues, list) or len(queues) != len(self.slots):
+            raise ValueError(f"state of {self.name}: not {len(self.slots)} queues")
+        self.reset()
+        self.driver_features = _int(state, "features") & self.features
+        self.status = _int(state, "status") & 0xFF
+        self.config_generation = _int(state, "generation") & 0xFF
+        config = state["config"]
+        if isinstance(config, bytes) and len(config) == len(self.config):
+            self.config[:] = config
+        for slot, given in zip(self.slots, queues, strict=True):
+            slot.size = _int(given, "size")
+            slot.desc, slot.driver = _int(given, "desc"), _int(given, "driver")
+            slot.device = _int(given, "device")
+            if "ring" in given:
+                slot.queue = self._ring(slot)
+                slot.queue.restore(given["ring"])
+        if self.status & spec.DRIVER_OK:
+            self.started()
+
+
+def _raise(err: BaseException) -> None:
+    raise err
+
+
+def _nobody(index: int) -> None:
+    pass
+
+
+def _nothing() -> None:
+    pass
+
+
+def _int(state: dict[str, object], key: str) -> int:
+    value = state[key]
+    if not isinstance(value, int):
+        raise ValueError(f"state of a device: {key} is {value!r}, not an integer")
+    return value

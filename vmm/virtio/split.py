@@ -1,0 +1,141 @@
+"""Split virtqueues (virtio 1.2, section 2.7)."""
+
+from __future__ import annotations
+
+from vmm.virtio.queue import CHAIN_MAX, DESC, Chain, QueueError, VirtQueue, fence, need_event
+from vmm.virtio.spec import (
+    AVAIL_F_NO_INTERRUPT,
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    USED_F_NO_NOTIFY,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.memory import GuestMemory
+
+
+class SplitQueue(VirtQueue):
+    """A split virtqueue.
+
+    Args:
+        size: entries, a power of two up to 32768.
+        desc, avail, used: GPAs of the descriptor table, the driver area and the device area.
+        indirect, event_idx: negotiated features.
+
+    Raises:
+        QueueError: the ring is misplaced, or its size is none.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        indirect: bool = False,
+        event_idx: bool = False,
+    ) -> None:
+        super().__init__(memory, size, indirect=indirect, event_idx=event_idx)
+        if size <= 0 or size & (size - 1):
+            raise QueueError(f"a split queue of {size} entries (not a power of two)")
+        self._mask = size - 1
+        self._desc = self._area("descriptor table", desc, 16 * size, 16)
+        self._avail = self._area("driver area", avail, 6 + 2 * size, 2).cast("H")
+        device_area = self._area("device area", used, 6 + 8 * size, 4)
+        self._used = device_area.cast("H")
+        self._ring = device_area[4 : 4 + 8 * size].cast("I")
+        self._used_event = 2 + size  # in _avail
+        self._avail_event = 2 + 4 * size  # in _used
+        self._last_avail = 0
+        self._next_used = 0
+        self._published = 0
+
+    def pop_batch(self, limit: int = 256) -> list[Chain]:
+        if self.broken:
+            return []
+        avail = self._avail
+        last = self._last_avail
+        ready = (avail[1] - last) & 0xFFFF
+        if not ready:
+            return []
+        size = self.size
+        if ready > size:
+            raise self._bad(f"avail index is {ready} ahead, in a queue of {size}")
+        if ready > limit:
+            ready = limit
+        if not self.event_idx:
+            self._used[0] = USED_F_NO_NOTIFY
+        mask = self._mask
+        chains = []
+        for _ in range(ready):
+            chains.append(self._chain(avail[2 + (last & mask)]))
+            last = (last + 1) & 0xFFFF
+            self._last_avail = last
+        return chains
+
+    def _chain(self, head: int) -> Chain:
+        unpack, table, limit = DESC.unpack_from, self._desc, self.size
+        chain = Chain(head)
+        index, count, indirect = head, 0, False
+        while True:
+            if index >= limit:
+                raise self._bad(f"descriptor index {index} in a table of {limit}")
+            addr, length, flags, following = unpack(table, index << 4)
+            if flags & DESC_F_INDIRECT:
+                if indirect:
+                    self._no_nesting(flags)
+                table = self._indirect_table(addr, length, flags)
+                limit, index, indirect = length >> 4, 0, True
+                count = 0
+                continue
+            self._buffer(chain, addr, length, flags)
+            if not flags & DESC_F_NEXT:
+                return chain
+            count += 1
+            if count >= limit or count >= CHAIN_MAX:
+                raise self._bad("a descriptor chain that loops or is too long")
+            index = following
+
+    def unpop(self, chain: Chain) -> None:
+        self._last_avail = (self._last_avail - 1) & 0xFFFF
+
+    def push(self, chain: Chain, written: int = 0) -> None:
+        at = (self._next_used & self._mask) << 1
+        ring = self._ring
+        ring[at] = chain.head
+        ring[at + 1] = written
+        self._next_used = (self._next_used + 1) & 0xFFFF
+
+    def publish(self) -> bool:
+        new, old = self._next_used, self._published
+        if new == old:
+            return False
+        self._used[1] = new
+        self._published = new
+        fence()
+        if self.event_idx:
+            return need_event(self._avail[self._used_event], new, old)
+        return not self._avail[0] & AVAIL_F_NO_INTERRUPT
+
+    def rearm(self) -> bool:
+        if self.broken:
+            return False
+        if self.event_idx:
+            self._used[self._avail_event] = self._last_avail
+        else:
+            self._used[0] = 0
+        fence()
+        return self._avail[1] != self._last_avail
+
+    def save(self) -> dict[str, object]:
+        return {"last_avail": self._last_avail, "next_used": self._next_used}
+
+    def restore(self, state: dict[str, object]) -> None:
+        last, used = state["last_avail"], state["next_used"]
+        if not isinstance(last, int) or not isinstance(used, int):
+            raise TypeError("state of a queue: its indices are not integers")
+        self._last_avail = last & 0xFFFF
+        self._next_used = self._published = used & 0xFFFF

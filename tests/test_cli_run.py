@@ -305,7 +305,17 @@ def test_terminal_keys(kernel: Make) -> None:
         person.type(b"\x01x")
         assert person.wait() == errors.EXIT_INTERRUPTED
         assert person.is_restored
-        assert b"vmm: ended from the keyboard (Ctrl-A x) (status 130)\r\n" in person.output
+        # On a line of its own.
+        assert b"\r\nvmm: ended from the keyboard (Ctrl-A x) (status 130)\r\n" in person.output
+
+
+def test_a_paused_guest_is_told_after_its_last_words(kernel: Make) -> None:
+    code = tiny.prints(b"oops") + tiny.PANIC + HALT
+    with AtTerminal("run", kernel(code), "--on-panic", "pause") as person:
+        person.expect(b"oops\r\nvmm: the guest's kernel panicked; it is paused (SIGINT or Ctrl-A x")
+        person.type(b"\x01x")
+        assert person.wait() == errors.EXIT_INTERRUPTED
+        assert person.is_restored
 
 
 def test_help_shows_while_the_guest_prints(kernel: Make) -> None:

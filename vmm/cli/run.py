@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vmm.cli.arguments import HELP, Option, Parser
-from vmm.cli.say import answer, say, write_error
+from vmm.cli.say import answer, end_guests_line, say, write_error
 from vmm.config import BOOT_MODES, ON_PANIC, MachineConfig
 from vmm.errors import EXIT_OK, UsageError
 from vmm.units import format_size, parse_size
@@ -134,6 +134,8 @@ def main(argv: Sequence[str]) -> int:
             finally:
                 # Before signals take the process again: it gives the terminal back.
                 machine.close()
+    if ended.report or verbose or not ended.ok:
+        end_guests_line(machine)
     if backend.error:
         say(backend.error)
     if ended.report:

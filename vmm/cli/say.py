@@ -11,6 +11,10 @@ import os
 
 from vmm.errors import HostError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+
 STDOUT, STDERR = 1, 2
 LONGEST = 1000
 """Characters of a line; what is over is cut out of its middle."""
@@ -23,6 +27,14 @@ def say(message: str) -> None:
     if not message.isprintable():
         message = "".join(map(_visible, message))
     write_error(f"vmm: {message}\n")
+
+
+def end_guests_line(machine: Machine) -> None:
+    """Before a line of ours: end the line the guest has left unfinished on the same terminal."""
+    last = machine.console.bytes()[-1:]
+    shown = machine.config.console == "auto" and os.isatty(STDOUT) and os.isatty(STDERR)
+    if shown and last not in (b"", b"\n"):
+        write_error("\n")
 
 
 def write_error(text: str) -> None:

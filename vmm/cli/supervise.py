@@ -11,7 +11,7 @@ import _signal  # type: ignore[import-not-found]
 import os
 import select
 
-from vmm.cli.say import say
+from vmm.cli.say import end_guests_line, say
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
 
@@ -80,6 +80,7 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
             if changed in ready:
                 os.eventfd_read(changed)
                 if machine.state == "paused":
+                    end_guests_line(machine)
                     say("the guest's kernel panicked; it is paused (SIGINT or Ctrl-A x ends it)")
             for signum in signals.read() if signals.fd in ready else b"":
                 if signum == _signal.SIGTERM and not pressed:

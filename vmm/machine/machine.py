@@ -286,6 +286,7 @@ class Machine:
                 for thread in self._threads:
                     thread.request(PAUSED)
                 self._state = PAUSED
+        self.platform.flush()
         self._tell("paused")
 
     def vcpu_exit(self, thread: VcpuThread, reason: int) -> bool:

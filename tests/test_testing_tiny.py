@@ -16,12 +16,14 @@ from vmm.boot.elf import Elf
 from vmm.boot.file import InputFile
 from vmm.boot.source import FileSource
 from vmm.errors import HostError
+from vmm.layout import MIB
+from vmm.memory import GuestMemory
 from vmm.testing import tiny
 from vmm.testing.tiny import TinyKernel, tiny_kernel
 
 MAKEFILE = """\
 tinyconfig: ; : > .config
-vmm.config: ; cat kernel/configs/vmm.config >> .config
+vmm.config: tinyconfig ; cat kernel/configs/vmm.config >> .config
 vmlinux: ; @sleep 0.3; echo "  CC      init/main.o"; cp {elf} vmlinux; echo built >> {record}
 bzImage: vmlinux ; mkdir -p arch/x86/boot; echo image > arch/x86/boot/bzImage
 """
@@ -206,6 +208,8 @@ def test_the_command_takes_no_arguments() -> None:
 def test_the_kernel_can_start_every_way(tiny_kernel: TinyKernel) -> None:
     with InputFile(str(tiny_kernel.vmlinux), "kernel") as file:
         elf = Elf(FileSource(file))
+        with GuestMemory(64 * MIB) as memory:
+            elf.load(memory)
         assert elf.is_linux
         assert elf.has_entry_64
         assert elf.pvh_entry is not None

@@ -3,11 +3,11 @@
     kernel = tiny_kernel()
     kernel.vmlinux, kernel.bzimage
 
-It is Debian's linux-source-6.1 with CONFIG on top of `make tinyconfig`: about 4 minutes on two
-processors, once. The result is kept in $VMM_CACHE/kernels/linux-tiny-VERSION-INPUTS (VMM_CACHE
-being ~/.cache/vmm unless set), where INPUTS stands for CONFIG and the way it is built; a newer
-source alone builds no new kernel. The source package is downloaded by apt-get, which checks its
-signature, unless someone put linux-source-6.1_*.deb into $VMM_CACHE/kernels; it is never installed.
+It is Debian's linux-source-6.1 with CONFIG on top of `make tinyconfig`: some minutes, once. The
+result is kept in $VMM_CACHE/kernels/linux-tiny-VERSION-INPUTS (VMM_CACHE being ~/.cache/vmm unless
+set), where INPUTS stands for CONFIG and the way it is built; a newer source alone builds no new
+kernel. The source package is downloaded by apt-get, which checks its signature, unless someone put
+linux-source-6.1_*.deb into $VMM_CACHE/kernels; it is never installed.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def _build(tree: Path, result: Path, log: Path, say: Callable[[str], None]) -> N
     lost = [line for line in wanted if line not in got]
     if lost:
         raise HostError(f"the configuration came out without {', '.join(lost)}")
-    say("compiling, about 4 minutes on two processors")
+    say("compiling, which takes some minutes")
     _compile(["vmlinux", "bzImage"], tree, log, say)
     run_tool(["strip", "-o", str(result / "vmlinux"), str(tree / "vmlinux")])
     shutil.copyfile(tree / "arch/x86/boot/bzImage", result / "bzImage")

@@ -152,3 +152,10 @@ def _describe(machine: Machine) -> None:
         for line in machine.boot.description:
             say(line)
     say(f"command line: {config.cmdline}")
+    from vmm.machine.failure import backend
+
+    if backend() == "kvm_pvm":
+        say(
+            "this host's KVM is kvm_pvm, which interprets guest kernel code: a stock Linux is "
+            "silent for half a minute or more and cannot reach user space, see `vmm doctor`"
+        )

@@ -12,12 +12,14 @@
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -253,6 +255,7 @@ static int spawn(char **command)
 	if (child < 0)
 		die("fork");
 	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL); /* nothing stays if a measurement is given up */
 		int null = open("/dev/null", O_RDWR);
 		dup2(null, 0);
 		dup2(null, 1);

@@ -63,6 +63,7 @@ def host_facts() -> dict[str, object]:
         "commit": _first_line(["git", "describe", "--always", "--dirty"]),
         "cpu": model,
         "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "kernel": platform.release(),
         "kvm": ", ".join(sorted(modules)) or "none",
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from benchmarks.series import Progress, Series, interleave
 from vmm.errors import HostError
 
 REPETITIONS = 40
+TIME_LIMIT = 60.0
 QEMU = [
     *("qemu-system-x86_64", "-M", "microvm", "-accel", "kvm", "-nodefaults", "-nographic"),
     *("-cpu", "host,-arch-capabilities", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
@@ -52,9 +53,16 @@ def spawn(command: list[str], expected: int = 0) -> Callable[[], Sequence[float]
     """A contender: run `command` to its end; milliseconds, and MiB of its peak resident set."""
 
     def run() -> Sequence[float]:
-        done = subprocess.run(
-            [native.program(), "spawn", *command], capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                [native.program(), "spawn", *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            raise HostError(f"{' '.join(command)} did not end within {TIME_LIMIT:g} s") from None
         taken, peak, status = (int(word) for word in done.stdout.split() or (0, 0, -1))
         if status != expected:
             raise HostError(f"{' '.join(command)} ended with {status}: {done.stderr.strip()}")

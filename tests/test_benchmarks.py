@@ -1,0 +1,111 @@
+"""benchmarks: statistics, the table, the command line, and guests that do what is counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import exits, guests, native, output, start
+from benchmarks.series import Series, interleave
+
+
+def series(contender: str, *samples: float, reference: bool = False) -> Series:
+    return Series("x", "a walk", contender, "ms", reference, samples=list(samples))
+
+
+def test_contenders_take_turns_and_the_warm_up_does_not_count() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> Callable[[], Sequence[float]]:
+        def run() -> Sequence[float]:
+            calls.append(name)
+            return [len(calls)]
+
+        return run
+
+    results = interleave(
+        {"a": contender("a"), "b": contender("b")}, 2, lambda text: None, "walk", warm_up=1
+    )
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert results == {"a": [[4], [5]], "b": [[3], [6]]}
+
+
+def test_the_table_has_medians_and_ratios_to_the_reference() -> None:
+    lines = output.table(
+        [series("ours", 1, 2, 30), series("theirs", 4, 4, 4, reference=True)]
+    ).splitlines()
+    assert lines[0] == "(x) a walk, ms"
+    assert lines[2].split() == ["ours", "2.00", "1.50", "..", "16.0", "3", "0.50"]
+    assert lines[3].split() == ["theirs", "4.00", "4.00", "..", "4.00", "3", "1"]
+
+
+def test_without_a_reference_there_is_no_ratio() -> None:
+    assert output.table([series("ours", 7)]).splitlines()[2].split()[-1] == "1"  # that is n
+
+
+def test_every_sample_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "RESULTS", tmp_path / "results")
+    path = output.save({"date": "2026-01-02T03:04:05+00:00"}, [series("ours", 1, 2, 30)])
+    assert path.name == "2026-01-02T030405.json"
+    kept = json.loads(path.read_text())
+    assert kept["series"][0]["samples"] == [1, 2, 30]
+    assert kept["series"][0]["median"] == 2
+
+
+@pytest.mark.parametrize("name", ["z", "", "starts", "a b"])
+def test_a_row_that_is_not(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([name]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"bench: no row {name!r}; there are a (start), b (create)")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_command_that_fails_is_told() -> None:
+    with pytest.raises(Exception, match=r"-c import sys; sys.exit\('oh'\) ended with 1: oh"):
+        start.spawn([sys.executable, "-c", "import sys; sys.exit('oh')"])()
+
+
+def test_time_and_peak_memory_are_the_commands_own() -> None:
+    code = "import time; a = bytearray(64 << 20); time.sleep(0.1)"
+    taken, peak = start.spawn([sys.executable, "-c", code])()
+    assert taken >= 100
+    assert 64 < peak < 120
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize("operation", guests.OPERATIONS)
+def test_each_operation_exits_once(
+    operation: str, cpl: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many accesses reach the register as are counted, and C's part ends as well."""
+    accesses: list[int] = []
+
+    class Counting(exits.Register):
+        def read(self, offset: int, size: int) -> int:
+            accesses.append(size)
+            return super().read(offset, size)
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            accesses.append(size)
+
+    monkeypatch.setattr(exits, "Register", Counting)
+    image = guests.exits_image(operation, 10)
+    exits._through_machine(image, cpl)
+    assert accesses == [4 if "MMIO" in operation else 1] * 10
+    path = tmp_path / "image"
+    path.write_bytes(image)
+    with native.Native() as c:
+        assert c.ask(f"exits {cpl} 10 {path}") > 0
+
+
+@pytest.mark.needs_kvm
+def test_the_c_programs_machine_runs_to_its_exit_port() -> None:
+    assert subprocess.run([native.program(), "once"], check=False, timeout=60).returncode == 0

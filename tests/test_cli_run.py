@@ -218,6 +218,28 @@ def test_a_closed_pipe_is_told(kernel: Make) -> None:
     )
 
 
+@pytest.mark.parametrize("how", ["time limit", "SIGTERM twice"])
+def test_a_reader_that_is_stuck_holds_nothing_up(kernel: Make, how: str) -> None:
+    flood = tiny.out(0x3F8, ord("x")) + b"\xeb\xf7"  # 1: ...; jmp 1b
+    limit = ["--timeout", "1"] if how == "time limit" else []
+    process = started(kernel(flood), "--cpus", "2", *limit)
+    assert process.stdout is not None and process.stderr is not None
+    if not limit:
+        read_until(process, b"x")
+        time.sleep(0.5)  # the pipe fills up: nobody reads on
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+    assert process.wait(60) == (124 if limit else 143)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    # (On a slow host the pipe has not filled up in this time.)
+    assert err.startswith(
+        ("vmm: console stdio: nobody reads it; the rest", "vmm: no end", "vmm: e")
+    )
+
+
 @pytest.mark.parametrize("closed", [[0], [2], [0, 2]], ids=str)
 def test_started_with_descriptors_closed(kernel: Make, closed: list[int]) -> None:
     def close() -> None:

@@ -11,7 +11,10 @@ from vmm.layout import MIB, PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from vmm.block.drive import Drive
+    from vmm.virtio.device import VirtioDevice
 
 BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
 ON_PANIC = ("exit", "pause")
@@ -42,6 +45,9 @@ class MachineConfig:
         backing: what RAM is made of, see `vmm.memory.map_backing`.
         default_append: False leaves the default command line out.
         device: the KVM device.
+        drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
+        rng: whether the guest gets a virtio entropy device.
+        devices: virtio devices of one's own: functions (or classes) that make one.
         trace: told of unclaimed ports and addresses, one line each.
 
     Raises:
@@ -58,10 +64,13 @@ class MachineConfig:
         "cpus",
         "default_append",
         "device",
+        "devices",
+        "drives",
         "initrds",
         "kernel",
         "memory",
         "on_panic",
+        "rng",
         "timeout",
         "trace",
     )
@@ -83,6 +92,9 @@ class MachineConfig:
         backing: str = "anonymous",
         default_append: bool = True,
         device: str = "/dev/kvm",
+        drives: Sequence[str | Drive] = (),
+        rng: bool = False,
+        devices: Sequence[Callable[[], VirtioDevice]] = (),
         trace: bool = False,
     ) -> None:
         self.kernel = None if kernel is None else str(kernel)
@@ -99,8 +111,19 @@ class MachineConfig:
         self.backing = backing
         self.default_append = default_append
         self.device = device
+        self.drives = self._drives(drives)
+        self.rng = rng
+        self.devices = tuple(devices)
         self.trace = trace
         self._check()
+
+    @staticmethod
+    def _drives(drives: Sequence[str | Drive]) -> tuple[Drive, ...]:
+        if not drives:
+            return ()
+        from vmm.block.drive import Drive
+
+        return tuple(Drive.parse(drive) if isinstance(drive, str) else drive for drive in drives)
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)

@@ -63,6 +63,13 @@ PARSER = Parser(
         Option(
             "--boot", metavar="HOW", default="auto", help=", ".join(BOOT_MODES) + " (default auto)"
         ),
+        Option(
+            "--drive",
+            metavar="DISK",
+            repeat=True,
+            help="raw image or block device, then ,readonly ,serial=S ,cache=none|unsafe ,queues=N",
+        ),
+        Option("--rng", help="a virtio entropy device"),
         Option("--no-acpi", help="an MP table instead of ACPI"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
@@ -107,6 +114,8 @@ def configure(args: Arguments) -> MachineConfig:
         acpi=not args.given("--no-acpi"),
         timeout=timeout,
         on_panic=args.value("--on-panic"),
+        drives=args.values("--drive"),
+        rng=args.given("--rng"),
         trace=args.given("--verbose"),
     )
 

@@ -98,6 +98,7 @@ class Machine:
 
         self.platform = Platform(self, vm)
         self._close_platform = self.platform.close
+        self.platform.add_virtio()
         if config.kernel is not None:
             self.boot = self.platform.load_kernel(config.kernel)
         tables = self.platform.cpuid_tables(kvm)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmm.kvm import CpuidEntry, Kvm, Vm
     from vmm.machine.machine import Machine
     from vmm.machine.vcpu_thread import VcpuThread
+    from vmm.machine.virtio import VirtioDevices
 
 
 PANIC_TEXT = "Kernel panic - not syncing"
@@ -37,6 +38,7 @@ class Platform:
     Attributes:
         pio, mmio: the two address spaces.
         uart, power, rtc, pit: devices others need to reach.
+        virtio: the virtio devices, None where there are none.
         console: what the UART's output goes to and its input comes from.
     """
 
@@ -45,6 +47,7 @@ class Platform:
         self.vm = vm
         self.console = Console(machine.config.console)
         self._coalescing: ConsoleCoalescing | None = None
+        self.virtio: VirtioDevices | None = None
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -77,6 +80,23 @@ class Platform:
 
     # --- wiring -----------------------------------------------------------------------------------
 
+    def add_virtio(self) -> None:
+        """Make the virtio devices the configuration asks for, if any."""
+        config = self.machine.config
+        if not (config.drives or config.rng or config.devices):
+            return
+        from vmm.machine.virtio import VirtioDevices
+
+        self.virtio = VirtioDevices(self.machine, self.mmio)
+        for number, drive in enumerate(config.drives):
+            self.virtio.add(drive.open(number))
+        if config.rng:
+            from vmm.virtio.rng import Entropy
+
+            self.virtio.add(Entropy())
+        for make in config.devices:
+            self.virtio.add(make())
+
     def cpuid_tables(self, kvm: Kvm) -> list[list[CpuidEntry]]:
         """What each vCPU's CPUID says."""
         from vmm.cpu import build, host_brand
@@ -102,7 +122,8 @@ class Platform:
         if config.acpi:
             from vmm.tables import acpi
 
-            tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus))
+            virtio = self.virtio.acpi() if self.virtio is not None else ()
+            tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus, virtio_mmio=virtio))
             rsdp = tables.rsdp
             blobs += tables.blobs
         state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
@@ -130,6 +151,8 @@ class Platform:
         """Give back what the devices hold, and the terminal."""
         if self._coalescing is not None:
             self._coalescing.close()
+        if self.virtio is not None:
+            self.virtio.close()
         self.uart.flush()
         self.console.close()
         for device in self.pio.devices() + self.mmio.devices():

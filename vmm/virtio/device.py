@@ -22,6 +22,7 @@ from vmm.virtio.queue import Chain, QueueError, VirtQueue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from vmm.memory import GuestMemory
@@ -77,6 +78,8 @@ class VirtioDevice:
     """The device's own feature bits, a mask."""
     QUEUES: tuple[int, ...] = ()
     """The largest size of each queue."""
+    ON_LOOP = False
+    """Queues are served on the machine's event loop, not each by a thread; see `loop_running`."""
 
     memory: GuestMemory
     """The guest's; there once the device is part of a machine."""
@@ -114,6 +117,9 @@ class VirtioDevice:
 
     def started(self) -> None:
         """DRIVER_OK: features and queues are final."""
+
+    def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Called once, on the machine's event loop, before the first `started` (ON_LOOP only)."""
 
     def stopped(self) -> None:
         """Reset: no queue is there any more; forget what was under way."""

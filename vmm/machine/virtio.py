@@ -1,0 +1,105 @@
+"""A machine's virtio devices: where they are, who serves them, how they reach KVM."""
+
+from __future__ import annotations
+
+from vmm import layout
+from vmm.errors import UsageError
+from vmm.virtio import mmio
+from vmm.virtio.mmio import MmioTransport
+from vmm.virtio.serve import QueueThread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.devices.bus import AddressSpace
+    from vmm.machine.machine import Machine
+    from vmm.virtio.device import VirtioDevice
+    from vmm.virtio.loop import DeviceLoop
+
+MAX_DEVICES = len(layout.GSI_VIRTIO)
+
+
+class VirtioDevices:
+    """Virtio devices over MMIO, announced by ACPI (LNRO0005).
+
+    Attributes:
+        transports: one a device, in the order they were added.
+    """
+
+    def __init__(self, machine: Machine, space: AddressSpace) -> None:
+        self._machine = machine
+        self._space = space
+        self.transports: list[MmioTransport] = []
+        self._threads: list[QueueThread] = []
+        self._loop: DeviceLoop | None = None
+
+    def add(self, device: VirtioDevice) -> None:
+        """Put `device` on the bus; it is closed with the machine."""
+        number = len(self.transports)
+        if number >= MAX_DEVICES:
+            device.close()
+            raise UsageError(f"more than {MAX_DEVICES} virtio devices over MMIO")
+        device.memory = self._machine.memory
+        device.on_bug = self._machine.monitor_failed
+        transport = MmioTransport(device)
+        base, _, gsi = self._place(number)
+        transport.on_driver_ok = lambda: self._connect(transport, base, gsi)
+        self.transports.append(transport)
+        self._space.add(base, mmio.LENGTH, transport)
+
+    def acpi(self) -> list[tuple[int, int, int]]:
+        """(base, size, gsi) of each device, for the DSDT."""
+        return [self._place(number) for number in range(len(self.transports))]
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        base = layout.VIRTIO_MMIO_BASE + number * layout.VIRTIO_MMIO_STRIDE
+        return base, mmio.LENGTH, layout.GSI_VIRTIO[number]
+
+    def _connect(self, transport: MmioTransport, base: int, gsi: int) -> None:
+        """The first driver of a device: from now on no notify and no interrupt is an exit."""
+        vm, device = self._machine.vm, transport.device
+        if device.ON_LOOP:
+            self._start_on_loop(device)
+        for index, fd in enumerate(transport.notify_fds):
+            vm.ioeventfd(fd, base + mmio.QUEUE_NOTIFY, 4, datamatch=index)
+            if device.ON_LOOP:
+                self.loop.serve(device, index, fd)
+            else:
+                thread = QueueThread(device, index, fd, self._machine.monitor_failed)
+                self._threads.append(thread)
+        transport.served = True
+        vm.irqfd(transport.irq_fd, gsi)
+
+    @property
+    def loop(self) -> DeviceLoop:
+        """The machine's event loop, started when first asked for."""
+        if self._loop is None:
+            from vmm.virtio.loop import DeviceLoop
+
+            self._loop = DeviceLoop(self._machine.monitor_failed)
+        return self._loop
+
+    def _start_on_loop(self, device: VirtioDevice) -> None:
+        """Have `device` attach to the loop, and wait until it has."""
+        import threading
+
+        loop, done = self.loop, threading.Event()
+
+        def attach() -> None:
+            try:
+                device.loop_running(loop.loop)
+            except BaseException as err:
+                self._machine.monitor_failed(err)
+            finally:
+                done.set()
+
+        loop.call(attach)
+        done.wait()
+
+    def close(self) -> None:
+        """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.close()
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None

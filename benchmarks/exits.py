@@ -14,8 +14,8 @@ from benchmarks.series import Progress, Series, interleave
 from vmm import HostError, Machine, MachineConfig
 from vmm.devices.device import Device
 
-REPETITIONS = 15
-COUNT = 4000
+REPETITIONS = 40
+COUNT = 1000
 """Exits a repetition."""
 
 

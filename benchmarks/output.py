@@ -24,7 +24,7 @@ def show_progress(text: str) -> None:
 
 def table(rows: list[Series]) -> str:
     """The series as text: median, quartiles, count, and the ratio to the reference."""
-    references = {row.comparison: row.median for row in rows if row.reference}
+    references = {row.comparison: row for row in rows if row.reference}
     width = max(len(row.contender) for row in rows) + 2
     lines = []
     comparison = ""
@@ -36,8 +36,8 @@ def table(rows: list[Series]) -> str:
         low, high = row.quartiles
         spread = f"{figure(low)} .. {figure(high)}"
         ratio = "1" if row.reference else ""
-        if not row.reference and references.get(comparison):
-            ratio = f"{row.median / references[comparison]:.2f}"
+        if not row.reference and comparison in references:
+            ratio = f"{row.ratio(references[comparison]):.2f}"
         lines.append(
             f"    {row.contender:{width}}{figure(row.median):>9}{spread:>17}"
             f"{len(row.samples):>5}{ratio:>9}{'  ' + row.note if row.note else ''}"

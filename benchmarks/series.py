@@ -34,6 +34,12 @@ class Series:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
 
+    def ratio(self, reference: Series) -> float:
+        """The median of each round's ratio: a load of the host that lasts longer than a round
+        is in both of its figures."""
+        pairs = zip(self.samples, reference.samples, strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
+
 
 Progress = Callable[[str], None]
 """Told what is being measured."""

@@ -38,11 +38,12 @@ def test_contenders_take_turns_and_the_warm_up_does_not_count() -> None:
 
 def test_the_table_has_medians_and_ratios_to_the_reference() -> None:
     lines = output.table(
-        [series("ours", 1, 2, 30), series("theirs", 4, 4, 4, reference=True)]
+        [series("ours", 1, 30, 2), series("theirs", 4, 10, 4, reference=True)]
     ).splitlines()
     assert lines[0] == "(x) a walk, ms"
+    # The median of 1/4, 30/10 and 2/4.
     assert lines[2].split() == ["ours", "2.00", "1.50", "..", "16.0", "3", "0.50"]
-    assert lines[3].split() == ["theirs", "4.00", "4.00", "..", "4.00", "3", "1"]
+    assert lines[3].split() == ["theirs", "4.00", "4.00", "..", "7.00", "3", "1"]
 
 
 def test_without_a_reference_there_is_no_ratio() -> None:

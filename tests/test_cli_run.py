@@ -167,6 +167,19 @@ def test_sigterm_presses_the_power_button(kernel: Make) -> None:
     assert process.returncode == 0
 
 
+def test_verbose_tells_of_the_power_button(kernel: Make) -> None:
+    process = started(kernel(tiny.prints(b"ready\n") + HALT), "-v")
+    read_until(process, b"ready\n")
+    assert process.stderr is not None
+    process.send_signal(signal.SIGTERM)
+    says = b"vmm: SIGTERM: the power button is pressed; another one ends the machine\n"
+    while process.stderr.readline() != says:
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 def test_an_ignored_hangup_stays_ignored(kernel: Make) -> None:
     """nohup vmm run ... &"""
     process = started(

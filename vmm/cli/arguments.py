@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 HELP = "--help"
 INDENT = 24
 """The column the options' descriptions start in."""
+WIDTH = 80
 
 
 class Option:
@@ -127,6 +128,8 @@ class Parser:
 
     def help_text(self) -> str:
         """What --help prints."""
+        from textwrap import wrap
+
         usage = f"usage: {self.command} {self.operand} [option ...]".replace("  ", " ")
         lines = [usage, "", self.summary, "", "options:"]
         for option in self.options:
@@ -134,7 +137,9 @@ class Parser:
             if len(left) > INDENT - 2:
                 lines.append(left)
                 left = ""
-            lines.append(f"{left:{INDENT}}{option.help}")
+            for text in wrap(option.help, WIDTH - INDENT, break_on_hyphens=False):
+                lines.append(f"{left:{INDENT}}{text}")
+                left = ""
         return "\n".join(lines) + "\n" + (f"\n{self.epilog}" if self.epilog else "")
 
     def _check_operands(self, operands: list[str]) -> None:

@@ -86,6 +86,8 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
                 if signum == _signal.SIGTERM and not pressed:
                     pressed = True
                     machine.press_power_button()
+                    if machine.config.trace:
+                        say("SIGTERM: the power button is pressed; another one ends the machine")
                 elif signum in NAMES:
                     machine.end(
                         MachineExit(exits.STOPPED, f"ended by {NAMES[signum]}", status=128 + signum)

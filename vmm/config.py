@@ -39,7 +39,7 @@ class MachineConfig:
         console: `none` (kept in `Machine.console` only), `file:PATH`, `pty`, or `auto`: this
             process's standard input and output.
         boot: `auto`, `bzimage`, `elf64` or `pvh`.
-        acpi: False for an MP table instead.
+        acpi: False for no ACPI tables, the MP table alone.
         timeout: seconds from start to a forced end (`timeout`), or None.
         on_panic: `exit`, or `pause` to leave the machine for inspection.
         backing: what RAM is made of, see `vmm.memory.map_backing`.

@@ -70,7 +70,7 @@ PARSER = Parser(
             help="raw image or block device, then ,readonly ,serial=S ,cache=none|unsafe ,queues=N",
         ),
         Option("--rng", help="a virtio entropy device"),
-        Option("--no-acpi", help="an MP table instead of ACPI"),
+        Option("--no-acpi", help="no ACPI tables; processors are found by the MP table alone"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
             "--on-panic",

@@ -5,6 +5,8 @@ Markers say what a test needs; a test without one needs no KVM.
     needs_kvm        any /dev/kvm
     needs_linux_kvm  a KVM in which stock Linux reaches user space (kvm_intel, kvm_amd)
     native_only      the PVM back end itself (/dev/kvm of kvm_pvm)
+    one_lane         (beside needs_kvm) the back end makes no difference: where the native lane has
+                     a KVM, the nested lane, twenty times slower, leaves it to that
 
 Under plain `pytest`, a test whose need is not met is skipped, with the reason. tests/lanes (that is
 `make test`) sets VMM_LANE, and each lane then takes only the tests that are for it.
@@ -30,6 +32,7 @@ MARKERS = {
     "needs_kvm": "needs /dev/kvm, whichever back end",
     "needs_linux_kvm": "needs a KVM in which stock Linux reaches user space (VT-x or AMD-V)",
     "native_only": "needs the PVM back end",
+    "one_lane": "runs in one lane of those that have a KVM",
 }
 
 

@@ -81,6 +81,7 @@ def test_time_and_peak_memory_are_the_commands_own() -> None:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 @pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("operation", guests.OPERATIONS)
 def test_each_operation_exits_once(
@@ -108,5 +109,6 @@ def test_each_operation_exits_once(
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_the_c_programs_machine_runs_to_its_exit_port() -> None:
     assert subprocess.run([native.program(), "once"], check=False, timeout=60).returncode == 0

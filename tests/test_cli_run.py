@@ -18,7 +18,7 @@ from tests.support import tiny
 from tests.support.tiny import HALT, AtTerminal
 from vmm import __version__, errors
 
-pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
 Make = Callable[[bytes], str]
 

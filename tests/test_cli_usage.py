@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import boot_files, host, tiny
+from tests.support import boot_files, tiny
 from vmm.errors import EXIT_HOST, EXIT_USAGE
 
 NOBODY = 65534
@@ -196,12 +196,8 @@ RUN = [
 NEED_KVM = re.compile("kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry")
 
 
-if host.lane() == "nested":  # a Python start takes 2 s there, and little of this depends on KVM
-    RUN = RUN[::8]
-
-
 def case(words: str | None, says: str) -> object:
-    marks = [pytest.mark.needs_kvm] if NEED_KVM.search(says) else []
+    marks = [pytest.mark.needs_kvm, pytest.mark.one_lane] if NEED_KVM.search(says) else []
     name = "none" if words is None else words.replace("{}/", "")[:40] or "empty"
     return pytest.param(words, says, marks=marks, id=name)
 
@@ -232,6 +228,7 @@ def test_other_commands(words: list[str], says: str, place: Path) -> None:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("words", "least"),
     [
@@ -247,6 +244,7 @@ def test_the_least_memory_named_is_enough(words: str, least: str, files: Path, p
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     "words", ["{}/nosuch", "{}/good --memory 1M", "{}/good --cpu nosuch", "{}/good --cpus 0"]
 )
@@ -300,6 +298,7 @@ def as_nobody(mode: str, *paths: Path) -> str:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_no_permission_on_the_device(files: Path, place: Path) -> None:
     done = in_mount_namespace(place, as_nobody("600", files), ["run", str(files / "good")])
     line = complaint(done, EXIT_HOST)
@@ -307,6 +306,7 @@ def test_no_permission_on_the_device(files: Path, place: Path) -> None:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -331,12 +331,14 @@ def test_no_permission_on_a_file(words: str, says: str, files: Path, place: Path
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_the_device_is_all_that_is_needed(files: Path, place: Path) -> None:
     done = in_mount_namespace(place, as_nobody("666", files), ["run", str(files / "good")])
     assert (done.returncode, done.stdout) == (42, "")
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_no_device(files: Path, place: Path) -> None:
     done = in_mount_namespace(
         place, 'mount -t tmpfs none /dev && exec "$@"', ["run", str(files / "good")]
@@ -347,6 +349,7 @@ def test_no_device(files: Path, place: Path) -> None:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_a_device_of_another_kind(files: Path, place: Path) -> None:
     done = in_mount_namespace(
         place, 'mount --bind /dev/null /dev/kvm && exec "$@"', ["run", str(files / "good")]
@@ -376,6 +379,7 @@ def in_mount_namespace(
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_out_of_descriptors(files: Path, place: Path) -> None:
     import resource
 
@@ -388,6 +392,7 @@ def test_out_of_descriptors(files: Path, place: Path) -> None:
 
 
 @pytest.mark.needs_kvm
+@pytest.mark.one_lane
 def test_standard_output_closed_needs_another_console(files: Path, place: Path) -> None:
     done = call(place, ["run", str(files / "good")], stdout=None, preexec_fn=lambda: os.close(1))
     assert done.returncode == EXIT_USAGE

@@ -23,3 +23,11 @@ def test_it_is_hardware_virtualization_with_the_stable_api() -> None:
         assert host.backend() == "kvm_amd"
     else:
         assert host.backend() in ("kvm_amd", "kvm_intel")
+
+
+@pytest.mark.parametrize(("native", "taken"), [("kvm_pvm", False), ("", True)])
+def test_one_lane_is_enough(native: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMM_NATIVE_KVM", native)
+    assert host.for_lane("nested", {"needs_kvm", "one_lane"}) is taken
+    assert host.for_lane("nested", {"needs_kvm"})
+    assert host.for_lane("native", {"needs_kvm", "one_lane"}) is (host.backend() is not None)

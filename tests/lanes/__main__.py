@@ -116,10 +116,11 @@ class NativeLane:
 
 
 class NestedThread:
-    """pytest in the nested lane, in a thread."""
+    """pytest in the nested lane, in a thread; `native` is the back end of the lane beside it."""
 
-    def __init__(self, directory: Path, arguments: list[str]) -> None:
+    def __init__(self, directory: Path, arguments: list[str], native: str | None) -> None:
         self.outcome = Outcome("nested")
+        self._native = native
         self.output = Output()
         self._directory = directory
         self._arguments = arguments
@@ -144,6 +145,8 @@ class NestedThread:
         # Names as they run (-v): tests are slow here, and a person should see what it is at.
         command = pytest_command(f"{RESULTS}/{report}", NESTED_TEST_TIMEOUT, self._arguments)
         command += ["-v", "-p", "no:cacheprovider"]
+        if self._native:
+            command = ["env", f"VMM_NATIVE_KVM={self._native}", *command]
         try:
             with self._lane as lane:
                 status = lane.run(command, output=self.output.write, timeout=NESTED_TIMEOUT)
@@ -165,17 +168,18 @@ def run(arguments: list[str], serial: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="vmm-test-") as name:
         directory = Path(name)
         nested = None
+        native = host.backend() if "native" in lanes else None
         try:
             if "nested" in lanes:
                 # The nested lane has no network and a read-only cache: all is fetched here.
                 debian_kernel("cloud-amd64").vmlinux()
                 debian_kernel("amd64")
                 if not serial:
-                    nested = NestedThread(directory, arguments)
+                    nested = NestedThread(directory, arguments, native)
             if "native" in lanes:
                 outcomes.append(NativeLane(directory, arguments).outcome)
             if "nested" in lanes:
-                nested = nested or NestedThread(directory, arguments)
+                nested = nested or NestedThread(directory, arguments, native)
                 outcomes.append(nested.finish())
         finally:
             if nested is not None:

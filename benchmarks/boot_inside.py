@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.series import interleave
+from vmm.config import MachineConfig
 
 MARK = b"bench: init runs"
-CMDLINE = "console=ttyS0 reboot=k panic=-1"
-"""As vmm run's own."""
+CMDLINE = MachineConfig().default_cmdline
+"""The same for all: vmm run's own."""
 QEMU = [
     *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-nodefaults"),
     *("-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"),

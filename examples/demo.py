@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +140,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cpus", default="2", metavar="N", help="vCPUs (%(default)s)")
     parser.add_argument("--memory", default="256M", metavar="SIZE", help="RAM (%(default)s)")
     options = parser.parse_args(arguments)
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the nested lane must not stay behind
+        signal.signal(number, end)
     try:
         here, verdict = doctor()
         print(f"demo: {verdict}")

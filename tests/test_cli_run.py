@@ -62,7 +62,7 @@ def read_until(process: subprocess.Popen[bytes], text: bytes) -> None:
 
 @pytest.mark.parametrize("status", [0, 1, 42, 255])
 def test_exit_port(kernel: Make, status: int) -> None:
-    says = f"vmm: the guest ended with status {status} (status {status})\n" if status else ""
+    says = f"vmm: the guest wrote {status} to the exit port (status {status})\n" if status else ""
     assert vmm(kernel(tiny.exits(status))) == (status, "", says)
 
 
@@ -91,7 +91,7 @@ def test_exit_port(kernel: Make, status: int) -> None:
             r"vmm: no end within 0.3 s \(--timeout.*\n",
         ),
         (tiny.SPIN, ["--timeout", "0.3"], errors.EXIT_TIMEOUT, r"vmm: no end within 0.3 s.*\n"),
-        (tiny.exits(3), ["--timeout", "9e8"], 3, r"vmm: the guest ended with status 3.*\n"),
+        (tiny.exits(3), ["--timeout", "9e8"], 3, r"vmm: the guest wrote 3 to the exit port.*\n"),
     ],
     ids=["poweroff", "reset", "panic", "panic, pause", "halted", "spinning", "a long limit"],
 )
@@ -227,7 +227,7 @@ def test_a_closed_pipe_is_told(kernel: Make) -> None:
     assert ended == 5
     assert err == (
         "vmm: console stdio: Broken pipe; further output is lost\n"
-        "vmm: the guest ended with status 5 (status 5)\n"
+        "vmm: the guest wrote 5 to the exit port (status 5)\n"
     )
 
 
@@ -367,7 +367,7 @@ def test_help_shows_while_the_guest_prints(kernel: Make) -> None:
     ("code", "status", "says"),
     [
         (tiny.prints(b"\nhi") + tiny.POWEROFF + HALT, 0, b"hi"),
-        (tiny.exits(42), 42, b"vmm: the guest ended with status 42 (status 42)\r\n"),
+        (tiny.exits(42), 42, b"vmm: the guest wrote 42 to the exit port (status 42)\r\n"),
         (tiny.TRIPLE_FAULT, 121, b"vmm: triple fault"),
     ],
     ids=["poweroff", "exit port", "triple fault"],

@@ -72,7 +72,7 @@ class Platform:
             DebugExit(
                 lambda value: end(
                     MachineExit(
-                        exits.EXIT_PORT, f"the guest ended with status {value}", status=value
+                        exits.EXIT_PORT, f"the guest wrote {value} to the exit port", status=value
                     )
                 )
             ),

@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 import struct
+from _thread import allocate_lock
 
 from vmm.errors import HostError, UsageError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SECTOR = 512
+BLOCK = 4096
+"""No disk and no file system wants O_DIRECT aligned to more."""
 F_OFD_SETLK = 37
 """Linux, include/uapi/asm-generic/fcntl.h: a lock of the open file, not of the process."""
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
@@ -54,7 +57,6 @@ class RawImage:
     Attributes:
         size: bytes.
         direct: O_DIRECT is used.
-        alignment: what addresses, offsets and lengths must be multiples of, 1 unless `direct`.
 
     Raises:
         UsageError: the file cannot be a disk; one line says why.
@@ -79,7 +81,7 @@ class RawImage:
         except BaseException:
             os.close(self.fd)
             raise
-        self.alignment = 4096 if self.direct else 1
+        self._bouncing = allocate_lock()
 
     def __repr__(self) -> str:
         return f"RawImage({self.path!r}, {self.size} bytes)"
@@ -139,7 +141,12 @@ class RawImage:
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` from byte `offset`."""
-        self._whole(os.preadv, views, offset)
+        try:
+            self._whole(os.preadv, views, offset)
+        except OSError as err:
+            if err.errno != errno.EINVAL or not self.direct:
+                raise
+            self._bounce(views, offset, write=False)
 
     def read_cached(self, views: Sequence[memoryview], offset: int, size: int) -> bool:
         """The same, if the page cache has all `size` bytes of it; else False, nothing is said
@@ -153,7 +160,36 @@ class RawImage:
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write `views` at byte `offset`."""
-        self._whole(os.pwritev, views, offset)
+        try:
+            self._whole(os.pwritev, views, offset)
+        except OSError as err:
+            if err.errno != errno.EINVAL or not self.direct:
+                raise
+            self._bounce(views, offset, write=True)
+
+    def _bounce(self, views: Sequence[memoryview], offset: int, *, write: bool) -> None:
+        """O_DIRECT where the guest's buffers (or its sectors) are not aligned as the host wants
+        them: through a buffer that is. Parts of blocks are read first, one writer at a time."""
+        import mmap
+
+        size = sum(map(len, views))
+        first = offset - offset % BLOCK
+        end = min(-(-(offset + size) // BLOCK) * BLOCK, self.size)
+        with mmap.mmap(-1, end - first) as area, memoryview(area) as buffer, self._bouncing:
+            whole = offset == first and offset + size == end
+            if not (write and whole):
+                self._whole(os.preadv, [buffer], first)
+            at = offset - first
+            for view in views:
+                part = buffer[at : at + len(view)]
+                if write:
+                    part[:] = view
+                else:
+                    view[:] = part
+                part.release()
+                at += len(view)
+            if write:
+                self._whole(os.pwritev, [buffer], first)
 
     def _whole(self, call: object, views: Sequence[memoryview], offset: int) -> None:
         want = sum(map(len, views))

@@ -1,0 +1,237 @@
+"""The host's side of the socket device: UNIX sockets, as Firecracker and cloud-hypervisor have it.
+
+A program connects to PREFIX, writes `CONNECT port\\n`, reads `OK hostport\\n`, and is connected to
+that port of the guest; a connection that is closed instead was refused. A guest that connects to
+port P of CID 2 reaches the program that listens on PREFIX_P.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from contextlib import suppress
+
+from vmm.errors import UsageError
+from vmm.virtio.vsock_packet import OP_RESPONSE, PORT_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.virtio.vsock import Vsock
+    from vmm.virtio.vsock_stream import Stream
+
+LINE_MAX = 32
+"""Bytes of a client's first line."""
+CLIENTS_MAX = 256
+"""Clients that have not said it yet."""
+PATH_MAX = 107
+"""Bytes in sockaddr_un.sun_path, less its NUL."""
+ANSWER_WITHIN = 20.0
+"""Seconds a guest has to answer; its driver may still be starting."""
+RETRY = 0.02
+"""Seconds between tries where a listener's backlog is full, or descriptors have run out."""
+TRIES = 100
+
+
+class VsockHost:
+    """Listens on `path` from construction to `close`; a socket nobody listens on is replaced.
+
+    Raises:
+        UsageError: the socket cannot be made there, or another monitor has it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._clients: dict[socket.socket, bytes] = {}
+        self._device: Vsock | None = None
+        self._listener, self._identity = _listen(path)
+
+    def attach(self, device: Vsock) -> None:
+        """Serve `device`."""
+        self._device = device
+
+    def start(self) -> None:
+        """Take clients: the guest has a driver. On the loop."""
+        if self._device is not None:
+            self._device.watch(self._listener, self._accept)
+
+    def stop(self) -> None:
+        """Leave clients waiting: the guest's driver is gone."""
+        if self._device is not None:
+            self._device.watch(self._listener, None)
+        for sock in list(self._clients):
+            self._leave(sock)
+            sock.close()
+
+    def close(self) -> None:
+        """Remove the socket, unless another has taken its place; harmless twice."""
+        self.stop()
+        self._listener.close()
+        with suppress(OSError):
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == self._identity:
+                os.unlink(self.path)
+        self._identity = (-1, -1)
+
+    # --- a program connects to the guest ----------------------------------------------------------
+
+    def _accept(self) -> None:
+        device = self._device
+        assert device is not None
+        try:
+            sock = self._listener.accept()[0]
+        except BlockingIOError:
+            return
+        except OSError:  # descriptors have run out: not again at once
+            device.watch(self._listener, None)
+            device.later(10 * RETRY, self.start)
+            return
+        if len(self._clients) >= CLIENTS_MAX:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._clients[sock] = b""
+        device.watch(sock, lambda: self._hear(sock))
+        self._hear(sock)
+
+    def _leave(self, sock: socket.socket) -> None:
+        if self._clients.pop(sock, None) is not None and self._device is not None:
+            self._device.watch(sock, None)
+
+    def _hear(self, sock: socket.socket) -> None:
+        """Read the first line and no byte more."""
+        if sock not in self._clients:
+            return
+        line = self._clients[sock]
+        try:
+            seen = sock.recv(LINE_MAX, socket.MSG_PEEK)
+            end = seen.find(b"\n") + 1
+            line += sock.recv(end or len(seen)) if seen else b""
+        except BlockingIOError:
+            return
+        except OSError:
+            seen = b""
+        if seen and not end and len(line) < LINE_MAX:
+            self._clients[sock] = line
+            return
+        self._leave(sock)
+        port = connect_port(line) if seen else None
+        device = self._device
+        assert device is not None
+        stream = device.dial(port, sock) if port is not None else None
+        if stream is None:
+            sock.close()
+        else:
+            device.later(ANSWER_WITHIN, lambda: self._answered_yet(stream))
+
+    def _answered_yet(self, stream: Stream) -> None:
+        if not stream.open and not stream.gone:
+            stream.reset()
+
+    def answered(self, stream: Stream) -> None:
+        """The guest has accepted what a program asked for."""
+        line = b"OK %d\n" % stream.host_port
+        try:
+            if stream.sock is not None and stream.sock.send(line) == len(line):
+                stream.accepted()
+                return
+        except OSError:
+            pass
+        stream.reset()
+
+    # --- the guest connects to a program ------------------------------------------------------
+
+    def connect(self, stream: Stream, tries: int = TRIES) -> None:
+        """Connect `stream` to who listens on its port, or refuse it."""
+        device = self._device
+        if stream.gone or device is None:
+            return
+        sock = None
+        try:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            sock.connect(f"{self.path}_{stream.host_port}")
+        except OSError as err:
+            if sock is not None:
+                sock.close()
+            full = isinstance(err, BlockingIOError)  # a full backlog
+            again = full and tries > 0
+            if not again or not device.later(RETRY, lambda: self.connect(stream, tries - 1)):
+                stream.reset()
+            return
+        stream.sock = sock
+        device.reply(stream, OP_RESPONSE)
+        stream.accepted()
+
+
+def connect_port(line: bytes) -> int | None:
+    """The port of `CONNECT port\\n`, None if it is not that."""
+    words = line.split()
+    if not line.endswith(b"\n") or len(words) != 2 or words[0].upper() != b"CONNECT":
+        return None
+    if not words[1].isdigit() or int(words[1]) > PORT_MAX:
+        return None
+    return int(words[1])
+
+
+def check_path(path: str) -> None:
+    """UsageError where no socket can have this name."""
+    limit = PATH_MAX - len("_4294967295")
+    if not path or "\0" in path:
+        raise UsageError("--vsock: no path; say for example --vsock cid=3,path=/tmp/vm.vsock")
+    if len(os.fsencode(path)) > limit:
+        raise UsageError(
+            f"--vsock path={path}: {len(os.fsencode(path))} bytes are too long for a socket's "
+            f"name; at most {limit}, or give a path relative to the working directory"
+        )
+
+
+def _listen(path: str) -> tuple[socket.socket, tuple[int, int]]:
+    """A listening socket, and the (device, inode) of its file."""
+    check_path(path)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        # Two monitors that find one stale socket must not remove each other's new one.
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            _make_way(path)
+            listener.bind(path)
+            listener.listen(128)
+            found = os.stat(path)
+        finally:
+            os.close(directory)
+    except OSError as err:
+        listener.close()
+        raise UsageError(
+            f"--vsock path={path}: {err.strerror}; give a path in a directory that exists and "
+            "can be written"
+        ) from err
+    except BaseException:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener, (found.st_dev, found.st_ino)
+
+
+def _make_way(path: str) -> None:
+    """Remove a socket nobody listens on."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"--vsock path={path} is there and is not a socket; give another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass
+    raise UsageError(
+        f"--vsock path={path} is in use by another process; give each machine its own path"
+    )

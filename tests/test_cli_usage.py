@@ -182,6 +182,17 @@ RUN = [
     ("{}/good --on-panic nosuch", r"--on-panic 'nosuch' is not one of exit, pause"),
     ("{}/good --append a\nb", r"--append 'a\\nb' has a line break in it; words are .* spaces"),
     ("{}/good --append " + "x" * 3000, r"--append: the command line has \d+ bytes, .* takes 2047"),
+    # --- vsock
+    ("{}/good --vsock=", r"--vsock : '' is not cid= or path="),
+    ("{}/good --vsock cid=3", r"--vsock: no path; say for example --vsock cid=3,path="),
+    ("{}/good --vsock path=v", r"--vsock path=v: cid= is not a number; say for example cid=3"),
+    ("{}/good --vsock cid=x,path=v", r"--vsock cid=x,path=v: cid=x is not a number"),
+    ("{}/good --vsock cid=2,path=v", r"--vsock cid=2 is not from 3 to 4294967294"),
+    ("{}/good --vsock cid=4294967295,path=v", r"--vsock cid=4294967295 is not from 3 to"),
+    ("{}/good --vsock cid=3,port=v", r"--vsock cid=3,port=v: 'port=v' is not cid= or path="),
+    ("{}/good --vsock cid=3,path=" + "x" * 97, r"--vsock path=x+: 97 bytes are too long .* 96,"),
+    ("{}/good --vsock cid=3,path={}/text", r"--vsock path={}/text is there and is not a socket"),
+    ("{}/good --vsock cid=3,path={}/nosuch/v", r"--vsock path={}/nosuch/v: No such file .* exists"),
     # --- the options themselves
     ("{}/good --nosuch", r"'--nosuch' is no option \(see vmm run --help\)"),
     ("{}/good --memroy 64M", r"'--memroy' is no option; --memory is one"),
@@ -193,7 +204,9 @@ RUN = [
     ("{}/good --append --memory 64M", r"--append needs a value, --append CMDLINE"),
 ]
 # What only a machine that is half made can find out.
-NEED_KVM = re.compile("kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry")
+NEED_KVM = re.compile(
+    "kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry|--vsock path={}"
+)
 
 
 def case(words: str | None, says: str) -> object:

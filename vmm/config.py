@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vmm.block.drive import Drive
     from vmm.virtio.device import VirtioDevice
+    from vmm.virtio.vsock_config import VsockConfig
 
 BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
 ON_PANIC = ("exit", "pause")
@@ -47,6 +48,7 @@ class MachineConfig:
         device: the KVM device.
         drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
         rng: whether the guest gets a virtio entropy device.
+        vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         devices: virtio devices of one's own: functions (or classes) that make one.
         trace: told of unclaimed ports and addresses, one line each.
 
@@ -73,6 +75,7 @@ class MachineConfig:
         "rng",
         "timeout",
         "trace",
+        "vsock",
     )
 
     def __init__(
@@ -94,6 +97,7 @@ class MachineConfig:
         device: str = "/dev/kvm",
         drives: Sequence[str | Drive] = (),
         rng: bool = False,
+        vsock: str | VsockConfig | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         trace: bool = False,
     ) -> None:
@@ -113,6 +117,7 @@ class MachineConfig:
         self.device = device
         self.drives = self._drives(drives)
         self.rng = rng
+        self.vsock = self._vsock(vsock)
         self.devices = tuple(devices)
         self.trace = trace
         self._check()
@@ -124,6 +129,14 @@ class MachineConfig:
         from vmm.block.drive import Drive
 
         return tuple(Drive.parse(drive) if isinstance(drive, str) else drive for drive in drives)
+
+    @staticmethod
+    def _vsock(vsock: str | VsockConfig | None) -> VsockConfig | None:
+        if not isinstance(vsock, str):
+            return vsock
+        from vmm.virtio.vsock_config import VsockConfig
+
+        return VsockConfig.parse(vsock)
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)

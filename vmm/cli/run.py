@@ -70,6 +70,12 @@ PARSER = Parser(
             help="raw image or block device, then ,readonly ,serial=S ,cache=none|unsafe ,queues=N",
         ),
         Option("--rng", help="a virtio entropy device"),
+        Option(
+            "--vsock",
+            metavar="VSOCK",
+            help="cid=N,path=PREFIX: sockets to the guest (connect to PREFIX, write CONNECT port) "
+            "and from it (it reaches PREFIX_PORT)",
+        ),
         Option("--no-acpi", help="no ACPI tables; processors are found by the MP table alone"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
@@ -116,6 +122,7 @@ def configure(args: Arguments) -> MachineConfig:
         on_panic=args.value("--on-panic"),
         drives=args.values("--drive"),
         rng=args.given("--rng"),
+        vsock=args.value("--vsock") if args.given("--vsock") else None,
         trace=args.given("--verbose"),
     )
 

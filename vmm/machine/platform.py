@@ -83,7 +83,7 @@ class Platform:
     def add_virtio(self) -> None:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
-        if not (config.drives or config.rng or config.devices):
+        if not (config.drives or config.rng or config.vsock or config.devices):
             return
         from vmm.machine.virtio import VirtioDevices
 
@@ -94,6 +94,8 @@ class Platform:
             from vmm.virtio.rng import Entropy
 
             self.virtio.add(Entropy())
+        if config.vsock:
+            self.virtio.add(config.vsock.open())
         for make in config.devices:
             self.virtio.add(make())
 

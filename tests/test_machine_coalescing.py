@@ -127,3 +127,41 @@ def test_a_machine_stopped_in_the_middle_leaves_no_thread(machine: Make) -> None
         assert guest.stop().kind == "stopped"
         assert set(guest.console.bytes()) == set(b"x\n")
     assert not is_on()
+
+
+def polling(size: int) -> bytes:
+    """As `counting`, with a look at LSR before each byte, whose values it ANDs in BL.
+
+    mov ecx, size; mov bl, 0xff; 1: mov dx, 0x3fd; in al, dx; and bl, al; mov dx, 0x3f8
+    mov al, cl; and al, 0x3f; add al, 0x0a; out dx, al; dec ecx; jnz 1b
+    """
+    return (
+        b"\xb9"
+        + size.to_bytes(4, "little")
+        + bytes.fromhex("b3ff 66bafd03 ec 20c3 66baf803 88c8 243f 040a ee 49 75eb")
+    )
+
+
+def test_a_look_at_lsr_need_not_empty_the_ring(machine: Make) -> None:
+    """Sent, whatever is still in the ring: and all of it comes out, in order."""
+    end = bytes.fromhex("88d8 e6f4")  # mov al, bl; out 0xf4, al
+    with machine(polling(5000) + end + tiny.HALT) as guest:
+        guest.start()
+        assert guest.wait().status == 0x60  # THRE and TEMT, each time
+        assert guest.console.bytes() == counted(5000)
+
+
+def test_input_is_not_lost_on_a_driver_that_prints(machine: Make) -> None:
+    """A byte that waits shows in LSR also while writes are in the ring: once the guest receives."""
+    source = bytes.fromhex(
+        "66bafc03 b003 ee"  # MCR: DTR and RTS, it receives
+    )
+    end = bytes.fromhex(
+        "66bafd03 ec a801 74f7"  # 1: mov dx, 0x3fd; in al, dx; test al, 1; jz 1b
+        "66baf803 ec e6f4"  # in al, [0x3f8]; out 0xf4, al
+    )
+    with machine(source + polling(3000) + end + tiny.HALT) as guest:
+        guest.start()
+        guest.platform.uart.receive(b"K")
+        assert guest.wait().status == ord("K")
+        assert guest.console.bytes() == counted(3000)

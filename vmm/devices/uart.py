@@ -186,6 +186,11 @@ class Uart(Device):
             self._sink_lock.release()
         return True
 
+    def sending(self) -> int:
+        """LSR between two bytes of output, where the first may not be here yet; -1 if more shows
+        in it than that, and `read` must tell."""
+        return -1 if self._fifo or self._errors else LSR_THRE | LSR_TEMT
+
     # --- the guest's side -----------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:

@@ -41,14 +41,19 @@ class CoalescedRing:
         self._closed = False
         self._lock = allocate_lock()
 
-    def drain(self) -> None:
-        """Take every write that is in the ring now; runs of bytes to one address go as one."""
+    def pending(self) -> bool:
+        """Whether a write is in the ring."""
         heads = self._heads
         try:
-            if heads[0] == heads[1]:
-                return
+            return heads[0] != heads[1]
         except ValueError:  # released
+            return False
+
+    def drain(self) -> None:
+        """Take every write that is in the ring now; runs of bytes to one address go as one."""
+        if not self.pending():
             return
+        heads = self._heads
         with self._lock:
             if self._closed:
                 return

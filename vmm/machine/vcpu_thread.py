@@ -21,6 +21,8 @@ from vmm.kvm.ffi import ffi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.devices.bus import AddressSpace
     from vmm.kvm.coalesced import CoalescedRing
     from vmm.kvm.vcpu import Vcpu
@@ -40,6 +42,10 @@ _MMIO = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
 _MMIO_DATA = _UNION + 8
 
 
+def _no_answer() -> int:
+    return -1
+
+
 class VcpuThread:
     """Runs one vCPU until it is asked to stop or the machine ends.
 
@@ -54,6 +60,8 @@ class VcpuThread:
         self._pio = pio
         self._mmio = mmio
         self._ring: CoalescedRing | None = None
+        self._polled_port = -1
+        self._poll: Callable[[], int] = _no_answer
         self._want = PAUSED
         self._parked = False
         self._cond = threading.Condition(threading.Lock())
@@ -70,9 +78,11 @@ class VcpuThread:
         finally:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
-    def coalesce(self, ring: CoalescedRing | None) -> None:
-        """Empty `ring` before each exit is handled."""
-        self._ring = ring
+    def coalesce(self, ring: CoalescedRing, port: int, poll: Callable[[], int]) -> None:
+        """Empty `ring` before each exit is handled, but for byte reads of `port` that `poll`
+        answers (it gives -1 for those it does not)."""
+        self._poll, self._polled_port = poll, port
+        self._ring = ring  # last: the thread looks at it first
 
     def request(self, state: str) -> None:
         """Ask for RUNNING, PAUSED or STOPPED; does not wait."""
@@ -161,6 +171,7 @@ class VcpuThread:
         ioctl = fcntl.ioctl
         from_bytes = int.from_bytes
         exits = self.exits
+        exit_io = constants.EXIT_IO
         try:
             while True:
                 try:
@@ -178,10 +189,15 @@ class VcpuThread:
                 exits += 1
                 reason = words[_EXIT_REASON]
                 ring = self._ring  # now: another thread may have set it during KVM_RUN
-                if ring is not None:
-                    ring.drain()
-                if reason == constants.EXIT_IO:
+                if reason == exit_io:
                     direction, size, port, count, offset = unpack_io(run, _UNION)
+                    if ring is not None:
+                        if port == self._polled_port and size == count == 1 and not direction:
+                            value = self._poll()
+                            if value >= 0:
+                                run[offset] = value
+                                continue
+                        ring.drain()
                     if count == 1:
                         if direction:
                             if size == 1:
@@ -198,7 +214,10 @@ class VcpuThread:
                             )
                     else:
                         self._string_io(direction, size, port, count, offset)
-                elif reason == constants.EXIT_MMIO:
+                    continue
+                if ring is not None:
+                    ring.drain()
+                if reason == constants.EXIT_MMIO:
                     addr, data, size, is_write = unpack_mmio(run, _UNION)
                     if is_write:
                         mmio_write(addr, size, from_bytes(data[:size], "little"))

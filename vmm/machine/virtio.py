@@ -97,6 +97,8 @@ class VirtioDevices:
 
     def close(self) -> None:
         """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""
+        for transport in self.transports:
+            transport.device.quiet = True  # its thread goes no further than the next request
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.close()

@@ -41,6 +41,9 @@ RANGE_MAX = 1 << 22
 """Sectors in one discard or write zeroes request (2 GiB)."""
 RANGES = 64
 ID_BYTES = 20
+REQUEST_MAX = 1 << 30
+"""Bytes in one read or write. Linux asks for far less; a guest that names its whole memory a
+thousand times over in one request shall not keep a thread for hours."""
 WORKERS = 8
 
 _HEADER = struct.Struct("<IIQ")
@@ -82,6 +85,7 @@ class Block(VirtioDevice):
         )  # fmt: skip
         self.on_io_error: Callable[[str, int, OSError], None] | None = None
         self._writeback = True
+        self._closing = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers: list[object] = []
         self._pending = 0
@@ -110,7 +114,7 @@ class Block(VirtioDevice):
             size += len(view)
         if kind == T_IN:
             offset = sector * SECTOR
-            if not self._in_range(sector, size):
+            if not self._in_range(sector, size) or size > REQUEST_MAX:
                 status[0] = S_IOERR
                 return 1
             try:
@@ -131,7 +135,7 @@ class Block(VirtioDevice):
             status[0] = S_OK
             return written + 1
         if kind in (T_DISCARD, T_WRITE_ZEROES) and not self.image.readonly:
-            return self._ranges(index, chain, status, kind, b"".join(out))
+            return self._ranges(index, chain, status, kind, out)
         status[0] = S_UNSUPP
         return 1
 
@@ -150,6 +154,7 @@ class Block(VirtioDevice):
         return kind, sector, out
 
     def _in_range(self, sector: int, size: int) -> bool:
+        """Whether `size` bytes from `sector` on are whole sectors of this disk."""
         return not size % SECTOR and sector + size // SECTOR <= self.capacity and size > 0
 
     def _out(
@@ -159,7 +164,7 @@ class Block(VirtioDevice):
         for view in out:
             size += len(view)
         image = self.image
-        if image.readonly or not self._in_range(sector, size):
+        if image.readonly or not self._in_range(sector, size) or size > REQUEST_MAX:
             status[0] = S_IOERR
             return 1
         offset = sector * SECTOR
@@ -179,12 +184,14 @@ class Block(VirtioDevice):
         return self._later(index, chain, status, "write", offset, 1, write)
 
     def _ranges(
-        self, index: int, chain: Chain, status: memoryview, kind: int, data: bytes
+        self, index: int, chain: Chain, status: memoryview, kind: int, out: list[memoryview]
     ) -> int | None:
         """Discard and write zeroes (5.2.6.1)."""
-        if not data or len(data) % _RANGE.size or len(data) > RANGES * _RANGE.size:
+        size = sum(map(len, out))
+        if not size or size % _RANGE.size or size > RANGES * _RANGE.size:
             status[0] = S_IOERR
             return 1
+        data = b"".join(out)
         ranges = []
         for sector, count, flags in _RANGE.iter_unpack(data):
             if flags & ~1 or (flags and kind == T_DISCARD):
@@ -206,6 +213,8 @@ class Block(VirtioDevice):
                             raise
                 else:
                     image.write_zeroes(offset, size, unmap=unmap)
+            if kind == T_WRITE_ZEROES and not self._writeback:
+                image.flush()
 
         name = "discard" if kind == T_DISCARD else "write zeroes"
         return self._later(index, chain, status, name, ranges[0][0], 1, work)
@@ -264,7 +273,8 @@ class Block(VirtioDevice):
             if job is None:
                 return
             try:
-                job()
+                if not self._closing:
+                    job()
             except BaseException as err:
                 self.on_bug(err)
             finally:
@@ -280,7 +290,9 @@ class Block(VirtioDevice):
             pass
 
     def started(self) -> None:
-        self._writeback = self.has(F_FLUSH) and bool(self.config[WRITEBACK])
+        if not self.has(F_FLUSH):
+            self.config[WRITEBACK] = 0  # 5.2.5.2: who cannot flush gets write-through
+        self._writeback = bool(self.config[WRITEBACK])
 
     def stopped(self) -> None:
         self.config[WRITEBACK] = 1
@@ -292,8 +304,8 @@ class Block(VirtioDevice):
 
     def close(self) -> None:
         """End the workers and close the image."""
-        self.quiet = True
-        self.drain()
+        self._closing = True
+        self._silence()
         for _ in self._workers:
             self._jobs.put(None)
         for thread in self._workers:

@@ -71,6 +71,8 @@ class VirtioDevice:
         on_error: told in one line of what the driver did wrong.
         on_bug: told of an exception that escaped in a thread of the device's.
         quiet: no new requests are taken (a reset is under way).
+        control: held by what changes status, features or queues; transports hold it where a
+            register write is more than one step. Taken before a slot's lock, never after.
     """
 
     ID = 0
@@ -97,6 +99,7 @@ class VirtioDevice:
         self.on_error: Callable[[str], None] | None = None
         self.on_bug: Callable[[BaseException], object] = _raise
         self.quiet = False
+        self.control = RLock()
         self._lock = allocate_lock()
 
     def __repr__(self) -> str:
@@ -110,7 +113,11 @@ class VirtioDevice:
 
     def requests(self, index: int, queue: VirtQueue, chains: list[Chain]) -> None:
         """Answer a batch; a device overrides this where a batch is cheaper than its parts."""
-        for chain in chains:
+        for number, chain in enumerate(chains):
+            if self.quiet:  # who waits for us has waited long enough
+                for later in reversed(chains[number:]):
+                    queue.unpop(later)
+                return
             written = self.request(index, chain)
             if written is not None:
                 queue.push(chain, written)
@@ -143,7 +150,7 @@ class VirtioDevice:
             if queue is None or self.quiet or not self.status & spec.DRIVER_OK:
                 return
             try:
-                while True:
+                while not self.quiet:
                     chains = queue.pop_batch()
                     if chains:
                         self.requests(index, queue, chains)
@@ -194,19 +201,23 @@ class VirtioDevice:
             self.driver_features = mask
 
     def set_status(self, status: int) -> None:
-        """The driver wrote the status field; 0 resets."""
+        """The driver wrote the status field; 0 resets, and is all that clears bits (2.1.1)."""
         if not status:
             self.reset()
             return
+        with self.control:
+            self._add_status(status & ~spec.DEVICE_NEEDS_RESET)
+
+    def _add_status(self, status: int) -> None:
         added = status & ~self.status
         if added & spec.FEATURES_OK and not self._features_ok():
             status &= ~spec.FEATURES_OK
             added &= ~spec.FEATURES_OK
-        if added & spec.DRIVER_OK and not status & spec.FEATURES_OK:
+        if added & spec.DRIVER_OK and not (status | self.status) & spec.FEATURES_OK:
             status &= ~spec.DRIVER_OK  # the legacy sequence, which version 2 devices do not have
             added &= ~spec.DRIVER_OK
         with self._lock:
-            self.status = status | self.status & spec.DEVICE_NEEDS_RESET
+            self.status |= status
         if added & spec.DRIVER_OK:
             self.started()
 
@@ -221,9 +232,9 @@ class VirtioDevice:
     def enable_queue(self, index: int) -> bool:
         """The driver enables queue `index` with the addresses in its slot; whether it could be."""
         slot = self.slots[index]
-        if not self.status & spec.FEATURES_OK:
-            return False
-        with slot.lock:
+        with self.control, slot.lock:
+            if not self.status & spec.FEATURES_OK:
+                return False
             if slot.queue is not None:
                 return True
             try:
@@ -253,12 +264,12 @@ class VirtioDevice:
     def reset_queue(self, index: int) -> None:
         """VIRTIO_F_RING_RESET: stop one queue (2.6.1)."""
         slot = self.slots[index]
-        self.quiet = True
-        self.drain()
-        with slot.lock:
-            slot.clear()
-            self.queue_stopped(index)
-        self.quiet = False
+        with self.control:
+            self._silence()
+            with slot.lock:
+                slot.clear()
+                self.queue_stopped(index)
+            self.quiet = False
         for other in range(len(self.slots)):  # what they were notified of meanwhile
             self.notify(other)
 
@@ -267,21 +278,29 @@ class VirtioDevice:
 
     def reset(self) -> None:
         """Registers as after power-on; returns when no request is under way."""
+        with self.control:
+            self._silence()
+            for slot in self.slots:
+                slot.lock.acquire()
+            try:
+                for slot in self.slots:
+                    slot.clear()
+                with self._lock:
+                    self.status = 0
+                self.driver_features = 0
+                self.stopped()
+            finally:
+                self.quiet = False
+                for slot in self.slots:
+                    slot.lock.release()
+
+    def _silence(self) -> None:
+        """Take no new requests, and wait until none is under way."""
         self.quiet = True
-        self.drain()
         for slot in self.slots:
-            slot.lock.acquire()
-        try:
-            for slot in self.slots:
-                slot.clear()
-            with self._lock:
-                self.status = 0
-            self.driver_features = 0
-            self.stopped()
-        finally:
-            self.quiet = False
-            for slot in self.slots:
-                slot.lock.release()
+            with slot.lock:  # whoever serves it now sees `quiet` before he lets go of it
+                pass
+        self.drain()
 
     def read_config(self, offset: int, size: int) -> int:
         """`size` bytes of the configuration space at `offset`; what lies beyond reads 0."""

@@ -138,7 +138,14 @@ class MmioTransport(Device):
                 self._used = False
             if value & 2:
                 self._config = False
-        elif offset == STATUS:
+        else:
+            with device.control:
+                self._control(offset, value)
+
+    def _control(self, offset: int, value: int) -> None:
+        """Registers that two vCPUs must not write at the same time."""
+        device = self.device
+        if offset == STATUS:
             self._set_status(value & 0xFF)
         elif offset == DEVICE_FEATURES_SEL:
             self._features_sel = value
@@ -169,7 +176,7 @@ class MmioTransport(Device):
         elif slot.queue is not None:
             pass  # 4.2.3.2: fixed while the queue is ready
         elif offset == QUEUE_NUM:
-            slot.size = value & 0xFFFF
+            slot.size = value
         else:
             name = _ADDRESSES.get(offset & ~7)
             if name is not None and offset < QUEUE_DEVICE + 8:

@@ -81,10 +81,16 @@ class PackedQueue(VirtQueue):
     def _chain(self) -> Chain:
         unpack, ring, size = DESC.unpack_from, self._desc, self.size
         at, count = self._next_avail, 0
+        # Descriptors the driver may use: all but those that are not given back yet.
+        free = self._next_used - at
+        if self._avail_wrap == self._used_wrap:
+            free += size
         chain = Chain(0)
         while True:
             addr, length, ident, flags = unpack(ring, at << 4)
             count += 1
+            if count > free:
+                raise self._bad("more descriptors made available than the ring has")
             if flags & DESC_F_INDIRECT:
                 if count > 1:
                     raise self._bad("an indirect descriptor within a chain")
@@ -100,7 +106,7 @@ class PackedQueue(VirtQueue):
                 at = 0
             if not flags & DESC_F_NEXT:
                 break
-            if count >= size or count >= CHAIN_MAX:
+            if count >= CHAIN_MAX:
                 raise self._bad("a descriptor chain that loops or is too long")
         chain.head = ident
         chain.descriptors = count

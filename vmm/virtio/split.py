@@ -61,9 +61,10 @@ class SplitQueue(VirtQueue):
         ready = (avail[1] - last) & 0xFFFF
         if not ready:
             return []
-        size = self.size
-        if ready > size:
-            raise self._bad(f"avail index is {ready} ahead, in a queue of {size}")
+        # With those that are not given back yet: each takes a descriptor at least.
+        taken = ready + ((last - self._next_used) & 0xFFFF)
+        if taken > self.size:
+            raise self._bad(f"{taken} chains made available, in a queue of {self.size}")
         if ready > limit:
             ready = limit
         if not self.event_idx:
@@ -79,7 +80,7 @@ class SplitQueue(VirtQueue):
     def _chain(self, head: int) -> Chain:
         unpack, table, limit = DESC.unpack_from, self._desc, self.size
         chain = Chain(head)
-        index, count, indirect = head, 0, False
+        index, count, total, indirect = head, 0, 0, False
         while True:
             if index >= limit:
                 raise self._bad(f"descriptor index {index} in a table of {limit}")
@@ -95,7 +96,8 @@ class SplitQueue(VirtQueue):
             if not flags & DESC_F_NEXT:
                 return chain
             count += 1
-            if count >= limit or count >= CHAIN_MAX:
+            total += 1
+            if count >= limit or total >= CHAIN_MAX:
                 raise self._bad("a descriptor chain that loops or is too long")
             index = following
 

@@ -1,0 +1,303 @@
+"""Drivers that break every rule: no exception, no access outside memory, usable after a reset.
+
+The cases come from numbers: a failure says which one, and `VMM_HOSTILE=SEED:CASE` runs that alone
+(`VMM_HOSTILE=SEED` runs all of another seed). A new device is a row in DEVICES; a new transport
+one in TRANSPORTS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.virtio_driver import BUFFERS, Driver
+from tests.support.virtio_hostile import BUFFER, MmioRegisters, Registers, Rig
+from tests.support.virtio_hostile import BUFFERS as RIG_BUFFERS
+from vmm.block.raw import RawImage
+from vmm.memory import GuestMemory
+from vmm.virtio import blk, mmio
+from vmm.virtio.blk import Block
+from vmm.virtio.device import VirtioDevice
+from vmm.virtio.queue import Chain
+from vmm.virtio.rng import Entropy
+from vmm.virtio.serve import QueueThread
+
+CASES = 9000
+"""For each device, ring and mode: more than 100,000 in all."""
+BATCH = 50
+SECTORS = 64
+SEED, _, ONLY = os.environ.get("VMM_HOSTILE", "1").partition(":")
+
+
+class Echo(VirtioDevice):
+    """Answers with what it read, over several queues."""
+
+    ID = 63
+    QUEUES = (256, 64)
+
+    def __init__(self) -> None:
+        super().__init__("echo")
+        self.config[:] = bytes(16)
+
+    def request(self, index: int, chain: Chain) -> int | None:
+        data = b""
+        for view in chain.readable:
+            data += view[: 4096 - len(data)]
+        return chain.write(data)
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        self.config[offset : offset + len(data)] = data
+        self.config_changed()
+
+
+def no_fill(memory: GuestMemory, chance: random.Random) -> None:
+    memory.write(RIG_BUFFERS, chance.randbytes(64))
+
+
+def fill_blk(memory: GuestMemory, chance: random.Random) -> None:
+    """A request's header, and what discard's ranges may look like."""
+    kind = chance.choice((0, 0, 0, 1, 1, 1, 4, 8, 11, 11, 13, 13, 5, 0xFFFFFFFF))
+    sector = chance.choice((0, 0, 1, 7, SECTORS - 1, SECTORS, 1 << 55, (1 << 64) - 1))
+    memory.write(RIG_BUFFERS, struct.pack("<IIQ", kind, 0, sector))
+    ranges = b"".join(
+        struct.pack(
+            "<QII",
+            sector,
+            chance.choice((0, 1, 8, SECTORS, 1 << 22, 0xFFFFFFFF)),
+            chance.choice((0, 0, 0, 1, 2, 0xFFFFFFFF)),
+        )
+        for _ in range(4)
+    )
+    memory.write(RIG_BUFFERS + 16, ranges)
+    memory.write(RIG_BUFFERS + BUFFER * chance.randrange(1, 16), ranges)
+
+
+def make_blk(tmp_path: Path) -> Block:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SECTORS * 512))
+    return Block(RawImage(str(path), cache="unsafe"), queues=2)
+
+
+def good_blk(driver: Driver) -> None:
+    memory, data = driver.memory, os.urandom(512)
+    for kind, write in ((blk.T_OUT, False), (blk.T_IN, True)):
+        memory.write(BUFFERS, struct.pack("<IIQ", kind, 0, 3))
+        memory.write(BUFFERS + 0x1000, bytes(512) if write else data)
+        memory.write_u8(BUFFERS + 64, 0xAA)
+        exchange(driver, [(BUFFERS, 16, False), (BUFFERS + 0x1000, 512, write),
+                          (BUFFERS + 64, 1, True)])  # fmt: skip
+        assert memory.read_u8(BUFFERS + 64) == blk.S_OK
+        assert memory.read(BUFFERS + 0x1000, 512) == data
+
+
+def good_rng(driver: Driver) -> None:
+    driver.memory.fill(BUFFERS, 64)
+    exchange(driver, [(BUFFERS, 64, True)])
+    assert any(driver.memory.read(BUFFERS, 64))
+
+
+def good_echo(driver: Driver) -> None:
+    driver.memory.write(BUFFERS, b"hello")
+    exchange(driver, [(BUFFERS, 5, False), (BUFFERS + 64, 5, True)])
+    assert driver.memory.read(BUFFERS + 64, 5) == b"hello"
+
+
+class Row(NamedTuple):
+    """make: the device, in a directory of its own; fill: what its requests look like; good: one
+    that has to work."""
+
+    make: Callable[[Path], VirtioDevice]
+    fill: Callable[[GuestMemory, random.Random], None]
+    good: Callable[[Driver], None]
+
+
+DEVICES = {
+    "blk": Row(make_blk, fill_blk, good_blk),
+    "rng": Row(lambda _: Entropy(), no_fill, good_rng),
+    "echo": Row(lambda _: Echo(), no_fill, good_echo),
+}
+TRANSPORTS: dict[str, Callable[[VirtioDevice], Registers]] = {"mmio": MmioRegisters}
+
+
+def exchange(driver: Driver, buffers: list[tuple[int, int, bool]]) -> None:
+    """One request to queue 0, and its answer, which workers may give."""
+    want = driver.rings[0].add(buffers)
+    driver.kick()
+    limit = time.monotonic() + 20
+    done: list[tuple[int, int]] = []
+    while not done:
+        assert time.monotonic() < limit, "no answer"
+        done = driver.rings[0].used()
+    assert [ident for ident, _ in done] == [want]
+
+
+@pytest.fixture(params=[False, True], ids=["split", "packed"])
+def packed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["flags", "event"])
+def event_idx(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_hostile_cases(
+    name: str, transport: str, packed: bool, event_idx: bool, tmp_path: Path
+) -> None:
+    row = DEVICES[name]
+    rig = Rig(row.make(tmp_path), TRANSPORTS[transport], packed=packed, event_idx=event_idx,
+              fill=row.fill)  # fmt: skip
+    try:
+        for number in [int(ONLY)] if ONLY else range(CASES):
+            try:
+                rig.case(random.Random(int(SEED) << 32 | number))
+            except Exception as err:
+                pytest.fail(f"{name}: VMM_HOSTILE={SEED}:{number}: {type(err).__name__}: {err}")
+            if number % BATCH == BATCH - 1:
+                row.good(rig.registers.driver(rig))
+        row.good(rig.registers.driver(rig))
+    finally:
+        rig.close()
+
+
+COMMON = {
+    "a block request shorter than its header",
+    "a block request without room for its status",
+    "a readable descriptor follows a writable one",
+    "an indirect descriptor with NEXT",
+    "an indirect descriptor within an indirect table",
+    "an indirect table at N, outside guest memory",
+    "an indirect table of N bytes",
+    "an indirect table of more than N entries",
+    "descriptor N is outside guest memory",
+    "descriptor at N has length N",
+    "device area at N is not aligned to N bytes",
+    "device area at N is outside guest memory",
+    "driver area at N is not aligned to N bytes",
+    "driver area at N is outside guest memory",
+    "N entries, not N to N",
+}
+SPLIT = {
+    "N chains made available, in a queue of N",
+    "a descriptor chain that loops or is too long",
+    "a split queue of N entries (not a power of two)",
+    "descriptor index N in a table of N",
+    "descriptor table at N is not aligned to N bytes",
+    "descriptor table at N is outside guest memory",
+}
+PACKED = {
+    "an indirect descriptor within a chain",
+    "descriptor ring at N is not aligned to N bytes",
+    "descriptor ring at N is outside guest memory",
+    "more descriptors made available than the ring has",
+}
+
+
+def test_the_cases_break_every_rule(packed: bool, tmp_path: Path) -> None:
+    """Each check of the queues is met, and good requests are among them: the generator is as
+    hostile as the cases say it is."""
+    device, seen, answers = make_blk(tmp_path), set(), set()
+    rig = Rig(device, MmioRegisters, packed=packed, event_idx=True, fill=fill_blk)
+
+    def broken(line: str) -> None:
+        why = line.split(": ", 2)[2].removesuffix("; the driver must reset the device")
+        seen.add(re.sub(r"0x[0-9a-f]+(\+0x[0-9a-f]+)?|\b\d+", "N", why))
+
+    device.on_error = broken
+    request = device.request
+
+    def watch(index: int, chain: Chain) -> int | None:
+        written = request(index, chain)
+        answers.add("later" if written is None else chain.writable[-1][-1])
+        return written
+
+    device.request = watch  # type: ignore[method-assign]
+    try:
+        for number in range(3000):
+            rig.case(random.Random(number))
+    finally:
+        rig.close()
+    assert seen == COMMON | (PACKED if packed else SPLIT)
+    assert answers == {blk.S_OK, blk.S_IOERR, blk.S_UNSUPP, "later"}
+
+
+def test_a_case_is_its_number(packed: bool, event_idx: bool) -> None:
+    """Whatever went before, it does the same."""
+    rig = Rig(Echo(), MmioRegisters, packed=packed, event_idx=event_idx, fill=no_fill)
+
+    def result(number: int) -> tuple[bytes, int]:
+        for place in range(0, 0x220000, 0x10000):
+            rig.memory.fill(place, 0x10000)
+        rig.case(random.Random(number))
+        return rig.memory.read(0, 0x220000), rig.registers.status()
+
+    try:
+        first = [result(number) for number in range(30)]
+        assert [result(number) for number in reversed(range(30))] == first[::-1]
+        assert len({memory for memory, _ in first}) == 30
+    finally:
+        rig.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", DEVICES)
+def test_rings_that_change_under_the_device(name: str, packed: bool, tmp_path: Path) -> None:
+    """As a second vCPU can: the device reads a descriptor while it is written."""
+    row = DEVICES[name]
+    device = row.make(tmp_path)
+    errors: list[BaseException] = []
+    with Driver(device, packed=packed, event_idx=True) as driver:
+        driver.transport.served = True
+        threads = [
+            QueueThread(device, index, fd, errors.append)
+            for index, fd in enumerate(driver.transport.notify_fds)
+        ]
+        device.on_bug = errors.append
+        memory, ended = driver.memory, threading.Event()
+
+        def scribble(seed: int) -> None:
+            chance = random.Random(seed)
+            while not ended.is_set():
+                for ring in driver.rings:
+                    slot = ring.desc + 16 * chance.randrange(16)
+                    addr = chance.choice((BUFFERS, BUFFERS, 0x10000, (8 << 20) - 8, 1 << 40))
+                    flags = chance.choice((0, 1, 2, 3, 4, 6)) | chance.choice((0, 0x80, 0x8000))
+                    row = (addr, chance.choice((1, 16, 512)), chance.randrange(17), flags)
+                    if not packed:
+                        row = (addr, row[1], flags & 7, chance.randrange(17))
+                        memory.write_u16(ring.driver + 2, chance.getrandbits(4))
+                    memory.write(slot, struct.pack("<QIHH", *row))
+
+        writers = [threading.Thread(target=scribble, args=(seed,)) for seed in (1, 2)]
+        for writer in writers:
+            writer.start()
+        try:
+            for _ in range(60):
+                driver.write(mmio.STATUS, 0)
+                with contextlib.suppress(AssertionError):  # no ring, where they change too soon
+                    driver.start()
+                for index in range(len(driver.rings)):
+                    driver.kick(index)
+                time.sleep(0.001)
+        finally:
+            ended.set()
+            for writer in writers:
+                writer.join()
+        driver.start()
+        row.good(driver)
+        for thread in threads:
+            thread.close()
+    assert errors == []

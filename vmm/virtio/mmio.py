@@ -1,21 +1,17 @@
 """The MMIO transport (virtio 1.2, section 4.2): a device behind 512 bytes of registers.
 
-Notifies come by ioeventfd and interrupts go by irqfd, both made when the driver first says
-DRIVER_OK: a device no driver takes costs nothing. Until a queue has somebody who serves its
-descriptor, a notify is served in the thread it comes from.
+Interrupts go by one irqfd, bound like the notifies' ioeventfds at the first DRIVER_OK.
 """
 
 from __future__ import annotations
 
 import os
 
-from vmm.devices.device import Device
 from vmm.virtio import spec
+from vmm.virtio.transport import HIGH, LOW, Transport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vmm.virtio.device import QueueSlot, VirtioDevice
 
 LENGTH = 0x200
@@ -50,44 +46,26 @@ CONFIG_GENERATION = 0x0FC
 CONFIG = 0x100
 
 _ADDRESSES = {QUEUE_DESC: "desc", QUEUE_DRIVER: "driver", QUEUE_DEVICE: "device"}
-_LOW, _HIGH = 0xFFFFFFFF, 0xFFFFFFFF << 32
 
 
-class MmioTransport(Device):
+class MmioTransport(Transport):
     """Registers of `device`.
 
     Attributes:
         irq_fd: the eventfd that raises the device's interrupt.
-        notify_fds: an eventfd a queue; whoever serves the queue reads it.
-        on_driver_ok: called once, before the first DRIVER_OK takes effect: connects the
-            descriptors to KVM.
-        served: somebody reads `notify_fds`.
     """
 
     LENGTH = LENGTH
 
     def __init__(self, device: VirtioDevice) -> None:
-        super().__init__(device.name)
-        self.device = device
+        super().__init__(device)
         self.irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.notify_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.slots]
-        self.on_driver_ok: Callable[[], None] | None = None
-        self.served = False
-        # Two flags, not one word: device threads set the first while the driver clears it.
-        self._used = False
-        self._config = False
-        self._features_sel = self._driver_sel = self._queue_sel = 0
-        self._driver_features = 0
-        device.interrupt = self._interrupt
-        device.config_interrupt = self._config_interrupt
 
     def close(self) -> None:
-        self.device.close()
-        fds, self.notify_fds = [*self.notify_fds, self.irq_fd], []
-        self.irq_fd = -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        super().close()
+        fd, self.irq_fd = self.irq_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     # --- interrupts -----------------------------------------------------------------------------
 
@@ -112,11 +90,11 @@ class MmioTransport(Device):
         if offset == STATUS:
             return device.status
         if offset == DEVICE_FEATURES:
-            return device.features >> 32 * min(self._features_sel, 2) & _LOW
+            return self._offered()
         if offset == CONFIG_GENERATION:
             return device.config_generation
         if SHM_LEN_LOW <= offset <= SHM_BASE_HIGH:
-            return _LOW  # no shared memory regions
+            return LOW  # no shared memory regions
         slot = self._slot()
         if offset == QUEUE_NUM_MAX:
             return slot.size_max if slot is not None else 0
@@ -144,7 +122,6 @@ class MmioTransport(Device):
 
     def _control(self, offset: int, value: int) -> None:
         """Registers that two vCPUs must not write at the same time."""
-        device = self.device
         if offset == STATUS:
             self._set_status(value & 0xFF)
         elif offset == DEVICE_FEATURES_SEL:
@@ -152,11 +129,7 @@ class MmioTransport(Device):
         elif offset == DRIVER_FEATURES_SEL:
             self._driver_sel = value
         elif offset == DRIVER_FEATURES:
-            if self._driver_sel < 2:
-                shift = 32 * self._driver_sel
-                self._driver_features &= ~(_LOW << shift)
-                self._driver_features |= value << shift
-                device.accept_features(self._driver_features)
+            self._accept(value)
         elif offset == QUEUE_SEL:
             self._queue_sel = value
         else:
@@ -169,10 +142,10 @@ class MmioTransport(Device):
             if value & 1:
                 self.device.enable_queue(self._queue_sel)
             else:
-                self.device.reset_queue(self._queue_sel)
+                self._reset_queue()
         elif offset == QUEUE_RESET:
             if value & 1 and self.device.has(spec.F_RING_RESET):
-                self.device.reset_queue(self._queue_sel)
+                self._reset_queue()
         elif slot.queue is not None:
             pass  # 4.2.3.2: fixed while the queue is ready
         elif offset == QUEUE_NUM:
@@ -181,65 +154,8 @@ class MmioTransport(Device):
             name = _ADDRESSES.get(offset & ~7)
             if name is not None and offset < QUEUE_DEVICE + 8:
                 old = getattr(slot, name)
-                new = old & _LOW | value << 32 if offset & 4 else old & _HIGH | value
+                new = old & LOW | value << 32 if offset & 4 else old & HIGH | value
                 setattr(slot, name, new)
-
-    def _slot(self) -> QueueSlot | None:
-        slots = self.device.slots
-        return slots[self._queue_sel] if self._queue_sel < len(slots) else None
-
-    def _set_status(self, status: int) -> None:
-        device = self.device
-        if not status:
-            device.set_status(0)
-            self._used = self._config = False
-            self._driver_features = self._driver_sel = self._features_sel = self._queue_sel = 0
-            return
-        before = device.status
-        if status & spec.DRIVER_OK and self.on_driver_ok is not None:
-            connect, self.on_driver_ok = self.on_driver_ok, None
-            connect()
-        device.set_status(status)
-        if device.status & ~before & spec.DRIVER_OK:
-            for index in range(len(device.slots)):  # buffers made available before DRIVER_OK
-                self.notify(index)
-
-    def notify(self, index: int) -> None:
-        """The driver's notify of queue `index`, where no ioeventfd took it."""
-        if index < len(self.notify_fds):
-            if self.served:
-                os.eventfd_write(self.notify_fds[index], 1)
-            else:
-                self.device.notify(index)
-
-    # --- state ------------------------------------------------------------------------------------
-
-    def save(self) -> dict[str, object]:
-        return {
-            "device": self.device.save(),
-            "interrupt": self._used | self._config << 1,
-            "features_sel": self._features_sel,
-            "driver_sel": self._driver_sel,
-            "queue_sel": self._queue_sel,
-            "driver_features": self._driver_features,
-        }
-
-    def restore(self, state: dict[str, object]) -> None:
-        from vmm.devices.device import state_int
-
-        device = state["device"]
-        if not isinstance(device, dict):
-            raise TypeError(f"state of {self.name}: no device in it")
-        self.device.restore(device)
-        pending = state_int(state, "interrupt", 3)
-        self._used, self._config = bool(pending & 1), bool(pending & 2)
-        self._features_sel = state_int(state, "features_sel", _LOW)
-        self._driver_sel = state_int(state, "driver_sel", _LOW)
-        self._queue_sel = state_int(state, "queue_sel", _LOW)
-        self._driver_features = state_int(state, "driver_features", (1 << 64) - 1)
-
-    def reset(self) -> None:
-        self._set_status(0)
 
 
 _CONSTANT = {MAGIC_VALUE: MAGIC, VERSION_: VERSION, VENDOR_ID: VENDOR}

@@ -1,0 +1,288 @@
+"""A network card as a person says it: `--net user|tap[=NAME]|bridge=BR|socket=PATH|lan=NAME|none`.
+
+Then `,mac=..`, `,pcap=FILE`, and what the kind has of its own (see KINDS).
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmm.errors import UsageError
+from vmm.virtio.net_spec import MTU_MAX, MTU_MIN, PAIRS_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.net.port import Backend
+    from vmm.virtio.net import Nic
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "user": ("mac", "pcap", "mtu", "forward"),
+    "tap": ("mac", "pcap", "mtu", "address", "queues"),
+    "bridge": ("mac", "pcap", "mtu", "queues"),
+    "socket": ("mac", "pcap", "mtu"),
+    "lan": ("mac", "pcap", "mtu"),
+    "none": (),
+}
+"""The keys each kind takes."""
+NAMED = ("bridge", "socket", "lan")
+"""Kinds that need a name after `=`; `tap` may have one."""
+IFNAME_MAX = 15
+MAC_PREFIX = b"\x52\x54\x00"
+"""Of addresses we make up: locally administered, QEMU's and KVM's habit."""
+
+
+class Net:
+    """One network card's configuration, checked before anything is opened.
+
+    Args:
+        kind: `user`, `tap`, `bridge`, `socket`, `lan` or `none` (no card at all).
+        name: the tap (may be empty), the bridge, the socket's path or the private LAN.
+        mac: `aa:bb:cc:dd:ee:ff`; empty: one is made up.
+        pcap: a file that what passes is recorded in.
+        mtu: bytes of the largest packet; 0: what the kind has.
+        address: `A.B.C.D/BITS`, the host's on a tap that is made.
+        queues: queue pairs of a tap, 1 to 8.
+        forward: ports of the host that reach the guest, each `tcp|udp:[ADDRESS:]HOST:GUEST`.
+    """
+
+    __slots__ = ("address", "forward", "kind", "mac", "mtu", "name", "pcap", "queues")
+
+    def __init__(
+        self,
+        kind: str,
+        name: str = "",
+        *,
+        mac: str = "",
+        pcap: str = "",
+        mtu: int = 0,
+        address: str = "",
+        queues: int = 1,
+        forward: Sequence[str] = (),
+    ) -> None:
+        self.kind = kind
+        self.name = str(name)
+        self.mac = mac
+        self.pcap = str(pcap)
+        self.mtu = mtu
+        self.address = address
+        self.queues = queues
+        self.forward = tuple(forward)
+        self._check()
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"Net({values})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Net) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def what(self) -> str:
+        """The option, as far as it says which card this is."""
+        return f"--net {self.kind}={self.name}" if self.name else f"--net {self.kind}"
+
+    def _check(self) -> None:
+        what = self.what
+        if self.kind not in KINDS:
+            raise UsageError(f"--net {self.kind} is not one of {', '.join(KINDS)}")
+        if self.kind in NAMED and not self.name:
+            raise UsageError(f"--net {self.kind}: say which, {self.kind}=NAME")
+        if self.name and self.kind not in (*NAMED, "tap"):
+            raise UsageError(f"{what}: {self.kind} takes no name")
+        if self.kind in ("tap", "bridge") and self.name:
+            _check_ifname(what, self.name)
+        for key in ("mac", "pcap", "mtu", "address", "forward"):
+            if getattr(self, key) and key not in KINDS[self.kind]:
+                raise UsageError(f"{what}: {key} is not for this; {_takes(self.kind)}")
+        if self.queues != 1 and "queues" not in KINDS[self.kind]:
+            raise UsageError(f"{what}: queues is not for this; {_takes(self.kind)}")
+        if not 1 <= self.queues <= PAIRS_MAX:
+            raise UsageError(f"{what}: queues={self.queues} is not from 1 to {PAIRS_MAX}")
+        if self.mtu and not MTU_MIN <= self.mtu <= MTU_MAX:
+            raise UsageError(f"{what}: mtu={self.mtu} is not from {MTU_MIN} to {MTU_MAX}")
+        if self.mac:
+            parse_mac(self.mac, what)
+        if self.address:
+            _check_address(what, self.address)
+        for forward in self.forward:
+            parse_forward(forward, what)
+
+    @classmethod
+    def parse(cls, text: str) -> Net:
+        """From the command line. A comma in a name is written twice."""
+        words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+        kind, equals, name = words[0].partition("=")
+        if kind not in KINDS:
+            raise UsageError(f"--net {text}: {kind!r} is not one of {', '.join(KINDS)}")
+        if equals and not name:
+            raise UsageError(f"--net {text}: nothing after {kind}=")
+        values: dict[str, str] = {}
+        forward: list[str] = []
+        for word in words[1:]:
+            key, equals, value = word.partition("=")
+            if key not in KINDS[kind] or not equals:
+                raise UsageError(f"--net {text}: {word!r} is not for this; {_takes(kind)}")
+            if key == "forward":
+                forward.append(value)
+            elif not value:
+                raise UsageError(f"--net {text}: nothing after {key}=")
+            else:
+                values[key] = value
+        numbers = {}
+        for key in ("mtu", "queues"):
+            if key in values:
+                value = values.pop(key)
+                if not (value.isascii() and value.isdecimal() and 0 < int(value[:9])):
+                    raise UsageError(f"--net {text}: {key}={value} is not a number above 0")
+                numbers[key] = int(value)
+        return cls(
+            kind,
+            name,
+            mac=values.get("mac", ""),
+            pcap=values.get("pcap", ""),
+            address=values.get("address", ""),
+            forward=forward,
+            mtu=numbers.get("mtu", 0),
+            queues=numbers.get("queues", 1),
+        )
+
+    def open(self, number: int) -> Nic | None:
+        """The device, connected; None for `none`. Raises UsageError, HostError."""
+        if self.kind == "none":
+            return None
+        from vmm.virtio.net import Nic
+
+        mac = parse_mac(self.mac, self.what) if self.mac else MAC_PREFIX + os.urandom(3)
+        capture = None
+        if self.pcap:
+            from vmm.net.pcap import Capture
+
+            capture = Capture(self.pcap)
+        try:
+            backend = self._backend()
+        except BaseException:
+            if capture is not None:
+                capture.close()
+            raise
+        name = f"net{number}"
+        if capture is None:
+            return Nic(backend, mac=mac, name=name)
+        from vmm.net.pcap import CapturePort
+
+        recorder = capture
+        return Nic(
+            backend,
+            mac=mac,
+            name=name,
+            wrap=lambda port: CapturePort(port, recorder),
+            on_close=recorder.close,
+        )
+
+    def _backend(self) -> Backend:
+        what = self.what
+        if self.kind in ("tap", "bridge"):
+            from vmm.net.tap import TapBackend
+
+            bridge = self.kind == "bridge"
+            return TapBackend(
+                "" if bridge else self.name,
+                bridge=self.name if bridge else "",
+                address=self.address,
+                mtu=self.mtu,
+                queues=self.queues,
+                what=what,
+            )
+        if self.kind == "user":
+            from vmm.net.user import PasstBackend
+
+            return PasstBackend(self.forward, mtu=self.mtu)
+        if self.kind == "socket":
+            from vmm.net.stream import connect
+
+            return connect(self.name, mtu=self.mtu, what=what)
+        from vmm.net.lan import Lan
+
+        return Lan.named(self.name).connect(mtu=self.mtu)
+
+
+def parse_mac(text: str, what: str) -> bytes:
+    """Six bytes from `aa:bb:cc:dd:ee:ff`, of one card and not zero. Raises UsageError."""
+    parts = text.split(":")
+    try:
+        if len(parts) != 6 or any(len(part) != 2 for part in parts):
+            raise ValueError
+        mac = bytes.fromhex("".join(parts))
+        if len(mac) != 6:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{what}: mac={text} is not an address like 52:54:00:12:34:56"
+        ) from None
+    if mac[0] & 1 or not any(mac):
+        raise UsageError(
+            f"{what}: mac={text} is not one card's address; the first byte must be even, "
+            "as in 52:54:00:12:34:56"
+        )
+    return mac
+
+
+def parse_forward(text: str, what: str) -> tuple[str, str, int, int]:
+    """(protocol, address, host port, guest port) of `tcp:[ADDRESS:]HOST:GUEST`."""
+    protocol, _, rest = text.partition(":")
+    rest, _, guest = rest.rpartition(":")
+    address, _, host = rest.rpartition(":")
+    ports = [
+        int(port) if port.isascii() and port.isdecimal() and len(port) < 6 else 0
+        for port in (host, guest)
+    ]
+    if protocol not in ("tcp", "udp") or not all(0 < port < 65536 for port in ports):
+        raise UsageError(
+            f"{what}: forward={text} is not tcp:HOST:GUEST or udp:HOST:GUEST, as in tcp:8080:80 "
+            "(or tcp:ADDRESS:HOST:GUEST)"
+        )
+    if address:
+        address = address.removeprefix("[").removesuffix("]")
+        if not _ip(address):
+            raise UsageError(f"{what}: forward={text}: {address} is not an IP address")
+    return protocol, address or "127.0.0.1", ports[0], ports[1]
+
+
+def _ip(text: str) -> int:
+    """4 or 6, of an address; 0 if it is none."""
+    from _socket import AF_INET, AF_INET6, inet_pton
+
+    for version, family in ((4, AF_INET), (6, AF_INET6)):
+        try:
+            inet_pton(family, text)
+            return version
+        except OSError:
+            pass
+    return 0
+
+
+def _check_address(what: str, text: str) -> None:
+    host, slash, bits = text.partition("/")
+    version = _ip(host)
+    limit = 32 if version == 4 else 128
+    number = int(bits) if bits.isascii() and bits.isdecimal() and len(bits) < 4 else -1
+    if not version or not slash or not 0 <= number <= limit:
+        raise UsageError(f"{what}: address={text} is not ADDRESS/BITS, as in 192.168.77.1/24")
+
+
+def _check_ifname(what: str, name: str) -> None:
+    bad = any(char.isspace() or char in "/:%" or not char.isprintable() for char in name)
+    if bad or len(os.fsencode(name)) > IFNAME_MAX or name in (".", ".."):
+        raise UsageError(
+            f"{what}: {name!r} is no interface's name (up to {IFNAME_MAX} bytes, no space, /, :, %)"
+        )
+
+
+def _takes(kind: str) -> str:
+    keys = KINDS[kind]
+    return f"{kind} takes {'= '.join(keys)}=" if keys else f"{kind} stands alone"

@@ -1,0 +1,119 @@
+"""`,pcap=FILE`: what passes a network card, as tcpdump and Wireshark read it (pcap(5)).
+
+Frames are recorded as the guest has them: with segmentation offload they are up to 64 KiB long, and
+those whose checksum was left to others do not have it yet.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from _thread import allocate_lock
+
+from vmm.errors import UsageError
+from vmm.net.port import Port
+from vmm.virtio.net_spec import HEADER_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+MAGIC_NANOSECONDS = 0xA1B23C4D
+FILE_HEADER = struct.Struct("<IHHiIII")
+"""magic, major, minor, zone, accuracy, snapshot length, link type."""
+RECORD = struct.Struct("<IIII")
+"""seconds, nanoseconds, bytes here, bytes of the frame."""
+SNAP_LENGTH = 262144
+ETHERNET = 1
+BUFFER = 1 << 20
+
+
+class Capture:
+    """A capture file, written through a buffer until `close`. Safe for several threads."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._file = open(path, "wb", BUFFER)  # noqa: SIM115 (closed by `close`)
+        except OSError as err:
+            raise UsageError(
+                f"--net pcap={path}: {err.strerror}; give a file that can be written"
+            ) from err
+        self._lock = allocate_lock()
+        self._path = path
+        self.error = ""
+        self._file.write(FILE_HEADER.pack(MAGIC_NANOSECONDS, 2, 4, 0, 0, SNAP_LENGTH, ETHERNET))
+
+    def record(self, views: Iterable[memoryview], size: int) -> None:
+        """Write one frame: `size` bytes of `views`, of which the first 12 are left out."""
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        with self._lock:
+            if self._file.closed:
+                return
+            try:
+                left = size - HEADER_SIZE
+                self._file.write(RECORD.pack(seconds, nanoseconds, left, left))
+                skip = HEADER_SIZE
+                for view in views:
+                    part = view[skip : skip + left]
+                    skip = max(skip - len(view), 0)
+                    left -= len(part)
+                    self._file.write(part)
+                    if not left:
+                        break
+            except OSError as err:  # the disk is full: the guest goes on
+                self._fail(err)
+
+    def _fail(self, err: OSError) -> None:
+        from contextlib import suppress
+
+        self.error = f"--net pcap={self._path}: {err.strerror}; the capture ends here"
+        with suppress(OSError):
+            self._file.close()
+
+    def close(self) -> None:
+        """Write what is left; harmless twice."""
+        with self._lock:
+            try:
+                self._file.close()
+            except OSError as err:
+                self._fail(err)
+
+
+class CapturePort(Port):
+    """`port`, with what passes recorded."""
+
+    def __init__(self, port: Port, capture: Capture) -> None:
+        self._port = port
+        self._capture = capture
+
+    @property
+    def fd(self) -> int:  # type: ignore[override]
+        return self._port.fd
+
+    @property
+    def blocked(self) -> bool:  # type: ignore[override]
+        return self._port.blocked
+
+    @property
+    def dropped(self) -> int:  # type: ignore[override]
+        return self._port.dropped
+
+    @dropped.setter
+    def dropped(self, count: int) -> None:
+        self._port.dropped = count
+
+    def read(self, views: list[memoryview]) -> int:
+        size = self._port.read(views)
+        if size > HEADER_SIZE:
+            self._capture.record(views, size)
+        return size
+
+    def write(self, views: Sequence[memoryview]) -> bool:
+        self._capture.record(views, sum(map(len, views)))
+        return self._port.write(views)
+
+    def flush(self) -> bool:
+        return self._port.flush()
+
+    def resume(self) -> None:
+        self._port.resume()

@@ -1,0 +1,312 @@
+"""The network device (virtio 1.2, section 5.1): frames between a guest and a back end's ports.
+
+A frame crosses Python as views of guest memory, with its virtio-net header before it; where the
+back end carries offloads that is up to 64 KiB at once. Each pair of queues has a port, a thread
+that waits for frames (vmm.virtio.net_pump), and whoever serves its transmit queue.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+
+from vmm.net.filter import Filter
+from vmm.net.port import LinkLost
+from vmm.virtio import net_spec as n
+from vmm.virtio import spec
+from vmm.virtio.device import VirtioDevice
+from vmm.virtio.net_pump import Pump
+from vmm.virtio.net_rx import Receiver
+from vmm.virtio.queue import QueueError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.net.port import Backend, Port
+    from vmm.virtio.queue import Chain, VirtQueue
+
+QUEUE_SIZE = 256
+CONTROL_SIZE = 64
+BATCH = 64
+SEND_MIN = n.HEADER_SIZE + n.FRAME_MIN
+SEND_MAX = n.HEADER_SIZE + n.FRAME_MAX
+
+
+class Nic(VirtioDevice):
+    """A network card connected to `backend`, which it closes.
+
+    Attributes:
+        filter: what the driver wants to receive.
+        pairs: queue pairs in use.
+        link_up: frames pass; see `set_link`.
+        mergeable, checksums, receive_size: what was negotiated: MRG_RXBUF, GUEST_CSUM, and the
+            bytes the largest frame needs, with its header.
+    """
+
+    ID = spec.ID_NET
+    FEATURES = spec.bits(
+        n.F_MAC, n.F_MRG_RXBUF, n.F_STATUS, n.F_CTRL_VQ, n.F_CTRL_RX, n.F_CTRL_VLAN,
+        n.F_CTRL_RX_EXTRA, n.F_GUEST_ANNOUNCE, n.F_CTRL_MAC_ADDR,
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        mac: bytes,
+        name: str = "net",
+        wrap: Callable[[Port], Port] | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.ports = [wrap(port) for port in backend.ports] if wrap else list(backend.ports)
+        self._on_close = on_close
+        self._max_pairs = len(self.ports)
+        self.QUEUES = (QUEUE_SIZE,) * (2 * self._max_pairs) + (CONTROL_SIZE,)
+        self.FEATURES = type(self).FEATURES | backend.features
+        if self._max_pairs > 1:
+            self.FEATURES |= spec.bits(n.F_MQ)
+        if backend.mtu:
+            self.FEATURES |= spec.bits(n.F_MTU)
+        super().__init__(name)
+        self._mac = mac
+        self._link_lock = allocate_lock()
+        self._connected = True
+        self._plugged = True
+        self.link_up = True
+        self.config += n.CONFIG.pack(mac, n.S_LINK_UP, self._max_pairs, backend.mtu)
+        self.filter = Filter(mac)
+        self.pairs = 1
+        self._receivers = [Receiver(self, pair, port) for pair, port in enumerate(self.ports)]
+        self._pumps: list[Pump] = []
+        self._offloads = 0
+        self._negotiated()
+        backend.on_link = self._peer
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def _negotiated(self) -> None:
+        self.mergeable = self.has(n.F_MRG_RXBUF)
+        self.checksums = self.has(n.F_GUEST_CSUM)
+        self._control = 2 * self._max_pairs if self.has(n.F_MQ) else 2
+        self._apply_offloads(self.driver_features & n.GUEST_OFFLOADS)
+
+    def _apply_offloads(self, offloads: int) -> None:
+        self._offloads = offloads
+        self.checksums = bool(offloads >> n.F_GUEST_CSUM & 1)
+        if self.checksums and offloads & n.GUEST_GSO:
+            largest = n.FRAME_MAX
+        else:
+            largest = (self.backend.mtu or n.MTU_DEFAULT) + 18
+        self.receive_size = n.HEADER_SIZE + largest
+        self.backend.set_offloads(offloads)
+
+    def started(self) -> None:
+        self._negotiated()
+        self.filter.reset(self._own_mac(), vlans=self.has(n.F_CTRL_VLAN))
+        if not self._pumps:
+            self._pumps = [
+                Pump(self, pair, receiver) for pair, receiver in enumerate(self._receivers)
+            ]
+        for pump in self._pumps:
+            pump.wake()
+
+    def stopped(self) -> None:
+        for receiver in self._receivers:
+            receiver.forget()
+        self.config[:6] = self._mac
+        self.filter.reset(self._mac, vlans=False)
+        with self._link_lock:
+            self.config[n.CONFIG_STATUS] &= ~n.S_ANNOUNCE
+        self._set_pairs(1)
+
+    def queue_stopped(self, index: int) -> None:
+        if not index & 1 and index < 2 * self._max_pairs:
+            self._receivers[index >> 1].forget()
+
+    def close(self) -> None:
+        self.quiet = True
+        pumps, self._pumps = self._pumps, []
+        for pump in pumps:
+            pump.close()
+        for receiver in self._receivers:
+            receiver.forget()
+        self.backend.close()
+        if self._on_close is not None:
+            self._on_close()
+
+    def _own_mac(self) -> bytes:
+        return bytes(self.config[:6])
+
+    # --- queues -----------------------------------------------------------------------------------
+
+    def notify(self, index: int) -> None:
+        if index == self._control:
+            super().notify(index)
+        elif index >= 2 * self._max_pairs:
+            pass
+        elif index & 1:
+            self._transmit(index)
+        elif self._pumps:
+            self._pumps[index >> 1].wake()
+
+    def request(self, index: int, chain: Chain) -> int:
+        from vmm.virtio.net_control import answer
+
+        return answer(self, chain)
+
+    def _transmit(self, index: int) -> None:
+        slot, port = self.slots[index], self.ports[index >> 1]
+        with slot.lock:
+            queue = slot.queue
+            if queue is None or not self.status & spec.DRIVER_OK:
+                return
+            try:
+                while not self.quiet and not port.blocked:
+                    chains = queue.pop_batch(BATCH)
+                    if chains:
+                        self._send(index >> 1, queue, chains)
+                        if queue.publish():
+                            self.interrupt(index)
+                    elif not queue.rearm():
+                        return
+            except QueueError as err:
+                if queue.publish():
+                    self.interrupt(index)
+                self.needs_reset(f"queue {index}: {err}")
+                return
+        if port.blocked and self._pumps:  # it comes back here when there is room
+            self._pumps[index >> 1].wake()
+
+    def _send(self, pair: int, queue: VirtQueue, chains: list[Chain]) -> None:
+        """Send frames; those there is no room or no time for go back into the queue."""
+        port = self.ports[pair]
+        write, push = port.write, queue.push
+        usable = self.link_up and pair < self.pairs
+        done = 0
+        try:
+            for chain in chains:
+                if self.quiet:
+                    break
+                views = chain.readable
+                size = len(views[0]) if len(views) == 1 else sum(map(len, views))
+                push(chain)
+                done += 1
+                if not SEND_MIN <= size <= SEND_MAX:
+                    port.dropped += 1
+                elif usable and not write(views):
+                    break
+            port.flush()
+        except LinkLost as err:
+            self.lost(pair, err)
+        for chain in reversed(chains[done:]):
+            queue.unpop(chain)
+
+    # --- the link ---------------------------------------------------------------------------------
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in, or pull it; the driver is told. From any thread."""
+        self._plugged = up
+        self._update_link()
+
+    def lost(self, pair: int, err: LinkLost) -> bool:
+        """The back end is gone; whether it is (a queue that was switched off only seems so)."""
+        if pair >= self.pairs:
+            return False
+        if self._connected:
+            if self.on_error is not None:
+                self.on_error(f"{self.name}: {self.backend.peer}: {err}; the guest's link is down")
+            self._peer(False)
+        return True
+
+    def _peer(self, connected: bool) -> None:
+        self._connected = connected
+        self._update_link()
+
+    def _update_link(self) -> None:
+        with self._link_lock:
+            up = self._plugged and self._connected
+            if up == self.link_up:
+                return
+            self.link_up = up
+            status = self.config[n.CONFIG_STATUS] & ~n.S_LINK_UP
+            self.config[n.CONFIG_STATUS] = status | (n.S_LINK_UP if up else 0)
+        self.config_changed()
+        for pump in self._pumps:
+            pump.wake()
+
+    def announce(self) -> None:
+        """Have the driver tell its neighbours where it is (5.1.6.5.4), as after a migration."""
+        if self.has(n.F_GUEST_ANNOUNCE):
+            with self._link_lock:
+                self.config[n.CONFIG_STATUS] |= n.S_ANNOUNCE
+            self.config_changed()
+
+    # --- for the control queue --------------------------------------------------------------------
+
+    def announced(self) -> None:
+        """The driver has."""
+        with self._link_lock:
+            self.config[n.CONFIG_STATUS] &= ~n.S_ANNOUNCE
+
+    def set_mac(self, mac: bytes) -> None:
+        """The driver chose an address, until the next reset."""
+        self.config[:6] = mac
+        self.filter.mac = mac
+
+    def set_pairs(self, pairs: int) -> bool:
+        """Use the first `pairs` queue pairs; whether there are that many."""
+        if not 1 <= pairs <= self._max_pairs:
+            return False
+        self._set_pairs(pairs)
+        for pump in self._pumps:
+            pump.wake()
+        return True
+
+    def _set_pairs(self, pairs: int) -> None:
+        if pairs > self.pairs:
+            self.backend.set_pairs(pairs)
+            self.pairs = pairs
+        elif pairs < self.pairs:
+            self.pairs = pairs  # first: who finds a queue switched off looks at it
+            self.backend.set_pairs(pairs)
+
+    def set_offloads(self, offloads: int) -> bool:
+        """What the driver takes from now on; whether it negotiated that."""
+        if offloads & ~(self.driver_features & n.GUEST_OFFLOADS):
+            return False
+        self._apply_offloads(offloads)
+        return True
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        """While paused. Frames on their way are lost, as on a wire."""
+        for receiver, slot in zip(self._receivers, self.slots[::2], strict=False):
+            with slot.lock:
+                receiver.give_back()
+        state = super().save()
+        state["filter"] = self.filter.save()
+        state["pairs"] = self.pairs
+        state["offloads"] = self._offloads
+        state["plugged"] = self._plugged
+        return state
+
+    def restore(self, state: dict[str, object]) -> None:
+        found, pairs, offloads = state["filter"], state["pairs"], state["offloads"]
+        if not isinstance(found, dict) or not isinstance(pairs, int):
+            raise ValueError(f"state of {self.name}: no filter, or no pairs")
+        if not 1 <= pairs <= self._max_pairs or not isinstance(offloads, int):
+            raise ValueError(f"state of {self.name}: {pairs} queue pairs, not {self._max_pairs}")
+        own = bytes(self.config)
+        super().restore(state)
+        told = self.config[n.CONFIG_STATUS]
+        self.config[n.CONFIG_STATUS :] = own[n.CONFIG_STATUS :]  # what is plugged in here
+        self.filter.restore(found)
+        self.set_link(bool(state["plugged"]))
+        if self.status & spec.DRIVER_OK:
+            self.set_pairs(pairs)
+            self._apply_offloads(offloads & self.driver_features & n.GUEST_OFFLOADS)
+            if (told ^ self.config[n.CONFIG_STATUS]) & n.S_LINK_UP:
+                self.config_changed()
+            self.announce()

@@ -1,0 +1,79 @@
+"""The thread of a queue pair: waits for frames, and for room where a write had to wait."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+
+from vmm.net.port import LinkLost
+from vmm.virtio.net_rx import FRAMES, MORE, NOTHING
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.virtio.net import Nic
+    from vmm.virtio.net_rx import Receiver
+
+
+class Pump:
+    """Serves `receiver`, and its port's blocked writes, until `close`."""
+
+    def __init__(self, device: Nic, pair: int, receiver: Receiver) -> None:
+        self._device = device
+        self._pair = pair
+        self._receiver = receiver
+        self._port = receiver.port
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._events = 0
+        self._ended = False
+        self._lost = False
+        self._thread = threading.Thread(
+            target=self._main, name=f"{device.name}-frames{pair}", daemon=True
+        )
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the thread look again: buffers, settings, or a write that waits."""
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended = True
+        self.wake()
+        if threading.get_ident() != self._thread.ident:
+            self._thread.join()
+            os.close(self._wake)
+
+    def _main(self) -> None:
+        try:
+            while not self._ended:
+                try:
+                    self._wait(NOTHING if self._lost else self._receiver.serve())
+                except LinkLost as err:
+                    self._lost = self._device.lost(self._pair, err)
+        except BaseException as err:  # a bug of ours: the machine ends, the process does not
+            self._device.on_bug(err)
+
+    def _wait(self, what: int) -> None:
+        port = self._port
+        events = select.POLLIN if what == FRAMES else 0
+        if port.blocked and not self._lost:
+            events |= select.POLLOUT
+        elif what == MORE:
+            return
+        if events != self._events:
+            # Not merely masked: errors would be reported all the same, and without end.
+            if events and port.fd >= 0:
+                self._poll.register(port.fd, events)
+            elif self._events and port.fd >= 0:
+                self._poll.unregister(port.fd)
+            self._events = events
+        for fd, found in self._poll.poll(0 if what == MORE else None):
+            if fd == self._wake:
+                os.eventfd_read(fd)
+            elif port.blocked and found & ~select.POLLIN:
+                port.resume()
+                if not port.blocked:
+                    self._device.notify(2 * self._pair + 1)

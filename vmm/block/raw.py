@@ -10,8 +10,8 @@ import fcntl
 import os
 import stat
 import struct
-from _thread import allocate_lock
 
+from vmm.block.lock import lock
 from vmm.errors import HostError, UsageError
 
 TYPE_CHECKING = False
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SECTOR = 512
-BLOCK = 4096
-"""No disk and no file system wants O_DIRECT aligned to more."""
-F_OFD_SETLK = 37
-"""Linux, include/uapi/asm-generic/fcntl.h: a lock of the open file, not of the process."""
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 BLKGETSIZE64 = 0x80081272
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
@@ -57,6 +52,7 @@ class RawImage:
     Attributes:
         size: bytes.
         direct: O_DIRECT is used.
+        align: what the host wants transfers to be multiples of (1 without O_DIRECT).
 
     Raises:
         UsageError: the file cannot be a disk; one line says why.
@@ -70,21 +66,35 @@ class RawImage:
         self.readonly = readonly
         self.cache = cache
         self.direct = cache == "none"
-        flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR)
+        self.align = 1
         try:
-            self.fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0))
+            self.fd = os.open(path, self._flags())
         except OSError as err:
             raise self._cannot_open(err) from err
         try:
             self.size = self._size()
-            self._lock()
+            if self.direct:
+                self._prepare_direct()
+            if not lock(self.fd, write=not readonly):
+                raise HostError(
+                    f"--drive {path}: another process uses this image; end it, or open it "
+                    f"{'after it' if readonly else 'readonly in both'}"
+                )
         except BaseException:
             os.close(self.fd)
             raise
-        self._bouncing = allocate_lock()
 
     def __repr__(self) -> str:
         return f"RawImage({self.path!r}, {self.size} bytes)"
+
+    def _flags(self) -> int:
+        flags = os.O_CLOEXEC | os.O_NONBLOCK  # so that a FIFO does not hold us up
+        flags |= os.O_RDONLY if self.readonly else os.O_RDWR
+        if self.direct:
+            flags |= os.O_DIRECT
+        if not self.readonly and stat.S_ISBLK(os.stat(self.path).st_mode):
+            flags |= os.O_EXCL  # Linux: not while it is mounted
+        return flags
 
     def _cannot_open(self, err: OSError) -> Exception:
         path = self.path
@@ -94,6 +104,10 @@ class RawImage:
             return UsageError(f"--drive {path}: {os.strerror(err.errno)}; try {path},readonly")
         if err.errno == errno.EISDIR:
             return UsageError(f"--drive {path} is a directory, not a disk image")
+        if err.errno == errno.EBUSY:
+            return HostError(
+                f"--drive {path}: this host uses the device; unmount it, or say {path},readonly"
+            )
         if err.errno == errno.EINVAL and self.direct:
             return UsageError(f"--drive {path}: cache=none (O_DIRECT) is not possible there")
         return UsageError(f"--drive {path}: {os.strerror(err.errno or errno.EIO)}")
@@ -117,19 +131,19 @@ class RawImage:
             )
         return size
 
-    def _lock(self) -> None:
-        """One writer, or any number of readers; QEMU's locks are within the same range."""
-        kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
-        try:
-            fcntl.fcntl(self.fd, F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-        except OSError as err:
-            if err.errno in (errno.EAGAIN, errno.EACCES):
-                raise HostError(
-                    f"--drive {self.path}: another process uses this image; end it, or open it "
-                    f"{'after it' if self.readonly else 'readonly in both'}"
-                ) from None
-            if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+    def _prepare_direct(self) -> None:
+        from vmm.block import direct
+
+        self._bounce = direct.Bounce
+        self._writers = direct.Writers()
+        self.align = direct.alignment(self.fd)
+        if not self.align:
+            raise UsageError(f"--drive {self.path}: cache=none (O_DIRECT) is not possible there")
+        if self.size % self.align:
+            raise UsageError(
+                f"--drive {self.path}: {self.size} bytes is not whole blocks of {self.align}, "
+                f"which cache=none needs there; truncate -s %{self.align} {self.path}"
+            )
 
     def close(self) -> None:
         """Close; the lock goes with the descriptor. Harmless twice."""
@@ -141,12 +155,12 @@ class RawImage:
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` from byte `offset`."""
-        try:
+        if not self.direct:
             self._whole(os.preadv, views, offset)
-        except OSError as err:
-            if err.errno != errno.EINVAL or not self.direct:
-                raise
-            self._bounce(views, offset, write=False)
+        elif not self._try_direct(os.preadv, views, offset):
+            with self._bounce(offset, sum(map(len, views)), self.align) as bounce:
+                self._whole(os.preadv, [bounce.buffer], bounce.offset)
+                bounce.scatter(views)
 
     def read_cached(self, views: Sequence[memoryview], offset: int, size: int) -> bool:
         """The same, if the page cache has all `size` bytes of it; else False, nothing is said
@@ -160,36 +174,35 @@ class RawImage:
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write `views` at byte `offset`."""
-        try:
+        if not self.direct:
             self._whole(os.pwritev, views, offset)
+        elif (offset | sum(map(len, views))) % self.align:
+            self._writers.alone(lambda: self._write_bounced(views, offset))
+        elif self.align == SECTOR:  # nothing a guest writes is a part of a block
+            self._write_direct(views, offset)
+        else:
+            self._writers.together(lambda: self._write_direct(views, offset))
+
+    def _write_direct(self, views: Sequence[memoryview], offset: int) -> None:
+        if not self._try_direct(os.pwritev, views, offset):
+            self._write_bounced(views, offset)
+
+    def _write_bounced(self, views: Sequence[memoryview], offset: int) -> None:
+        with self._bounce(offset, sum(map(len, views)), self.align) as bounce:
+            if bounce.partial:
+                self._whole(os.preadv, [bounce.buffer], bounce.offset)
+            bounce.gather(views)
+            self._whole(os.pwritev, [bounce.buffer], bounce.offset)
+
+    def _try_direct(self, call: object, views: Sequence[memoryview], offset: int) -> bool:
+        """False if the kernel does not take the guest's buffers, or offset, as they are."""
+        try:
+            self._whole(call, views, offset)
         except OSError as err:
-            if err.errno != errno.EINVAL or not self.direct:
+            if err.errno != errno.EINVAL:
                 raise
-            self._bounce(views, offset, write=True)
-
-    def _bounce(self, views: Sequence[memoryview], offset: int, *, write: bool) -> None:
-        """O_DIRECT where the guest's buffers (or its sectors) are not aligned as the host wants
-        them: through a buffer that is. Parts of blocks are read first, one writer at a time."""
-        import mmap
-
-        size = sum(map(len, views))
-        first = offset - offset % BLOCK
-        end = min(-(-(offset + size) // BLOCK) * BLOCK, self.size)
-        with mmap.mmap(-1, end - first) as area, memoryview(area) as buffer, self._bouncing:
-            whole = offset == first and offset + size == end
-            if not (write and whole):
-                self._whole(os.preadv, [buffer], first)
-            at = offset - first
-            for view in views:
-                part = buffer[at : at + len(view)]
-                if write:
-                    part[:] = view
-                else:
-                    view[:] = part
-                part.release()
-                at += len(view)
-            if write:
-                self._whole(os.pwritev, [buffer], first)
+            return False
+        return True
 
     def _whole(self, call: object, views: Sequence[memoryview], offset: int) -> None:
         want = sum(map(len, views))

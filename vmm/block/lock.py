@@ -1,0 +1,55 @@
+"""Who uses an image: locks on its bytes, laid out as QEMU's are (block/file-posix.c there), so that
+QEMU, its tools and this monitor respect each other.
+
+A user of the image locks byte 100 + n for each permission n it needs, and byte 200 + n for each
+that it wants nobody else to have, shared; then it looks whether anybody else's locks contradict.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+"""Linux, include/uapi/asm-generic/fcntl.h: locks of the open file, not of the process."""
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+
+READ, WRITE, RESIZE = 0, 1, 3
+"""QEMU's BLK_PERM_CONSISTENT_READ, _WRITE and _RESIZE, as bit numbers."""
+NEEDED, DENIED = 100, 200
+"""Where the bytes of either kind begin."""
+
+
+def lock(fd: int, *, write: bool) -> bool:
+    """Use the image as its only writer, or as one of its readers; False if others contradict.
+
+    The locks go with the last descriptor of the open file. Where there are no locks (some network
+    file systems), it is taken for free.
+    """
+    need = (READ, WRITE) if write else (READ,)
+    deny = (WRITE, RESIZE)
+    try:
+        for places, base in ((need, NEEDED), (deny, DENIED)):
+            for place in places:
+                _lock_byte(fd, F_OFD_SETLK, fcntl.F_RDLCK, base + place)
+        return all(_free(fd, DENIED + place) for place in need) and all(
+            _free(fd, NEEDED + place) for place in deny
+        )
+    except OSError as err:
+        if err.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if err.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            return True
+        raise
+
+
+def _free(fd: int, place: int) -> bool:
+    """Whether nobody else has a lock on byte `place`."""
+    return _lock_byte(fd, F_OFD_GETLK, fcntl.F_WRLCK, place) == fcntl.F_UNLCK
+
+
+def _lock_byte(fd: int, command: int, kind: int, place: int) -> int:
+    answer = fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0))
+    return int(_FLOCK.unpack(answer)[0])

@@ -201,7 +201,8 @@ class Net:
         if self.kind == "user":
             from vmm.net.user import PasstBackend
 
-            return PasstBackend(self.forward, mtu=self.mtu)
+            forward = [parse_forward(text, what) for text in self.forward]
+            return PasstBackend(forward, mtu=self.mtu)
         if self.kind == "socket":
             from vmm.net.stream import connect
 

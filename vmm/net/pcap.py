@@ -95,7 +95,7 @@ class CapturePort(Port):
         return self._port.blocked
 
     @property
-    def dropped(self) -> int:  # type: ignore[override]
+    def dropped(self) -> int:
         return self._port.dropped
 
     @dropped.setter

@@ -75,3 +75,14 @@ class Backend:
 
     def close(self) -> None:
         """Give everything back; harmless twice."""
+
+
+def scatter(views: Sequence[memoryview], data: memoryview) -> None:
+    """Copy `data` into `views`, as far as they go."""
+    at, size = 0, len(data)
+    for view in views:
+        part = min(len(view), size - at)
+        view[:part] = data[at : at + part]
+        at += part
+        if at == size:
+            return

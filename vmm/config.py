@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.block.drive import Drive
+    from vmm.net.config import Net
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.vsock_config import VsockConfig
 
@@ -47,6 +48,7 @@ class MachineConfig:
         default_append: False leaves the default command line out.
         device: the KVM device.
         drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
+        nets: network cards, each as text (`user`, see `vmm.net.config`) or a `Net`.
         rng: whether the guest gets a virtio entropy device.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         devices: virtio devices of one's own: functions (or classes) that make one.
@@ -71,6 +73,7 @@ class MachineConfig:
         "initrds",
         "kernel",
         "memory",
+        "nets",
         "on_panic",
         "rng",
         "timeout",
@@ -96,6 +99,7 @@ class MachineConfig:
         default_append: bool = True,
         device: str = "/dev/kvm",
         drives: Sequence[str | Drive] = (),
+        nets: Sequence[str | Net] = (),
         rng: bool = False,
         vsock: str | VsockConfig | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
@@ -116,6 +120,7 @@ class MachineConfig:
         self.default_append = default_append
         self.device = device
         self.drives = self._drives(drives)
+        self.nets = self._nets(nets)
         self.rng = rng
         self.vsock = self._vsock(vsock)
         self.devices = tuple(devices)
@@ -129,6 +134,14 @@ class MachineConfig:
         from vmm.block.drive import Drive
 
         return tuple(Drive.parse(drive) if isinstance(drive, str) else drive for drive in drives)
+
+    @staticmethod
+    def _nets(nets: Sequence[str | Net]) -> tuple[Net, ...]:
+        if not nets:
+            return ()
+        from vmm.net.config import Net
+
+        return tuple(Net.parse(net) if isinstance(net, str) else net for net in nets)
 
     @staticmethod
     def _vsock(vsock: str | VsockConfig | None) -> VsockConfig | None:

@@ -69,6 +69,13 @@ PARSER = Parser(
             repeat=True,
             help="raw image or block device, then ,readonly ,serial=S ,cache=none|unsafe ,queues=N",
         ),
+        Option(
+            "--net",
+            metavar="NET",
+            repeat=True,
+            help="user, tap[=NAME], bridge=BR, socket=PATH or none, then ,mac=M ,pcap=FILE ,mtu=N; "
+            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N",
+        ),
         Option("--rng", help="a virtio entropy device"),
         Option(
             "--vsock",
@@ -121,6 +128,7 @@ def configure(args: Arguments) -> MachineConfig:
         timeout=timeout,
         on_panic=args.value("--on-panic"),
         drives=args.values("--drive"),
+        nets=args.values("--net"),
         rng=args.given("--rng"),
         vsock=args.value("--vsock") if args.given("--vsock") else None,
         trace=args.given("--verbose"),

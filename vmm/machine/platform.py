@@ -83,13 +83,17 @@ class Platform:
     def add_virtio(self) -> None:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
-        if not (config.drives or config.rng or config.vsock or config.devices):
+        if not (config.drives or config.nets or config.rng or config.vsock or config.devices):
             return
         from vmm.machine.virtio import VirtioDevices
 
         self.virtio = VirtioDevices(self.machine, self.mmio)
         for number, drive in enumerate(config.drives):
             self.virtio.add(drive.open(number))
+        for number, net in enumerate(config.nets):
+            nic = net.open(number)
+            if nic is not None:
+                self.virtio.add(nic)
         if config.rng:
             from vmm.virtio.rng import Entropy
 

@@ -15,6 +15,7 @@ import pytest
 
 from vmm.block import direct, libc
 from vmm.block.raw import RawImage, probe
+from vmm.block.vector import whole
 from vmm.errors import HostError, UsageError
 
 MIB = 1 << 20
@@ -129,7 +130,7 @@ def test_a_transfer_goes_on_where_it_stopped(path: str) -> None:
     def seven(fd: int, views: Sequence[memoryview], offset: int) -> int:
         return os.pwrite(fd, b"".join(views)[:7], offset)
 
-    image._whole(seven, views, 512)
+    whole(seven, image.fd, views, 512)
     assert content(image, 512, 3000) == data
     image.close()
 

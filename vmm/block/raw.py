@@ -12,11 +12,14 @@ import stat
 import struct
 
 from vmm.block.lock import lock
+from vmm.block.vector import whole
 from vmm.errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vmm.block.vector import Call
 
 SECTOR = 512
 BLKGETSIZE64 = 0x80081272
@@ -156,10 +159,10 @@ class RawImage:
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` from byte `offset`."""
         if not self.direct:
-            self._whole(os.preadv, views, offset)
+            whole(os.preadv, self.fd, views, offset)
         elif not self._try_direct(os.preadv, views, offset):
             with self._bounce(offset, sum(map(len, views)), self.align) as bounce:
-                self._whole(os.preadv, [bounce.buffer], bounce.offset)
+                whole(os.preadv, self.fd, [bounce.buffer], bounce.offset)
                 bounce.scatter(views)
 
     def read_cached(self, views: Sequence[memoryview], offset: int, size: int) -> bool:
@@ -175,7 +178,7 @@ class RawImage:
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write `views` at byte `offset`."""
         if not self.direct:
-            self._whole(os.pwritev, views, offset)
+            whole(os.pwritev, self.fd, views, offset)
         elif (offset | sum(map(len, views))) % self.align:
             self._writers.alone(lambda: self._write_bounced(views, offset))
         elif self.align == SECTOR:  # nothing a guest writes is a part of a block
@@ -190,38 +193,19 @@ class RawImage:
     def _write_bounced(self, views: Sequence[memoryview], offset: int) -> None:
         with self._bounce(offset, sum(map(len, views)), self.align) as bounce:
             if bounce.partial:
-                self._whole(os.preadv, [bounce.buffer], bounce.offset)
+                whole(os.preadv, self.fd, [bounce.buffer], bounce.offset)
             bounce.gather(views)
-            self._whole(os.pwritev, [bounce.buffer], bounce.offset)
+            whole(os.pwritev, self.fd, [bounce.buffer], bounce.offset)
 
-    def _try_direct(self, call: object, views: Sequence[memoryview], offset: int) -> bool:
+    def _try_direct(self, call: Call, views: Sequence[memoryview], offset: int) -> bool:
         """False if the kernel does not take the guest's buffers, or offset, as they are."""
         try:
-            self._whole(call, views, offset)
+            whole(call, self.fd, views, offset)
         except OSError as err:
             if err.errno != errno.EINVAL:
                 raise
             return False
         return True
-
-    def _whole(self, call: object, views: Sequence[memoryview], offset: int) -> None:
-        want = sum(map(len, views))
-        while True:
-            done: int = call(self.fd, views, offset)  # type: ignore[operator]
-            if done == want:
-                return
-            if done <= 0:
-                raise OSError(errno.EIO, "short transfer")  # the file has been cut short
-            want -= done
-            offset += done
-            rest = []
-            for view in views:
-                if done >= len(view):
-                    done -= len(view)
-                else:
-                    rest.append(view[done:])
-                    done = 0
-            views = rest
 
     def flush(self) -> None:
         """Return when all that was written is on stable storage."""

@@ -21,8 +21,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.block.overlay import Overlay
     from vmm.block.raw import RawImage
     from vmm.virtio.queue import Chain
+
+    Image = RawImage | Overlay
 
 SECTOR = 512
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -65,7 +68,7 @@ class Block(VirtioDevice):
     ID = spec.ID_BLOCK
 
     def __init__(
-        self, image: RawImage, *, serial: str = "", queues: int = 1, name: str = "blk"
+        self, image: Image, *, serial: str = "", queues: int = 1, name: str = "blk"
     ) -> None:
         self.QUEUES = (QUEUE_SIZE,) * queues
         features = spec.bits(F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_MQ)

@@ -7,13 +7,10 @@ port P of CID 2 reaches the program that listens on PREFIX_P.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
-import stat
-from contextlib import suppress
 
 from vmm.errors import UsageError
+from vmm.virtio import unix
 from vmm.virtio.vsock_packet import OP_RESPONSE, PORT_MAX
 
 TYPE_CHECKING = False
@@ -25,8 +22,6 @@ LINE_MAX = 32
 """Bytes of a client's first line."""
 CLIENTS_MAX = 256
 """Clients that have not said it yet."""
-PATH_MAX = 107
-"""Bytes in sockaddr_un.sun_path, less its NUL."""
 ANSWER_WITHIN = 20.0
 """Seconds a guest has to answer; its driver may still be starting."""
 RETRY = 0.02
@@ -45,7 +40,8 @@ class VsockHost:
         self.path = path
         self._clients: dict[socket.socket, bytes] = {}
         self._device: Vsock | None = None
-        self._listener, self._identity = _listen(path)
+        check_path(path)
+        self._listener, self._identity = unix.listen(path, f"--vsock path={path}")
 
     def attach(self, device: Vsock) -> None:
         """Serve `device`."""
@@ -68,11 +64,8 @@ class VsockHost:
         """Remove the socket, unless another has taken its place; harmless twice."""
         self.stop()
         self._listener.close()
-        with suppress(OSError):
-            found = os.stat(self.path)
-            if (found.st_dev, found.st_ino) == self._identity:
-                os.unlink(self.path)
-        self._identity = (-1, -1)
+        unix.remove(self.path, self._identity)
+        self._identity = unix.NOBODY
 
     # --- a program connects to the guest ----------------------------------------------------------
 
@@ -177,61 +170,6 @@ def connect_port(line: bytes) -> int | None:
 
 def check_path(path: str) -> None:
     """UsageError where no socket can have this name."""
-    limit = PATH_MAX - len("_4294967295")
     if not path or "\0" in path:
         raise UsageError("--vsock: no path; say for example --vsock cid=3,path=/tmp/vm.vsock")
-    if len(os.fsencode(path)) > limit:
-        raise UsageError(
-            f"--vsock path={path}: {len(os.fsencode(path))} bytes are too long for a socket's "
-            f"name; at most {limit}, or give a path relative to the working directory"
-        )
-
-
-def _listen(path: str) -> tuple[socket.socket, tuple[int, int]]:
-    """A listening socket, and the (device, inode) of its file."""
-    check_path(path)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        # Two monitors that find one stale socket must not remove each other's new one.
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            _make_way(path)
-            listener.bind(path)
-            listener.listen(128)
-            found = os.stat(path)
-        finally:
-            os.close(directory)
-    except OSError as err:
-        listener.close()
-        raise UsageError(
-            f"--vsock path={path}: {err.strerror}; give a path in a directory that exists and "
-            "can be written"
-        ) from err
-    except BaseException:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener, (found.st_dev, found.st_ino)
-
-
-def _make_way(path: str) -> None:
-    """Remove a socket nobody listens on."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise UsageError(f"--vsock path={path} is there and is not a socket; give another path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass
-    raise UsageError(
-        f"--vsock path={path} is in use by another process; give each machine its own path"
-    )
+    unix.check_path(f"--vsock path={path}", path, len("_4294967295"))

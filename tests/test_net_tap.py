@@ -1,0 +1,277 @@
+"""vmm/net/tap.py and tun.py, over real taps and bridges in a network namespace."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import netns
+from tests.support.net_guest import MAC, NetGuest
+from vmm.errors import HostError, UsageError, VmmError
+from vmm.net.config import Net
+from vmm.net.tun import TapPort
+from vmm.virtio import net_spec as n
+from vmm.virtio.net import Nic
+
+HOST, GUEST = "10.9.0.1", "10.9.0.2"
+TAP = f"tap,address={HOST}/24,mac=52:54:00:00:00:05"
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("no /dev/net/tun here")
+    with netns.network_namespace():
+        yield
+
+
+def nic(text: str) -> Nic:
+    found = Net.parse(text).open(0)
+    assert found is not None
+    return found
+
+
+def meet(guest: NetGuest) -> bytes:
+    """Ask the host for its address: its MAC."""
+    guest.send(netns.arp_request(MAC, GUEST, HOST))
+    reply = guest.frame(0x806)
+    assert reply[:6] == MAC and reply[28:32] == netns.address(HOST)
+    return reply[6:12]
+
+
+def test_a_tap_of_ours_comes_up_and_goes() -> None:
+    card = nic(TAP)
+    assert netns.interfaces() == ["vmm0"]
+    assert f"inet {HOST}/24" in netns.ip("addr show vmm0")
+    with NetGuest(card) as guest:
+        meet(guest)
+    assert netns.interfaces() == []
+
+
+def test_datagrams_both_ways() -> None:
+    with (
+        NetGuest(nic(TAP)) as guest,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+    ):
+        server.settimeout(20)
+        server.bind((HOST, 7))
+        host = meet(guest)
+        guest.send(
+            netns.ethernet(host, MAC, 0x800, netns.ipv4(GUEST, HOST, 17, netns.udp(9, 7, b"hello")))
+        )
+        data, peer = server.recvfrom(100)
+        assert (data, peer) == (b"hello", (GUEST, 9))
+        server.sendto(b"world" * 200, peer)
+        assert guest.frame(0x800)[42:] == b"world" * 200
+
+
+def tcp_segment(sock: socket.socket, size: int) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(b"x" * size)
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+def test_segments_are_as_large_as_the_driver_takes(offloads: bool) -> None:
+    """The host's TCP sends to a guest that answers by hand."""
+    without = 0 if offloads else n.GUEST_GSO
+    with (
+        NetGuest(nic(TAP), buffer=4096, buffers=60, without=without) as guest,
+        socket.socket() as server,
+    ):
+        host = meet(guest)
+        server.bind((HOST, 80))
+        server.listen()
+        server.settimeout(20)
+
+        def send(flags: int, seq: int, ack: int) -> None:
+            options = b"\x02\x04\x05\xb4\x03\x03\x07\x01" if flags & 2 else b""
+            length = 20 + len(options)
+            tcp = bytes((0, 99, 0, 80)) + seq.to_bytes(4, "big") + ack.to_bytes(4, "big")
+            tcp += bytes((length << 2, flags, 255, 255, 0, 0, 0, 0)) + options
+            pseudo = netns.address(GUEST) + netns.address(HOST) + bytes((0, 6, 0, length))
+            tcp = tcp[:16] + netns.checksum(pseudo + tcp).to_bytes(2, "big") + tcp[18:]
+            guest.send(netns.ethernet(host, MAC, 0x800, netns.ipv4(GUEST, HOST, 6, tcp)))
+
+        send(2, 1000, 0)
+        answer = guest.frame(0x800)
+        assert answer[47] == 0x12
+        ack = int.from_bytes(answer[38:42], "big") + 1
+        send(16, 1001, ack)
+        sock = server.accept()[0]
+        with sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            sock.sendall(bytes(300000))
+            largest, seen, deadline = 0, 0, time.monotonic() + 20
+            while seen < 300000:
+                assert time.monotonic() < deadline
+                packet = guest.receive()
+                if packet[24:26] != b"\x08\x00":
+                    continue
+                flags, gso, _, mss, _, _, _ = n.HEADER.unpack_from(packet)
+                data = len(packet) - n.HEADER_SIZE - 14 - 20 - (packet[n.HEADER_SIZE + 46] >> 2)
+                start = int.from_bytes(packet[n.HEADER_SIZE + 38 : n.HEADER_SIZE + 42], "big")
+                seen = max(seen, start - ack + data)
+                send(16, 1001, ack + seen)
+                largest = max(largest, data)
+                if data > 1460:
+                    assert (gso, mss) == (1, 1460) and flags & n.HDR_F_NEEDS_CSUM
+            assert largest > 20000 if offloads else largest == 1460
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0)) + bytes(4))
+
+
+def test_a_large_segment_of_the_guests_reaches_the_host_whole() -> None:
+    with NetGuest(nic(TAP)) as guest, socket.socket(socket.AF_INET, socket.SOCK_RAW, 253) as raw:
+        raw.settimeout(20)
+        host = meet(guest)
+        data = bytes(range(256)) * 200
+        guest.send(netns.ethernet(host, MAC, 0x800, netns.ipv4(GUEST, HOST, 253, data)))
+        assert raw.recv(65536)[20:] == data
+
+
+def test_headers_the_kernel_refuses_are_dropped() -> None:
+    with NetGuest(nic(TAP)) as guest:
+        host = meet(guest)
+        frame = netns.ethernet(host, MAC, 0x800, netns.ipv4(GUEST, HOST, 253, bytes(100)))
+        for header in (
+            n.HEADER.pack(1, 0, 0, 0, 60000, 60000, 0),
+            n.HEADER.pack(0, 1, 14, 0, 0, 0, 0),
+            n.HEADER.pack(0, 77, 14, 100, 0, 0, 0),
+            b"\xff" * 12,
+        ):
+            guest.send(frame, header)
+        assert guest.nic.ports[0].dropped == 4
+        meet(guest)
+
+
+def test_an_interface_that_exists_is_used_untouched() -> None:
+    netns.ip("tuntap add mine mode tap")
+    before = netns.ip("addr show mine")
+    card = nic("tap=mine")
+    card.close()
+    assert netns.ip("addr show mine") == before
+    netns.ip(f"addr add {HOST}/24 dev mine")
+    netns.ip("link set mine up")
+    with NetGuest(nic("tap=mine,mac=52:54:00:00:00:05")) as guest:
+        meet(guest)
+        assert guest.nic.backend.peer == "tap mine"
+    assert netns.interfaces() == ["mine"]
+    assert f"inet {HOST}/24" in netns.ip("addr show mine")
+
+
+def test_an_interface_with_many_queues() -> None:
+    netns.ip("tuntap add many mode tap multi_queue")
+    nic("tap=many").close()
+    nic("tap=many,queues=2").close()
+
+
+def test_a_bridge() -> None:
+    netns.ip("link add br0 type bridge")
+    netns.ip(f"addr add {HOST}/24 dev br0")
+    netns.ip("link set br0 up")
+    with NetGuest(nic("bridge=br0,mac=52:54:00:00:00:05")) as guest:
+        assert "master br0" in netns.ip("link show vmm0")
+        meet(guest)
+    assert netns.interfaces() == ["br0"]
+
+
+def test_queues(capfd: pytest.CaptureFixture[str]) -> None:
+    card = nic(f"{TAP},queues=2")
+    with NetGuest(card) as guest:
+        assert guest.features >> n.F_MQ & 1
+        assert guest.read(0x108, 2) == 2
+        ports = [port for port in card.ports if isinstance(port, TapPort)]
+        assert [port.attached for port in ports] == [True, False]
+        meet(guest)
+        for pairs, ack, attached in ((2, 0, True), (3, 1, True), (0, 1, True), (1, 0, False)):
+            assert guest.command(4, 0, pairs.to_bytes(2, "little"), queue=4) == ack
+            assert ports[1].attached == attached
+        frame = netns.arp_request(MAC, GUEST, HOST)
+        guest.send(frame, queue=3)  # a queue that is off: nothing happens
+        assert guest.command(4, 0, b"\2\0", queue=4) == 0
+        guest.send(frame, queue=3)
+        guest.start()
+        assert [port.attached for port in ports] == [True, False]
+        assert card.link_up
+    assert netns.interfaces() == []
+
+
+def test_the_interface_is_deleted_meanwhile() -> None:
+    netns.ip("tuntap add mine mode tap")
+    netns.ip("link set mine up")
+    told: list[str] = []
+    with NetGuest(nic("tap=mine")) as guest:
+        guest.nic.on_error = told.append
+        netns.ip("link del mine")
+        deadline = time.monotonic() + 20
+        while guest.config_status():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        guest.send(netns.arp_request(MAC, GUEST, HOST))
+    assert told == ["net0: tap mine: the interface was deleted; the guest's link is down"]
+
+
+def test_what_cannot_be() -> None:
+    netns.ip("tuntap add busy mode tap")
+    netns.ip("link add dull type bridge")
+    held = nic("tap=busy")
+    cases: list[tuple[str, type[VmmError], str]] = [
+        ("bridge=nosuch", UsageError, "--net bridge=nosuch: no such bridge; make it: ip link add"),
+        ("bridge=busy", UsageError, "--net bridge=busy: busy is no bridge"),
+        ("tap=lo", UsageError, "--net tap=lo: lo exists and is no tap"),
+        ("tap=dull", UsageError, "--net tap=dull: dull exists and is no tap"),
+        ("tap=busy", UsageError, "--net tap=busy: busy is in use by another process"),
+        ("tap=busy,queues=2", UsageError, "busy exists and is no tap with multi_queue"),
+        ("tap=busy,mtu=9000", UsageError, "busy exists and is used as it is"),
+    ]
+    for text, kind, says in cases:
+        with pytest.raises(kind, match=re.escape(says)):
+            Net.parse(text).open(0)
+    held.close()
+    assert netns.interfaces() == ["busy", "dull"]
+
+
+@pytest.mark.parametrize("text", ["tap", "tap=mine", "bridge=br0"])
+def test_without_permission(text: str) -> None:
+    netns.ip("tuntap add mine mode tap user 0")
+    netns.ip("link add br0 type bridge")
+    code = f"from vmm.net.config import Net\nNet.parse({text!r}).open(0).close()"
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-net_admin", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if text == "tap=mine":  # its owner needs none
+        assert done.returncode == 0, done.stderr
+    else:
+        assert f"--net {text}: no permission (CAP_NET_ADMIN); use --net user" in done.stderr
+
+
+def test_without_pyroute2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyroute2", None)
+    with pytest.raises(HostError, match=re.escape("pip install 'vmm[net]'")):
+        Net.parse("tap").open(0)
+    netns.ip("tuntap add mine mode tap")
+    nic("tap=mine").close()
+
+
+def test_a_tap_of_a_killed_process_is_gone() -> None:
+    code = "import time; from vmm.net.config import Net; n = Net.parse('tap').open(0); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "print('up', flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    assert netns.interfaces() == ["vmm0"]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert netns.interfaces() == []

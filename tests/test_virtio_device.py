@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
+from tests.support.virtio_pci import PciDriver
 from vmm.virtio import mmio, spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import Chain, QueueError, VirtQueue
@@ -57,9 +58,15 @@ class Recorder(VirtioDevice):
         self.written.append((offset, data))
 
 
+@pytest.fixture(params=[Driver, PciDriver], ids=["mmio", "pci"])
+def transport(request: pytest.FixtureRequest) -> type[Driver]:
+    kind: type[Driver] = request.param
+    return kind
+
+
 @pytest.fixture(params=[False, True], ids=["split", "packed"])
-def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
-    with Driver(Recorder(), packed=request.param) as each:
+def driver(request: pytest.FixtureRequest, transport: type[Driver]) -> Iterator[Driver]:
+    with transport(Recorder(), packed=request.param) as each:
         yield each
 
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
+from tests.support.virtio_pci import PciDriver
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import Chain, QueueError, VirtQueue, need_event
@@ -35,10 +36,16 @@ class Echo(VirtioDevice):
 MODES = [(packed, event_idx) for packed in (False, True) for event_idx in (False, True)]
 
 
+@pytest.fixture(params=[Driver, PciDriver], ids=["mmio", "pci"])
+def transport(request: pytest.FixtureRequest) -> type[Driver]:
+    kind: type[Driver] = request.param
+    return kind
+
+
 @pytest.fixture(params=MODES, ids=["split", "split-event", "packed", "packed-event"])
-def driver(request: pytest.FixtureRequest) -> Driver:
+def driver(request: pytest.FixtureRequest, transport: type[Driver]) -> Driver:
     packed, event_idx = request.param
-    return Driver(Echo(), packed=packed, event_idx=event_idx)
+    return transport(Echo(), packed=packed, event_idx=event_idx)
 
 
 @pytest.mark.parametrize("indirect", [False, True])
@@ -181,10 +188,10 @@ def test_a_split_queue_is_a_power_of_two(size: int) -> None:
         SplitQueue(driver.memory, size, 0, 0x1000, 0x2000)
 
 
-def test_features_are_checked() -> None:
+def test_features_are_checked(transport: type[Driver]) -> None:
     from vmm.virtio import mmio
 
-    with Driver(Echo()) as driver:
+    with transport(Echo()) as driver:
         driver.write(mmio.STATUS, 0)
         driver.write(mmio.STATUS, 3)
         driver.write(mmio.DRIVER_FEATURES_SEL, 1)

@@ -5,12 +5,15 @@ It keeps to the specification (virtio 1.2) unless a test breaks it on purpose.
 
 from __future__ import annotations
 
+import os
 import struct
+from typing import Self
 
 from vmm.memory import GuestMemory
 from vmm.virtio import mmio, spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.mmio import MmioTransport
+from vmm.virtio.transport import Transport
 
 RINGS = 0x10000
 """Where queue 0's rings are; each queue has 64 KiB."""
@@ -181,6 +184,8 @@ class PackedRing(Ring):
 class Driver:
     """Negotiates with a device over its MMIO transport and sets its queues up.
 
+    Registers have the MMIO transport's names on every transport, see tests.support.virtio_pci.
+
     Attributes:
         interrupts: how often the device raised its interrupt (read by `take_interrupts`).
     """
@@ -198,12 +203,16 @@ class Driver:
         self.memory = memory or GuestMemory(8 << 20)
         device.memory = self.memory
         self.device = device
-        self.transport = MmioTransport(device)
+        self.transport: Transport = self.attach(device)
         self.packed, self.event_idx, self.size, self.without = packed, event_idx, size, without
         self.rings: list[Ring] = []
         self.start()
 
-    def __enter__(self) -> Driver:
+    def attach(self, device: VirtioDevice) -> Transport:
+        """Give `device` its transport."""
+        return MmioTransport(device)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -271,8 +280,7 @@ class Driver:
 
     def take_interrupts(self) -> int:
         """The interrupt status, acknowledged; 0 if there was no interrupt."""
-        import os
-
+        assert isinstance(self.transport, MmioTransport)
         try:
             os.eventfd_read(self.transport.irq_fd)
         except BlockingIOError:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmm.block.drive import Drive
     from vmm.net.config import Net
     from vmm.virtio.device import VirtioDevice
+    from vmm.virtio.fs import Share
     from vmm.virtio.vsock_config import VsockConfig
 
 BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
@@ -44,13 +45,15 @@ class MachineConfig:
         acpi: False for no ACPI tables, the MP table alone.
         timeout: seconds from start to a forced end (`timeout`), or None.
         on_panic: `exit`, or `pause` to leave the machine for inspection.
-        backing: what RAM is made of, see `vmm.memory.map_backing`.
+        backing: what RAM is made of, see `vmm.memory.map_backing`; empty: `anonymous`, or `memfd`
+            where another process must see it (shares).
         default_append: False leaves the default command line out.
         device: the KVM device.
         drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
         nets: network cards, each as text (`user`, see `vmm.net.config`) or a `Net`.
         rng: whether the guest gets a virtio entropy device.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
+        shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
         devices: virtio devices of one's own: functions (or classes) that make one.
         trace: told of unclaimed ports and addresses, one line each.
 
@@ -76,6 +79,7 @@ class MachineConfig:
         "nets",
         "on_panic",
         "rng",
+        "shares",
         "timeout",
         "trace",
         "vsock",
@@ -95,13 +99,14 @@ class MachineConfig:
         acpi: bool = True,
         timeout: float | None = None,
         on_panic: str = "exit",
-        backing: str = "anonymous",
+        backing: str = "",
         default_append: bool = True,
         device: str = "/dev/kvm",
         drives: Sequence[str | Drive] = (),
         nets: Sequence[str | Net] = (),
         rng: bool = False,
         vsock: str | VsockConfig | None = None,
+        shares: Sequence[str | Share] = (),
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         trace: bool = False,
     ) -> None:
@@ -116,10 +121,13 @@ class MachineConfig:
         self.acpi = acpi
         self.timeout = timeout
         self.on_panic = on_panic
-        self.backing = backing
         self.default_append = default_append
         self.device = device
         self.drives = self._drives(drives)
+        self.shares = self._shares(shares)
+        self.backing = backing or (
+            "memfd" if self.shares or any(drive.external for drive in self.drives) else "anonymous"
+        )
         self.nets = self._nets(nets)
         self.rng = rng
         self.vsock = self._vsock(vsock)
@@ -134,6 +142,14 @@ class MachineConfig:
         from vmm.block.drive import Drive
 
         return tuple(Drive.parse(drive) if isinstance(drive, str) else drive for drive in drives)
+
+    @staticmethod
+    def _shares(shares: Sequence[str | Share]) -> tuple[Share, ...]:
+        if not shares:
+            return ()
+        from vmm.virtio.fs import Share
+
+        return tuple(Share.parse(share) if isinstance(share, str) else share for share in shares)
 
     @staticmethod
     def _nets(nets: Sequence[str | Net]) -> tuple[Net, ...]:

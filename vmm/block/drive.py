@@ -6,10 +6,11 @@ from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.virtio.blk import Block
+    from vmm.virtio.device import VirtioDevice
 
 KEYS = ("readonly", "format", "serial", "cache", "queues")
-FORMATS = ("raw",)
+FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi", "vpc", "qed", "parallels")
+"""The last seven by qemu-storage-daemon."""
 CACHES = ("writeback", "none", "unsafe")
 QUEUES_MAX = 16
 
@@ -20,7 +21,8 @@ class Drive:
     Args:
         path: the image.
         readonly: the guest may not write.
-        format: `raw`; empty: raw, unless the file's first bytes say otherwise, which is refused.
+        format: one of FORMATS; empty: raw, unless the file's first bytes say otherwise, which is
+            refused (a guest can write what it likes at the beginning of a raw disk).
         serial: up to 20 ASCII characters.
         cache: `writeback`, `none` (O_DIRECT) or `unsafe` (flushes are not carried out).
         queues: request queues, 1 to 16.
@@ -48,6 +50,8 @@ class Drive:
             raise UsageError("--drive: no path; say --drive disk.img")
         if format and format not in FORMATS:
             raise UsageError(f"--drive {path}: format={format} is not one of {', '.join(FORMATS)}")
+        if serial and self.external:
+            raise UsageError(f"--drive {path}: serial= works with format=raw only")
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
         if len(serial) > 20 or not serial.isascii() or not serial.isprintable():
@@ -80,8 +84,17 @@ class Drive:
             queues=int(values.get("queues", "1")),
         )
 
-    def open(self, number: int) -> Block:
+    @property
+    def external(self) -> bool:
+        """Another process serves it, so guest memory must be shared."""
+        return self.format not in ("", "raw")
+
+    def open(self, number: int) -> VirtioDevice:
         """The device, with its image open and locked. Raises UsageError, HostError."""
+        if self.external:
+            from vmm.block.storage_daemon import open_disk
+
+            return open_disk(self, f"blk{number}")
         from vmm.block.raw import RawImage, probe
         from vmm.virtio.blk import Block
 
@@ -90,9 +103,8 @@ class Drive:
             found = "raw" if self.format else probe(self.path)
             if found != "raw":
                 raise UsageError(
-                    f"--drive {self.path}: this is a {found} image; only raw is supported, "
-                    f"convert it: qemu-img convert -O raw {self.path} disk.img "
-                    f"(or say format=raw if its contents only look so)"
+                    f"--drive {self.path}: this looks like a {found} image; say "
+                    f"{self.path},format={found} (or format=raw, if it only looks so)"
                 )
         except BaseException:
             image.close()

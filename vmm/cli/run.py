@@ -78,6 +78,12 @@ PARSER = Parser(
         ),
         Option("--rng", help="a virtio entropy device"),
         Option(
+            "--fs",
+            metavar="DIR,tag=TAG",
+            repeat=True,
+            help="a host directory by virtio-fs (virtiofsd): mount -t virtiofs TAG /mnt",
+        ),
+        Option(
             "--vsock",
             metavar="VSOCK",
             help="cid=N,path=PREFIX: sockets to the guest (connect to PREFIX, write CONNECT port) "
@@ -130,6 +136,7 @@ def configure(args: Arguments) -> MachineConfig:
         drives=args.values("--drive"),
         nets=args.values("--net"),
         rng=args.given("--rng"),
+        shares=args.values("--fs"),
         vsock=args.value("--vsock") if args.given("--vsock") else None,
         trace=args.given("--verbose"),
     )
@@ -147,6 +154,7 @@ def main(argv: Sequence[str]) -> int:
 
     verbose = config.trace
     with Machine(config) as machine:
+        machine.on_error = say
         if verbose:
             _describe(machine)
         backend = machine.platform.console.backend

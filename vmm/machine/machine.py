@@ -48,11 +48,13 @@ class Machine:
         platform: its devices.
         vcpus: its vCPUs' descriptors; use them while it is created, paused or stopped.
         exit: why it stopped, or None.
+        on_error: told in a line of what goes wrong with a device while the machine goes on.
     """
 
     def __init__(self, config: MachineConfig) -> None:
         self.config = config
         self.exit: MachineExit | None = None
+        self.on_error: Callable[[str], object] | None = None
         self._listener: Callable[[str], None] | None = None
         self.started_at = 0.0
         self.boot: BootState | None = None
@@ -145,8 +147,9 @@ class Machine:
     def listen(self, listener: Callable[[str], None] | None) -> None:
         """Have `listener` called with each event's name, or nobody (None).
 
-        Events: started, paused, resumed, panicked, stopped. It is called in the thread the event
-        happens in and must not block. Once this has returned, the former listener is not called.
+        Events: started, paused, resumed, panicked, device error, stopped. It is called in the
+        thread the event happens in and must not block. Once this has returned, the former listener
+        is not called.
         """
         with self._lock:
             self._listener = listener
@@ -273,6 +276,12 @@ class Machine:
         text = str(err) if isinstance(err, VmmError) else f"{type(err).__name__}: {err}"
         report = "" if isinstance(err, VmmError) else "".join(traceback.format_exception(err))
         self.end(MachineExit(exits.MONITOR_ERROR, f"monitor error: {text}", report=report))
+
+    def device_error(self, line: str) -> None:
+        """Something is wrong with a device; the machine goes on."""
+        if self.on_error is not None:
+            self.on_error(line)
+        self._tell("device error")
 
     def panicked(self, event: str) -> None:
         """The guest told pvpanic of a panic."""

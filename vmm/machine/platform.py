@@ -83,11 +83,17 @@ class Platform:
     def add_virtio(self) -> None:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
-        if not (config.drives or config.nets or config.rng or config.vsock or config.devices):
-            return
-        from vmm.machine.virtio import VirtioDevices
+        disks = config.drives or config.shares
+        if config.transport == "pci":
+            from vmm.machine.virtio_pci import PciDevices
 
-        self.virtio = VirtioDevices(self.machine, self.mmio)
+            self.virtio = PciDevices(self.machine, self.mmio, self.pio)
+        elif disks or config.nets or config.rng or config.vsock or config.devices:
+            from vmm.machine.virtio import MmioDevices
+
+            self.virtio = MmioDevices(self.machine, self.mmio)
+        else:
+            return
         for number, drive in enumerate(config.drives):
             self.virtio.add(drive.open(number))
         for number, net in enumerate(config.nets):
@@ -100,6 +106,8 @@ class Platform:
             self.virtio.add(Entropy())
         if config.vsock:
             self.virtio.add(config.vsock.open())
+        for share in config.shares:
+            self.virtio.add(share.open())
         for make in config.devices:
             self.virtio.add(make())
 
@@ -129,7 +137,8 @@ class Platform:
             from vmm.tables import acpi
 
             virtio = self.virtio.acpi() if self.virtio is not None else ()
-            tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus, virtio_mmio=virtio))
+            pci = config.transport == "pci"
+            tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus, virtio_mmio=virtio, pci=pci))
             rsdp = tables.rsdp
             blobs += tables.blobs
         state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from vmm.machine.machine import Machine
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.loop import DeviceLoop
+    from vmm.virtio.transport import Transport
 
 MAX_DEVICES = len(layout.GSI_VIRTIO)
 
 
 class VirtioDevices:
-    """Virtio devices over MMIO, announced by ACPI (LNRO0005).
+    """Virtio devices on some transport.
 
     Attributes:
         transports: one a device, in the order they were added.
@@ -28,46 +29,46 @@ class VirtioDevices:
     def __init__(self, machine: Machine, space: AddressSpace) -> None:
         self._machine = machine
         self._space = space
-        self.transports: list[MmioTransport] = []
+        self.transports: list[Transport] = []
         self._threads: list[QueueThread] = []
         self._loop: DeviceLoop | None = None
 
     def add(self, device: VirtioDevice) -> None:
         """Put `device` on the bus; it is closed with the machine."""
-        number = len(self.transports)
-        if number >= MAX_DEVICES:
-            device.close()
-            raise UsageError(f"more than {MAX_DEVICES} virtio devices over MMIO")
         device.memory = self._machine.memory
         device.on_bug = self._machine.monitor_failed
-        transport = MmioTransport(device)
-        base, _, gsi = self._place(number)
-        transport.on_driver_ok = lambda: self._connect(transport, base, gsi)
+        device.on_error = self._machine.device_error
+        try:
+            transport = self._place(device)
+        except BaseException:
+            device.close()
+            raise
         self.transports.append(transport)
-        self._space.add(base, mmio.LENGTH, transport)
+
+    def _place(self, device: VirtioDevice) -> Transport:
+        """Give `device` a transport, a place and an interrupt; the bus closes it from then on."""
+        raise NotImplementedError
 
     def acpi(self) -> list[tuple[int, int, int]]:
-        """(base, size, gsi) of each device, for the DSDT."""
-        return [self._place(number) for number in range(len(self.transports))]
+        """(base, size, gsi) of each device that the DSDT must tell of."""
+        return []
 
-    def _place(self, number: int) -> tuple[int, int, int]:
-        base = layout.VIRTIO_MMIO_BASE + number * layout.VIRTIO_MMIO_STRIDE
-        return base, mmio.LENGTH, layout.GSI_VIRTIO[number]
-
-    def _connect(self, transport: MmioTransport, base: int, gsi: int) -> None:
-        """The first driver of a device: from now on no notify and no interrupt is an exit."""
-        vm, device = self._machine.vm, transport.device
+    def _serve(self, transport: Transport) -> None:
+        """The first driver of a device: from now on somebody waits for its notifies."""
+        device = transport.device
         if device.ON_LOOP:
             self._start_on_loop(device)
         for index, fd in enumerate(transport.notify_fds):
-            vm.ioeventfd(fd, base + mmio.QUEUE_NOTIFY, 4, datamatch=index)
+            if device.EXTERNAL:
+                continue
             if device.ON_LOOP:
                 self.loop.serve(device, index, fd)
             else:
                 thread = QueueThread(device, index, fd, self._machine.monitor_failed)
                 self._threads.append(thread)
+        if device.EXTERNAL:
+            device.connect(transport.notify_fds)
         transport.served = True
-        vm.irqfd(transport.irq_fd, gsi)
 
     @property
     def loop(self) -> DeviceLoop:
@@ -105,3 +106,34 @@ class VirtioDevices:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
+
+
+class MmioDevices(VirtioDevices):
+    """Over MMIO, announced by ACPI (LNRO0005)."""
+
+    def _place(self, device: VirtioDevice) -> MmioTransport:
+        number = len(self.transports)
+        if number >= MAX_DEVICES:
+            raise UsageError(
+                f"more than {MAX_DEVICES} virtio devices over MMIO; --transport pci has room for 31"
+            )
+        transport = MmioTransport(device)
+        base, length, gsi = self._window(number)
+
+        def connect() -> None:
+            vm = self._machine.vm
+            for index, fd in enumerate(transport.notify_fds):
+                vm.ioeventfd(fd, base + mmio.QUEUE_NOTIFY, 4, datamatch=index)
+            vm.irqfd(transport.irq_fd, gsi)
+            self._serve(transport)
+
+        transport.on_driver_ok = connect
+        self._space.add(base, length, transport)
+        return transport
+
+    def acpi(self) -> list[tuple[int, int, int]]:
+        return [self._window(number) for number in range(len(self.transports))]
+
+    def _window(self, number: int) -> tuple[int, int, int]:
+        base = layout.VIRTIO_MMIO_BASE + number * layout.VIRTIO_MMIO_STRIDE
+        return base, mmio.LENGTH, layout.GSI_VIRTIO[number]

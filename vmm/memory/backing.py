@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 MAP_NORESERVE = 0x4000
 PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 
+
+class FileMap(mmap.mmap):
+    """A shared mapping that keeps the descriptor of its file, `fd`, for other processes."""
+
+    fd = -1
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        super().close()
+
+
 KINDS = ("anonymous", "memfd", "hugetlbfs", "file-private")
 
 
@@ -65,9 +78,12 @@ def _map_memfd(size: int, flags: int) -> mmap.mmap:
         # Shared: what a vhost-user back end writes must be what the guest reads. Huge pages are
         # reserved at once: without a reservation, one that is missing later is SIGBUS.
         sharing = mmap.MAP_SHARED if flags else mmap.MAP_SHARED | MAP_NORESERVE
-        return mmap.mmap(fd, size, flags=sharing, prot=PROT_RW)
-    finally:
-        os.close(fd)  # mmap keeps its own duplicate
+        mapping = FileMap(fd, size, flags=sharing, prot=PROT_RW)
+    except BaseException:
+        os.close(fd)
+        raise
+    mapping.fd = fd
+    return mapping
 
 
 def _map_file(path: str, size: int, offset: int) -> mmap.mmap:

@@ -17,13 +17,15 @@ class Region:
         size: length in bytes, a multiple of the page size.
         hva: host virtual address of the first byte, for KVM_SET_USER_MEMORY_REGION.
         map: the mapping itself, for what wants the buffer protocol.
+        fd: the memfd behind it, or -1.
         kind: the name of its backing (see `vmm.memory.backing`).
     """
 
-    __slots__ = ("data", "end", "gpa", "hva", "kind", "map", "size")
+    __slots__ = ("data", "end", "fd", "gpa", "hva", "kind", "map", "size")
 
     def __init__(self, gpa: int, mapping: mmap.mmap, kind: str) -> None:
         self.gpa = gpa
+        self.fd: int = getattr(mapping, "fd", -1)
         self.map = mapping
         self.kind = kind
         self.size = len(mapping)

@@ -23,7 +23,7 @@ from vmm.virtio.queue import Chain, QueueError, VirtQueue
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vmm.memory import GuestMemory
 
@@ -80,6 +80,8 @@ class VirtioDevice:
     """The device's own feature bits, a mask."""
     QUEUES: tuple[int, ...] = ()
     """The largest size of each queue."""
+    EXTERNAL = False
+    """Another process serves the queues: a `VhostUserDevice`, whose `connect` gets the eventfds."""
     ON_LOOP = False
     """Queues are served on the machine's event loop, not each by a thread; see `loop_running`."""
 
@@ -127,6 +129,9 @@ class VirtioDevice:
 
     def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
         """Called once, on the machine's event loop, before the first `started` (ON_LOOP only)."""
+
+    def connect(self, kicks: Sequence[int]) -> None:
+        """The eventfds KVM writes for a notify, one a queue (EXTERNAL only)."""
 
     def stopped(self) -> None:
         """Reset: no queue is there any more; forget what was under way."""

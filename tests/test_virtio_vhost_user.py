@@ -1,0 +1,206 @@
+"""vmm/virtio/{vhost_user,fs}.py, vmm/block/storage_daemon.py: real back ends, our driver's side."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.virtio_driver import BUFFERS, Driver
+from vmm.block.drive import Drive
+from vmm.errors import HostError, UsageError
+from vmm.memory import GuestMemory
+from vmm.virtio import blk, mmio, spec
+from vmm.virtio.fs import Share
+from vmm.virtio.vhost_user import VhostUserDevice
+
+MIB = 1 << 20
+
+
+class External(Driver):
+    """The driver's side of a device somebody else serves."""
+
+    def __init__(self, device: VhostUserDevice, *, event_idx: bool = False) -> None:
+        self.errors: list[str] = []
+        device.on_error = self.errors.append
+        super().__init__(device, memory=GuestMemory(8 * MIB, "memfd"), event_idx=event_idx)
+
+    def start(self) -> None:
+        self.transport.on_driver_ok = lambda: self.device.connect(self.transport.notify_fds)
+        self.transport.served = True
+        super().start()
+
+    def wait(self, index: int) -> tuple[int, int]:
+        limit = time.monotonic() + 20
+        while not (done := self.rings[index].used()):
+            assert time.monotonic() < limit, self.errors
+            time.sleep(0.001)
+        return done[0]
+
+
+def blocks(driver: External, kind: int, sector: int, data: bytes | int) -> bytes:
+    memory, write = driver.memory, isinstance(data, int)
+    size = data if isinstance(data, int) else len(data)
+    memory.write(BUFFERS, struct.pack("<IIQ", kind, 0, sector))
+    memory.write_u8(BUFFERS + 0x100, 0xAA)
+    if not isinstance(data, int):
+        memory.write(BUFFERS + 0x1000, data)
+    middle = [(BUFFERS + 0x1000, size, write)] if size else []
+    driver.rings[0].add([(BUFFERS, 16, False), *middle, (BUFFERS + 0x100, 1, True)])
+    driver.kick(0)
+    driver.wait(0)
+    assert memory.read_u8(BUFFERS + 0x100) == blk.S_OK
+    return memory.read(BUFFERS + 0x1000, size) if write else b""
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Callable[..., str]:
+    """Makes an image by the daemon itself, which is the one program for it we need anyway."""
+
+    def make(size: int) -> str:
+        path = str(tmp_path / "disk.qcow2")
+        Path(path).touch()
+        steps = [
+            '{"execute":"qmp_capabilities"}',
+            '{"execute":"blockdev-add","arguments":{"driver":"file","node-name":"f",'
+            f'"filename":"{path}"}}}}',
+            '{"execute":"blockdev-create","arguments":{"job-id":"j","options":'
+            f'{{"driver":"qcow2","file":"f","size":{size}}}}}}}',
+        ]
+        with subprocess.Popen(
+            ["qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "m"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as daemon:  # fmt: skip
+            assert daemon.stdin is not None and daemon.stdout is not None
+            daemon.stdin.write("\n".join(steps) + "\n")
+            daemon.stdin.flush()
+            for line in daemon.stdout:
+                if '"concluded"' in line:
+                    break
+            daemon.terminate()
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_qcow2_disk(qcow2: Callable[..., str], event_idx: bool) -> None:
+    path = qcow2(64 * MIB)
+    disk = Drive(path, format="qcow2").open(0)
+    assert isinstance(disk, VhostUserDevice)
+    with External(disk, event_idx=event_idx) as driver:
+        assert driver.read(mmio.CONFIG) == 64 * MIB // 512
+        data = os.urandom(65536)
+        blocks(driver, blk.T_OUT, 1000, data)
+        assert driver.take_interrupts() == 1
+        blocks(driver, blk.T_FLUSH, 0, 0)
+        assert blocks(driver, blk.T_IN, 1000, len(data)) == data
+        driver.start()  # reset, and again
+        assert blocks(driver, blk.T_IN, 1000, len(data)) == data
+    again = Drive(path, format="qcow2", readonly=True).open(0)
+    assert isinstance(again, VhostUserDevice)
+    with External(again) as driver:
+        assert driver.features >> blk.F_RO & 1
+        assert blocks(driver, blk.T_IN, 1000, len(data)) == data
+    with open(path, "rb") as file:
+        assert file.read(4) == b"QFI\xfb"
+
+
+def test_two_on_one_image_are_refused(qcow2: Callable[..., str]) -> None:
+    path = qcow2(MIB)
+    first = Drive(path, format="qcow2").open(0)
+    try:
+        with pytest.raises(HostError, match=r"--drive .*disk.qcow2: .*another process using"):
+            Drive(path, format="qcow2").open(1)
+    finally:
+        first.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), (b"not one" * 1000, "not in qcow2 format")],
+)
+def test_what_the_daemon_says_is_told(tmp_path: Path, content: bytes | None, says: str) -> None:
+    path = tmp_path / "x.img"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(HostError, match=says) as caught:
+        Drive(str(path), format="qcow2").open(0)
+    assert "\n" not in str(caught.value)
+    assert leftovers() == []
+
+
+def leftovers() -> list[str]:
+    """This process's children."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def test_a_back_end_that_dies_is_told(qcow2: Callable[..., str]) -> None:
+    disk = Drive(qcow2(MIB), format="qcow2").open(0)
+    assert isinstance(disk, VhostUserDevice)
+    with External(disk) as driver:
+        blocks(driver, blk.T_IN, 0, 512)
+        driver.take_interrupts()
+        for pid in leftovers():
+            if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-storage"):
+                os.kill(int(pid), signal.SIGKILL)
+        limit = time.monotonic() + 20
+        while not driver.read(mmio.STATUS) & spec.DEVICE_NEEDS_RESET:
+            assert time.monotonic() < limit
+        while not driver.take_interrupts() & 2:
+            assert time.monotonic() < limit
+        assert len(driver.errors) == 1
+        assert "qemu-storage-daemon has ended" in driver.errors[0]
+    assert leftovers() == []
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    """FUSE_INIT goes to virtiofsd and comes back."""
+    share = Share.parse(f"{tmp_path},tag=data").open()
+    with External(share) as driver:
+        assert driver.memory.regions[0].fd >= 0
+        config = bytes(driver.read(mmio.CONFIG + at, 1) for at in range(40))
+        assert config == b"data".ljust(36, b"\0") + struct.pack("<I", 1)
+        # struct fuse_in_header (len, opcode INIT, unique, ...), struct fuse_init_in 7.31
+        request = struct.pack("<IIQQIIII", 40 + 16, 26, 7, 0, 0, 0, 0, 0)
+        request += struct.pack("<IIII", 7, 31, 0, 0)
+        driver.memory.write(BUFFERS, request)
+        driver.rings[1].add([(BUFFERS, len(request), False), (BUFFERS + 0x1000, 256, True)])
+        driver.kick(1)
+        _, written = driver.wait(1)
+        size, error, unique = struct.unpack("<IiQ", driver.memory.read(BUFFERS + 0x1000, 16))
+        assert (size, error, unique) == (written, 0, 7)
+        assert struct.unpack("<I", driver.memory.read(BUFFERS + 0x1010, 4))[0] == 7
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "no tag; say --fs"),
+        ("{},tag=", "no tag"),
+        ("{},tag=" + "x" * 37, "longer than 36 bytes"),
+        ("{}/none,tag=x", "no such directory"),
+        ("{},readonly,tag=x", "'readonly' is not tag=NAME"),
+    ],
+)
+def test_shares_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Share.parse(text.format(tmp_path))
+
+
+def test_private_memory_cannot_be_shared(tmp_path: Path) -> None:
+    share = Share(str(tmp_path), tag="x").open()
+    share.memory = GuestMemory(MIB)
+    try:
+        with pytest.raises(UsageError, match="needs shared guest memory"):
+            share.connect([])
+    finally:
+        share.close()
+        share.memory.close()

@@ -1,0 +1,71 @@
+"""Image formats other than raw: qemu-storage-daemon opens the image and serves the disk.
+
+It is the code QEMU itself has for qcow2 and the others, in a process of its own (vhost-user-blk).
+"""
+
+from __future__ import annotations
+
+from vmm.errors import HostError
+from vmm.virtio import spec
+from vmm.virtio.vhost_user import Listener, VhostUserDevice
+from vmm.virtio.vhost_user_wire import BackEndGone, Connection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.block.drive import Drive
+    from vmm.child import Child
+
+CONFIG_BYTES = 60
+"""struct virtio_blk_config up to write zeroes (virtio 1.2, section 5.2.4)."""
+QUEUE_SIZE = 128
+
+
+class StorageDaemonDisk(VhostUserDevice):
+    """A disk another process serves."""
+
+    ID = spec.ID_BLOCK
+
+    def __init__(self, name: str, connection: Connection, queues: int, child: Child | None) -> None:
+        super().__init__(name, connection, (QUEUE_SIZE,) * queues, config=CONFIG_BYTES, child=child)
+
+
+def command(drive: Drive, fd: int) -> list[str]:
+    """The daemon's arguments; `fd` is the socket it is to listen on."""
+    path = drive.path.replace(",", ",,")
+    readonly = "on" if drive.readonly else "off"
+    cache = "cache.direct=" + ("on" if drive.cache == "none" else "off")
+    no_flush = "cache.no-flush=" + ("on" if drive.cache == "unsafe" else "off")
+    common = f"read-only={readonly},{cache},{no_flush}"
+    return [
+        "--blockdev", f"driver=file,node-name=file,filename={path},{common},discard=unmap",
+        "--blockdev", f"driver={drive.format},node-name=disk,file=file,{common},discard=unmap",
+        "--export",
+        f"type=vhost-user-blk,id=export,node-name=disk,addr.type=fd,addr.str={fd},"
+        f"writable={'off' if drive.readonly else 'on'},num-queues={drive.queues}",
+    ]  # fmt: skip
+
+
+def open_disk(drive: Drive, name: str) -> StorageDaemonDisk:
+    """Start a daemon on the drive's image. Raises HostError with what it says."""
+    from vmm.child import Child, find
+
+    program = find("qemu-storage-daemon", "qemu-system-common")
+    listener = Listener()
+    try:
+        fd = listener.sock.fileno()
+        child = Child([program, *command(drive, fd)], pass_fds=[fd])
+    except BaseException:
+        listener.close()
+        raise
+    connection = None
+    try:
+        connection = listener.connect("qemu-storage-daemon")
+        return StorageDaemonDisk(name, connection, drive.queues, child)
+    except BaseException as err:
+        if connection is not None:
+            connection.close()
+        said = child.said()
+        child.close()
+        if isinstance(err, BackEndGone):
+            raise HostError(f"--drive {drive.path}: {said or err}") from err
+        raise

@@ -1,0 +1,91 @@
+"""Host directories in the guest (virtio-fs, 1.2 section 5.11), served by virtiofsd.
+
+In the guest: `mount -t virtiofs TAG /mnt`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from vmm.errors import HostError, UsageError
+from vmm.virtio import spec
+from vmm.virtio.vhost_user import Listener, VhostUserDevice
+from vmm.virtio.vhost_user_wire import BackEndGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+TAG_BYTES = 36
+QUEUE_SIZE = 1024
+VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+_CONFIG = struct.Struct("<36sI")
+
+
+class Share:
+    """`--fs DIR,tag=TAG`: a directory, checked before anything is started."""
+
+    __slots__ = ("path", "tag")
+
+    def __init__(self, path: str, *, tag: str) -> None:
+        self.path = str(path)
+        self.tag = tag
+        if not tag:
+            raise UsageError(f"--fs {path}: no tag; say --fs {path},tag=NAME")
+        if len(tag.encode()) > TAG_BYTES:
+            raise UsageError(f"--fs {path}: tag={tag} is longer than {TAG_BYTES} bytes")
+        if not os.path.isdir(self.path):
+            raise UsageError(f"--fs {path}: no such directory")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From the command line. A comma in the path is written twice."""
+        words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
+        tag = ""
+        for word in words[1:]:
+            key, _, value = word.partition("=")
+            if key != "tag":
+                raise UsageError(f"--fs {text}: {word!r} is not tag=NAME")
+            tag = value
+        return cls(words[0], tag=tag)
+
+    def open(self) -> VirtioFs:
+        """The device, with its virtiofsd running. Raises HostError."""
+        from vmm.child import Child, find
+
+        program = find("virtiofsd", "virtiofsd (or qemu-system-common)", *VIRTIOFSD)
+        listener = Listener()
+        try:
+            fd = listener.sock.fileno()
+            if program == VIRTIOFSD[1]:  # the one in C that came with QEMU up to 7.2
+                source = self.path.replace("\\", "\\\\").replace(",", "\\,")
+                options = ["-o", f"source={source}", "-o", "log_level=err", f"--fd={fd}"]
+            else:
+                options = ["--shared-dir", self.path, "--log-level", "error", f"--fd={fd}"]
+            child = Child([program, *options], pass_fds=[fd])
+        except BaseException:
+            listener.close()
+            raise
+        connection = None
+        try:
+            connection = listener.connect("virtiofsd")
+            return VirtioFs(self.tag, connection, child)
+        except BaseException as err:
+            if connection is not None:
+                connection.close()
+            said = child.said()
+            child.close()
+            if isinstance(err, BackEndGone):
+                raise HostError(f"--fs {self.path}: virtiofsd: {said or err}") from err
+            raise
+
+
+class VirtioFs(VhostUserDevice):
+    """A shared directory: one high-priority queue, one for requests."""
+
+    ID = spec.ID_FS
+
+    def __init__(self, tag: str, connection: object, child: object) -> None:
+        super().__init__(f"fs-{tag}", connection, (QUEUE_SIZE, QUEUE_SIZE), child=child)  # type: ignore[arg-type]
+        self.config[:] = _CONFIG.pack(tag.encode(), 1)

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.console.hvc import HvcLine
     from vmm.console.input import InputPump
     from vmm.console.terminal import Terminal
     from vmm.devices.uart import Uart
@@ -37,20 +38,28 @@ class Console:
         self.tail.write(data)
         self.backend.write(data)
 
-    def attach(self, uart: Uart, on_end: Callable[[], None] | None = None) -> None:
-        """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed."""
+    def attach(
+        self,
+        uart: Uart,
+        on_end: Callable[[], None] | None = None,
+        line: HvcLine | None = None,
+    ) -> None:
+        """Serve `uart`; `on_end` is called, from another thread, when Ctrl-A x is typed.
+
+        Input goes to `line` where it is given."""
         self.backend.begin()
         uart.sink = self.sink
         self._uart = uart
         self.tail.before_wait = lambda: uart.flush(wait=False)
         if self.backend.name == "none":
             return
+        to = line or uart
 
         # Imported here: a machine without a person at its console starts without them.
         from vmm.console.input import InputPump
 
         if not self.backend.interactive:
-            self._pump = InputPump(uart, self.backend.input_fd, ready=self.backend.ready)
+            self._pump = InputPump(to, self.backend.input_fd, ready=self.backend.ready)
             self._pump.start()
             return
 
@@ -68,7 +77,7 @@ class Console:
         self._terminal = Terminal(self.backend.input_fd)
         self._terminal.__enter__()
         parser = EscapeParser()
-        self._pump = InputPump(uart, self.backend.input_fd, parser, act, self.backend.ready)
+        self._pump = InputPump(to, self.backend.input_fd, parser, act, self.backend.ready)
         self._pump.start()
 
     def end(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.console.escape import EscapeParser
+    from vmm.console.hvc import HvcLine
     from vmm.devices.uart import Uart
 
 FLUSH_DELAY = 0.02
@@ -36,7 +37,7 @@ class InputPump:
 
     def __init__(
         self,
-        uart: Uart,
+        uart: Uart | HvcLine,
         fd: int = -1,
         parser: EscapeParser | None = None,
         on_action: Callable[[str], None] | None = None,

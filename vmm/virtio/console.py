@@ -1,0 +1,347 @@
+"""The console device (virtio 1.2, section 5.3): a console, and named ports beside it.
+
+Port 0 is the console (`hvc0`); what is at the ports' other end is vmm.virtio.console_ports.
+Everything runs on the machine's loop, with one lock that is every queue's. Output a port cannot
+take yet stays in the guest's buffers; of input that the guest has no buffers for, little is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from _thread import RLock, get_ident
+from collections import deque
+
+from vmm.virtio import spec
+from vmm.virtio.device import VirtioDevice
+from vmm.virtio.queue import QueueError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from vmm.virtio.console_ports import Port
+    from vmm.virtio.queue import Chain, VirtQueue
+
+F_SIZE, F_MULTIPORT, F_EMERG_WRITE = 0, 1, 2
+CONFIG = struct.Struct("<HHII")
+"""cols, rows, max_nr_ports, emerg_wr."""
+EMERG_WR = 8
+CONTROL = struct.Struct("<IHH")
+"""struct virtio_console_control: id, event, value."""
+DEVICE_READY, DEVICE_ADD, DEVICE_REMOVE, PORT_READY = 0, 1, 2, 3
+CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 4, 5, 6, 7
+
+CONTROL_RX, CONTROL_TX = 2, 3
+PORTS_MAX = 31
+MESSAGES_MAX = 256
+"""Control messages that wait for the guest's buffers; the oldest go first, more are dropped."""
+TURN = 64
+"""Chains of one port's output before others of the loop have their turn."""
+RETRY = 0.02
+"""Seconds between looks at a port that takes nothing and cannot tell when it will."""
+
+
+class VirtioConsole(VirtioDevice):
+    """A console device.
+
+    Args:
+        ports: by number. A port 0 that is None is not announced (it always has queues).
+    """
+
+    ID = spec.ID_CONSOLE
+    ON_LOOP = True
+
+    def __init__(self, ports: Sequence[Port | None], name: str = "console") -> None:
+        self.multiport = len(ports) > 1
+        self.FEATURES = spec.bits(F_SIZE, F_EMERG_WRITE) | self.multiport << F_MULTIPORT
+        self.QUEUES = (64, 64)
+        if self.multiport:
+            self.QUEUES += (32, 32) + (64, 64) * (len(ports) - 1)
+        super().__init__(name)
+        self.ports = list(ports)
+        self.config[:] = CONFIG.pack(0, 0, len(ports), 0)
+        self._mutex = RLock()
+        for slot in self.slots:
+            slot.lock = self._mutex
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._messages: deque[bytes] = deque()
+        for port in ports:
+            if port is not None:
+                port.attach(self)
+
+    # --- the host's side --------------------------------------------------------------------------
+
+    def resize(self, cols: int, rows: int) -> None:
+        """Tell the guest of its terminal's size; from any thread."""
+        with self._mutex:
+            struct.pack_into("<HH", self.config, 0, cols & 0xFFFF, rows & 0xFFFF)
+            self.config_changed()
+        self.call(self._tell_size)
+
+    def _tell_size(self) -> None:
+        port = self.ports[0]
+        if self.has(F_MULTIPORT) and port is not None and port.ready:
+            self.locked(self.message, 0, RESIZE, 0, self._size())
+
+    def _size(self) -> bytes:
+        # Rows first: so Linux reads it since 2011, though the specification has it the other way
+        # round (5.3.6.2).
+        cols, rows = struct.unpack_from("<HH", self.config)
+        return struct.pack("<HH", rows, cols)
+
+    def message(self, port: int, event: int, value: int, more: bytes = b"") -> None:
+        """Queue a control message. With the lock."""
+        if self.has(F_MULTIPORT) and len(self._messages) < MESSAGES_MAX:
+            self._messages.append(CONTROL.pack(port, event, value) + more)
+
+    def watch(self, fd: int, function: Callable[[], object] | None) -> None:
+        """Call `function`, with the lock, while `fd` can be read; None: no more."""
+        if self._loop is not None:
+            if function is not None:
+                self._loop.add_reader(fd, self.locked, function)
+            else:
+                self._loop.remove_reader(fd)
+
+    def watch_writing(self, fd: int, function: Callable[[], object] | None) -> None:
+        """Call `function`, with the lock, while `fd` can be written; None: no more."""
+        if self._loop is not None:
+            if function is not None:
+                self._loop.add_writer(fd, self.locked, function)
+            else:
+                self._loop.remove_writer(fd)
+
+    def later(self, function: Callable[[], object]) -> None:
+        """Call `function`, with the lock, in a moment."""
+        if self._loop is not None:
+            self._loop.call_later(RETRY, self.locked, function)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call `function` on the loop: now, if this is its thread, or there is none (yet)."""
+        loop = self._loop
+        if loop is None or get_ident() == self._thread:
+            function()
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(function)
+
+    def locked(self, function: Callable[..., object], *args: object) -> None:
+        """Call `function` with the lock, unless the device is being reset; send what waits."""
+        with self._mutex:
+            if self.quiet or not self.status & spec.DRIVER_OK:
+                return
+            try:
+                function(*args)
+                self._send_messages()
+            except QueueError as err:
+                self.needs_reset(str(err))
+
+    # --- queues -----------------------------------------------------------------------------------
+
+    def notify(self, index: int) -> None:
+        if self._loop is not None and get_ident() != self._thread:
+            self.call(lambda: self.notify(index))
+            return
+        self.locked(self._serve, index)
+
+    def _serve(self, index: int) -> None:
+        if index == CONTROL_TX:
+            queue = self.slots[index].queue
+            if queue is not None:
+                self._control(queue)
+        elif index != CONTROL_RX:
+            port = self.ports[index // 2 - 1 if index > CONTROL_TX else 0]
+            if port is not None:
+                (self.transmit if index & 1 else self.receive)(port)
+
+    def queues(self, port: Port) -> tuple[int, int]:
+        """The numbers of its receive and transmit queues (5.3.2)."""
+        first = 2 * port.number + 2 if port.number else 0
+        return first, first + 1
+
+    def transmit(self, port: Port) -> None:
+        """Carry output from the guest to `port`, until either has no more."""
+        index = self.queues(port)[1]
+        queue = self.slots[index].queue
+        if queue is None:
+            return
+        port.waits = False
+        try:
+            for _ in range(TURN):
+                if port.chain is None:
+                    chains = queue.pop_batch(1)
+                    if not chains:
+                        if queue.rearm():
+                            continue
+                        return
+                    port.chain = chains[0]
+                if not self._put_out(port, port.chain):
+                    port.waits = True
+                    port.wait_to_write()
+                    return
+                queue.push(port.chain, 0)
+                port.chain, port.done = None, 0
+        finally:
+            if queue.publish():
+                self.interrupt(index)
+        if self._loop is not None:
+            self._loop.call_soon(self.notify, index)
+        else:
+            self.transmit(port)
+
+    def _put_out(self, port: Port, chain: Chain) -> bool:
+        """Output what is left of `chain`; False where the port takes no more now."""
+        skip = port.done
+        for view in chain.readable:
+            size = len(view)
+            while skip < size:
+                taken = port.write(view[skip:])
+                if not taken:
+                    return False
+                skip += taken
+                port.done += taken
+            skip -= size
+        return True
+
+    def receive(self, port: Port) -> None:
+        """Carry input from `port` to the guest, until either has no more."""
+        index = self.queues(port)[0]
+        queue = self.slots[index].queue
+        if queue is None:
+            return
+        while port.has_input():
+            chains = queue.pop_batch(1)
+            if not chains:
+                if queue.rearm():
+                    continue
+                break
+            queue.push(chains[0], port.read_into(chains[0]))
+        if queue.publish():
+            self.interrupt(index)
+        port.drained()
+
+    # --- control ----------------------------------------------------------------------------------
+
+    def _control(self, queue: VirtQueue) -> None:
+        """The driver's control messages."""
+        for _ in range(TURN):
+            chains = queue.pop_batch()
+            if not chains:
+                if queue.rearm():
+                    continue
+                return
+            for chain in chains:
+                data = chain.read() if chain.readable_size() <= 4096 else b""
+                queue.push(chain, 0)
+                if len(data) >= CONTROL.size and self.has(F_MULTIPORT):
+                    self._controlled(*CONTROL.unpack_from(data))
+            if queue.publish():
+                self.interrupt(CONTROL_TX)
+        if self._loop is not None:
+            self._loop.call_soon(self.notify, CONTROL_TX)
+
+    def _controlled(self, number: int, event: int, value: int) -> None:
+        if event == DEVICE_READY:
+            for port in self.ports if value else ():
+                if port is not None:
+                    self.message(port.number, DEVICE_ADD, 1)
+            return
+        port = self.ports[number] if number < len(self.ports) else None
+        if port is None:
+            return
+        if event == PORT_READY and value:
+            port.ready = True
+            if not number:
+                self.message(0, CONSOLE_PORT, 1)
+                if any(self.config[:4]):
+                    self.message(0, RESIZE, 0, self._size())
+            else:
+                self.message(number, PORT_NAME, 1, port.name.encode() + b"\0")
+            if port.connected:
+                self.message(number, PORT_OPEN, 1)
+        elif event == PORT_OPEN:
+            port.guest_opened(bool(value))
+
+    def _send_messages(self) -> None:
+        queue = self.slots[CONTROL_RX].queue if self._messages else None
+        if queue is None:
+            return
+        while self._messages:
+            chains = queue.pop_batch(1)
+            if not chains:
+                if queue.rearm():
+                    continue
+                break
+            queue.push(chains[0], chains[0].write(self._messages.popleft()))
+        if queue.publish():
+            self.interrupt(CONTROL_RX)
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        port = self.ports[0]
+        if offset == EMERG_WR and port is not None:
+            port.write(memoryview(data)[:1])  # a character of a kernel in trouble (5.3.6.1)
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread = get_ident()
+
+    def started(self) -> None:
+        def start() -> None:
+            for port in self.ports:
+                if port is not None:
+                    if not self.has(F_MULTIPORT):
+                        port.ready = port.open = True  # there is no control queue to say so
+                    port.start()
+
+        self.call(lambda: self.locked(start))
+
+    def stopped(self) -> None:
+        self._messages.clear()
+        for port in self.ports:
+            if port is not None:
+                port.forget()
+        self.call(self._stop_ports)
+
+    def _stop_ports(self) -> None:
+        with self._mutex:
+            for port in self.ports:
+                if port is not None:
+                    port.stop()
+
+    def queue_stopped(self, index: int) -> None:
+        for port in self.ports:
+            if port is not None and self.queues(port)[1] == index:
+                port.chain, port.done = None, 0
+
+    def close(self) -> None:
+        self._loop = None  # it has ended before
+        for port in self.ports:
+            if port is not None:
+                port.close()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, object]:
+        with self._mutex:
+            state: dict[str, object] = {}
+            for port in self.ports:
+                if port is not None:
+                    queue = self.slots[self.queues(port)[1]].queue
+                    if port.chain is not None and queue is not None:
+                        queue.unpop(port.chain)
+                        port.chain = None
+                    state[str(port.number)] = [port.ready, port.open, port.done]
+            return {**super().save(), "ports": state}
+
+    def restore(self, state: dict[str, object]) -> None:
+        super().restore(state)
+        ports = state["ports"]
+        if not isinstance(ports, dict):
+            raise ValueError(f"state of {self.name}: no ports")
+        for port in self.ports:
+            if port is not None:
+                ready, opened, done = ports.get(str(port.number), (False, False, 0))
+                port.ready, port.done = bool(ready), int(done)
+                port.guest_opened(bool(opened))

@@ -59,7 +59,7 @@ class DeviceLoop:
         self.call(lambda: self.loop.add_reader(fd, ready))
 
     def close(self) -> None:
-        """Stop the loop and wait for its thread; tasks still there are cancelled. Harmless twice."""
+        """Stop the loop and wait for its thread; tasks left are cancelled. Harmless twice."""
         if self.loop.is_closed():
             return
         if self._thread.is_alive():

@@ -179,6 +179,7 @@ RUN = [
     ("{}/good --timeout abc", r"--timeout 'abc' is not a number of seconds; say for example 30"),
     ("{}/good --timeout nan", r"--timeout nan is not a number of seconds above 0"),
     ("{}/good --timeout inf", r"--timeout inf is not a number .* below 1e9"),
+    ("{}/good --transport isa", r"--transport 'isa' is not one of mmio, pci"),
     ("{}/good --on-panic nosuch", r"--on-panic 'nosuch' is not one of exit, pause"),
     ("{}/good --append a\nb", r"--append 'a\\nb' has a line break in it; words are .* spaces"),
     ("{}/good --append " + "x" * 3000, r"--append: the command line has \d+ bytes, .* takes 2047"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.virtio.vsock_config import VsockConfig
 
 BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
+TRANSPORTS = ("mmio", "pci")
 ON_PANIC = ("exit", "pause")
 CONSOLES = ("auto", "none", "file:PATH", "pty")
 MAX_CPUS = 254
@@ -54,6 +55,7 @@ class MachineConfig:
         rng: whether the guest gets a virtio entropy device.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
+        transport: how virtio devices are reached: `mmio`, or `pci` on a host bridge.
         devices: virtio devices of one's own: functions (or classes) that make one.
         trace: told of unclaimed ports and addresses, one line each.
 
@@ -82,6 +84,7 @@ class MachineConfig:
         "shares",
         "timeout",
         "trace",
+        "transport",
         "vsock",
     )
 
@@ -107,6 +110,7 @@ class MachineConfig:
         rng: bool = False,
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
+        transport: str = "mmio",
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         trace: bool = False,
     ) -> None:
@@ -131,6 +135,7 @@ class MachineConfig:
         self.nets = self._nets(nets)
         self.rng = rng
         self.vsock = self._vsock(vsock)
+        self.transport = transport
         self.devices = tuple(devices)
         self.trace = trace
         self._check()
@@ -197,6 +202,10 @@ class MachineConfig:
             raise UsageError(f"--cpus {self.cpus} is not a number from 1 to {MAX_CPUS}")
         if self.boot not in BOOT_MODES:
             raise UsageError(f"--boot {self.boot!r} is not one of {', '.join(BOOT_MODES)}")
+        if self.transport not in TRANSPORTS:
+            raise UsageError(
+                f"--transport {self.transport!r} is not one of {', '.join(TRANSPORTS)}"
+            )
         if self.on_panic not in ON_PANIC:
             raise UsageError(f"--on-panic {self.on_panic!r} is not one of {', '.join(ON_PANIC)}")
         if self.timeout is not None and not 0 < self.timeout < 1e9:
@@ -218,8 +227,10 @@ class MachineConfig:
 
     @property
     def default_cmdline(self) -> str:
-        """Put before `append`: the console, what ends it at a panic or reboot, no PCI."""
-        return "console=ttyS0 reboot=k panic=-1 pci=off"
+        """Put before `append`: the console, what ends it at a panic or reboot, no PCI if there is
+        none."""
+        words = "console=ttyS0 reboot=k panic=-1"
+        return words if self.transport == "pci" else words + " pci=off"
 
     @property
     def cmdline(self) -> str:

@@ -53,6 +53,8 @@ PORT_I8042 = 0x60
 PORT_PIT = 0x40
 PORT_SPEAKER = 0x61
 """Gate of the i8254's third counter, and the speaker."""
+PORT_PCI = 0xCF8
+"""CONFIG_ADDRESS and CONFIG_DATA, 4 ports each."""
 PORT_EXIT = 0xF4
 PORT_PVPANIC = 0x505
 PORT_ACPI = 0x600

@@ -6,7 +6,7 @@ import sys
 
 from vmm.cli.arguments import HELP, Option, Parser
 from vmm.cli.say import answer, end_guests_line, say, write_error
-from vmm.config import BOOT_MODES, ON_PANIC, MachineConfig
+from vmm.config import BOOT_MODES, ON_PANIC, TRANSPORTS, MachineConfig
 from vmm.errors import EXIT_OK, UsageError
 from vmm.units import format_size, parse_size
 
@@ -89,6 +89,12 @@ PARSER = Parser(
             help="cid=N,path=PREFIX: sockets to the guest (connect to PREFIX, write CONNECT port) "
             "and from it (it reaches PREFIX_PORT)",
         ),
+        Option(
+            "--transport",
+            metavar="BUS",
+            default="mmio",
+            help="what virtio devices are on: " + " or ".join(TRANSPORTS) + " (default mmio)",
+        ),
         Option("--no-acpi", help="no ACPI tables; processors are found by the MP table alone"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
@@ -138,6 +144,7 @@ def configure(args: Arguments) -> MachineConfig:
         rng=args.given("--rng"),
         shares=args.values("--fs"),
         vsock=args.value("--vsock") if args.given("--vsock") else None,
+        transport=args.value("--transport"),
         trace=args.given("--verbose"),
     )
 

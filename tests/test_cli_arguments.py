@@ -15,6 +15,7 @@ PARSER = Parser(
         Option("--file", metavar="PATH", repeat=True, help="a file " + "of many words " * 10),
         Option("-s", "--size", metavar="N", default="1", help="a size"),
         Option("--a-very-long-option-name", metavar="VALUE", help="long"),
+        Option("--maybe", metavar="WHAT", optional=True, help="may have a value"),
         Option("-v", "--verbose", help="a flag"),
     ),
     operand="THING",
@@ -110,3 +111,14 @@ def test_a_long_line_loses_its_middle(capfd: pytest.CaptureFixture[str]) -> None
     err = capfd.readouterr().err
     assert err.startswith("vmm: aaa") and err.endswith("zzz\n") and "a ... z" in err
     assert len(err) < LONGEST + 20
+
+
+@pytest.mark.parametrize(("line", "given", "value"), [
+    ("x", False, ""), ("--maybe x", True, ""), ("--maybe=a x", True, "a"),
+    ("--maybe=a=b x", True, "a=b"), ("--maybe=a --maybe x", True, ""),
+])  # fmt: skip
+def test_a_value_that_may_be_left_out(line: str, given: bool, value: str) -> None:
+    found = PARSER.parse(line.split())
+    assert found.operands == ["x"]
+    assert found.given("--maybe") is given
+    assert found.value("--maybe") == value

@@ -183,6 +183,14 @@ RUN = [
     ("{}/good --on-panic nosuch", r"--on-panic 'nosuch' is not one of exit, pause"),
     ("{}/good --append a\nb", r"--append 'a\\nb' has a line break in it; words are .* spaces"),
     ("{}/good --append " + "x" * 3000, r"--append: the command line has \d+ bytes, .* takes 2047"),
+    ("{}/good --console hvc,nosuch", r"--console 'hvc,nosuch' is not one of auto, none, file:PATH"),
+    ("{}/good --console hvc:pty", r"--console 'hvc:pty' is not one of auto, none, file:PATH, pty"),
+    ("{}/good --port name=a", r"--port name=a: give it either socket= or file="),
+    ("{}/good --port name=a,file=x --port name=a,file=y", r"--port name=a is given twice"),
+    # --- entropy
+    ("{}/good --rng=10", r"--rng=10 is not rate=BYTES, bytes a second; say --rng=rate=64K"),
+    ("{}/good --rng=rate=x", r"--rng rate= 'x' is not a size"),
+    ("{}/good --rng=rate=0", r"--rng=rate=0 is not rate=BYTES"),
     # --- vsock
     ("{}/good --vsock=", r"--vsock : '' is not cid= or path="),
     ("{}/good --vsock cid=3", r"--vsock: no path; say for example --vsock cid=3,path="),

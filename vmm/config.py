@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vmm.block.drive import Drive
     from vmm.net.config import Net
+    from vmm.virtio.console_config import PortConfig
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.fs import Share
     from vmm.virtio.vsock_config import VsockConfig
@@ -23,6 +24,8 @@ BOOT_MODES = ("auto", "bzimage", "elf64", "pvh")
 TRANSPORTS = ("mmio", "pci")
 ON_PANIC = ("exit", "pause")
 CONSOLES = ("auto", "none", "file:PATH", "pty")
+HVC = "hvc"
+"""Before one of them and a comma: a virtio console. Alone: on `auto`."""
 MAX_CPUS = 254
 """xAPIC ids are 8 bits with 255 for broadcast, and the IOAPIC takes one."""
 OVERCOMMIT = 4
@@ -41,7 +44,7 @@ class MachineConfig:
         cpus: how many vCPUs, 1 to 254.
         cpu: policy, see `vmm.cpu`: `host`, `max`, a baseline, then `,+feature,-feature`.
         console: `none` (kept in `Machine.console` only), `file:PATH`, `pty`, or `auto`: this
-            process's standard input and output.
+            process's standard input and output. `hvc` or `hvc,WHERE`: by a virtio console.
         boot: `auto`, `bzimage`, `elf64` or `pvh`.
         acpi: False for no ACPI tables, the MP table alone.
         timeout: seconds from start to a forced end (`timeout`), or None.
@@ -52,7 +55,9 @@ class MachineConfig:
         device: the KVM device.
         drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
         nets: network cards, each as text (`user`, see `vmm.net.config`) or a `Net`.
-        rng: whether the guest gets a virtio entropy device.
+        rng: whether the guest gets a virtio entropy device; `rate=BYTES` limits it.
+        ports: named ports of the virtio console, each as text (`name=N,socket=PATH`) or a
+            `vmm.virtio.console_config.PortConfig`.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
         transport: how virtio devices are reached: `mmio`, or `pci` on a host bridge.
@@ -80,6 +85,7 @@ class MachineConfig:
         "memory",
         "nets",
         "on_panic",
+        "ports",
         "rng",
         "shares",
         "timeout",
@@ -107,7 +113,8 @@ class MachineConfig:
         device: str = "/dev/kvm",
         drives: Sequence[str | Drive] = (),
         nets: Sequence[str | Net] = (),
-        rng: bool = False,
+        rng: bool | str = False,
+        ports: Sequence[str | PortConfig] = (),
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
         transport: str = "mmio",
@@ -133,7 +140,8 @@ class MachineConfig:
             "memfd" if self.shares or any(drive.external for drive in self.drives) else "anonymous"
         )
         self.nets = self._nets(nets)
-        self.rng = rng
+        self.rng = self._rng(rng)
+        self.ports = self._ports(ports)
         self.vsock = self._vsock(vsock)
         self.transport = transport
         self.devices = tuple(devices)
@@ -163,6 +171,24 @@ class MachineConfig:
         from vmm.net.config import Net
 
         return tuple(Net.parse(net) if isinstance(net, str) else net for net in nets)
+
+    @staticmethod
+    def _rng(rng: bool | str) -> bool | str:
+        if isinstance(rng, str):
+            from vmm.virtio.rng import parse
+
+            parse(rng)
+            return rng or True
+        return rng
+
+    @staticmethod
+    def _ports(ports: Sequence[str | PortConfig]) -> tuple[PortConfig, ...]:
+        if not ports:
+            return ()
+        from vmm.virtio.console_config import PortConfig, check
+
+        made = [PortConfig.parse(port) if isinstance(port, str) else port for port in ports]
+        return check(made)
 
     @staticmethod
     def _vsock(vsock: str | VsockConfig | None) -> VsockConfig | None:
@@ -221,15 +247,28 @@ class MachineConfig:
                 raise UsageError(
                     f"--append {self.append!r} has a {name} in it; words are parted by spaces"
                 )
-        file = self.console.removeprefix("file:")
-        if self.console not in CONSOLES[:2] + CONSOLES[3:] and (file == self.console or not file):
+        where = self.console_where
+        file = where.removeprefix("file:")
+        if where not in CONSOLES[:2] + CONSOLES[3:] and (file == where or not file):
             raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")
+
+    @property
+    def hvc(self) -> bool:
+        """Whether the console is a virtio console, with the UART for what comes before it."""
+        return self.console == HVC or self.console.startswith(HVC + ",")
+
+    @property
+    def console_where(self) -> str:
+        """`console` without the device: auto, none, file:PATH or pty."""
+        return self.console[len(HVC) + 1 :] or "auto" if self.hvc else self.console
 
     @property
     def default_cmdline(self) -> str:
         """Put before `append`: the console, what ends it at a panic or reboot, no PCI if there is
         none."""
-        words = "console=ttyS0 reboot=k panic=-1"
+        # Linux opens /dev/console on the last one that is there; hvc0 may come with a module.
+        consoles = "console=ttyS0 console=hvc0" if self.hvc else "console=ttyS0"
+        words = f"{consoles} reboot=k panic=-1"
         return words if self.transport == "pci" else words + " pci=off"
 
     @property

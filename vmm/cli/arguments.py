@@ -28,12 +28,19 @@ class Option:
         metavar: what its value is called; empty for a flag.
         default: its value where it is not given.
         repeat: whether each use counts; otherwise the last one does.
+        optional: its value may be left out, and then is empty; if given, it follows a `=`.
     """
 
-    __slots__ = ("default", "help", "metavar", "name", "names", "repeat")
+    __slots__ = ("default", "help", "metavar", "name", "names", "optional", "repeat")
 
     def __init__(
-        self, *names: str, help: str, metavar: str = "", default: str = "", repeat: bool = False
+        self,
+        *names: str,
+        help: str,
+        metavar: str = "",
+        default: str = "",
+        repeat: bool = False,
+        optional: bool = False,
     ) -> None:
         self.names = names
         self.name = names[-1]
@@ -41,6 +48,7 @@ class Option:
         self.metavar = metavar
         self.default = default
         self.repeat = repeat
+        self.optional = optional
 
 
 class Arguments:
@@ -116,7 +124,7 @@ class Parser:
             if not option.metavar:
                 if has_value:
                     raise self._wrong(f"{name} takes no value, not even {value!r}")
-            elif not has_value:
+            elif not has_value and not option.optional:
                 # A value may begin with a dash (--append -x), but be no option's name.
                 if not rest or rest[0].partition("=")[0] in by_name:
                     raise self._wrong(f"{name} needs a value, {name} {option.metavar}")
@@ -133,7 +141,7 @@ class Parser:
         usage = f"usage: {self.command} {self.operand} [option ...]".replace("  ", " ")
         lines = [usage, "", self.summary, "", "options:"]
         for option in self.options:
-            left = "  " + ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
+            left = "  " + ", ".join(option.names) + self._metavar(option)
             if len(left) > INDENT - 2:
                 lines.append(left)
                 left = ""
@@ -141,6 +149,12 @@ class Parser:
                 lines.append(f"{left:{INDENT}}{text}")
                 left = ""
         return "\n".join(lines) + "\n" + (f"\n{self.epilog}" if self.epilog else "")
+
+    @staticmethod
+    def _metavar(option: Option) -> str:
+        if option.optional:
+            return f"[={option.metavar}]"
+        return f" {option.metavar}" if option.metavar else ""
 
     def _check_operands(self, operands: list[str]) -> None:
         if not self.operand:

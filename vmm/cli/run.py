@@ -58,7 +58,13 @@ PARSER = Parser(
             "--console",
             metavar="WHERE",
             default="auto",
-            help="auto (this terminal), none, file:PATH or pty",
+            help="auto (this terminal), none, file:PATH or pty; hvc or hvc,WHERE: a virtio console",
+        ),
+        Option(
+            "--port",
+            metavar="PORT",
+            repeat=True,
+            help="name=N,socket=PATH or name=N,file=PATH: a virtio console port",
         ),
         Option(
             "--boot", metavar="HOW", default="auto", help=", ".join(BOOT_MODES) + " (default auto)"
@@ -76,7 +82,12 @@ PARSER = Parser(
             help="user, tap[=NAME], bridge=BR, socket=PATH or none, then ,mac=M ,pcap=FILE ,mtu=N; "
             "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N",
         ),
-        Option("--rng", help="a virtio entropy device"),
+        Option(
+            "--rng",
+            metavar="rate=BYTES",
+            optional=True,
+            help="a virtio entropy device, giving BYTES a second at most",
+        ),
         Option(
             "--fs",
             metavar="DIR,tag=TAG",
@@ -125,7 +136,7 @@ def configure(args: Arguments) -> MachineConfig:
                 "example 30 or 0.5"
             ) from None
     console = args.value("--console")
-    if console == "auto" and sys.stdout is None:
+    if console in ("auto", "hvc", "hvc,auto") and sys.stdout is None:
         raise UsageError("--console auto: standard output is closed; try --console none")
     return MachineConfig(
         args.operands[0],
@@ -141,7 +152,8 @@ def configure(args: Arguments) -> MachineConfig:
         on_panic=args.value("--on-panic"),
         drives=args.values("--drive"),
         nets=args.values("--net"),
-        rng=args.given("--rng"),
+        rng=args.value("--rng") if args.given("--rng") else False,
+        ports=args.values("--port"),
         shares=args.values("--fs"),
         vsock=args.value("--vsock") if args.given("--vsock") else None,
         transport=args.value("--transport"),
@@ -165,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
         if verbose:
             _describe(machine)
         backend = machine.platform.console.backend
-        if config.console == "pty":
+        if config.console_where == "pty":
             say(f"console on {backend.name.removeprefix('pty ')}")
         with Signals() as signals:
             try:

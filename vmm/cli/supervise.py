@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     from vmm.machine import Machine
 
-SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
+SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGWINCH)
 NAMES = {_signal.SIGINT: "SIGINT", _signal.SIGTERM: "SIGTERM", _signal.SIGHUP: "SIGHUP"}
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP come out of `fd`, a byte each, instead of ending the process.
+    """SIGINT, SIGTERM, SIGHUP, SIGWINCH come out of `fd`, a byte each, and do nothing else.
 
     A context manager, for the main thread. One that was ignored (nohup) stays ignored.
     """
@@ -88,6 +88,8 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
                     machine.press_power_button()
                     if machine.config.trace:
                         say("SIGTERM: the power button is pressed; another one ends the machine")
+                elif signum == _signal.SIGWINCH:
+                    machine.platform.resize()
                 elif signum in NAMES:
                     machine.end(
                         MachineExit(exits.STOPPED, f"ended by {NAMES[signum]}", status=128 + signum)

@@ -230,6 +230,10 @@ class Machine:
             self.stop()
         return self.wait()
 
+    def resize_console(self, cols: int, rows: int) -> None:
+        """Tell a virtio console (`hvc`) its size in characters."""
+        self.platform.resize(cols, rows)
+
     def press_power_button(self) -> None:
         """What SIGTERM does to `vmm run`: an ACPI power button event. Nothing if it has stopped."""
         if self._state in (CREATED, CLOSED):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vmm import layout
 from vmm.console.console import Console
 from vmm.devices.bus import AddressSpace
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.machine.machine import Machine
     from vmm.machine.vcpu_thread import VcpuThread
     from vmm.machine.virtio import VirtioDevices
+    from vmm.virtio.console import VirtioConsole
 
 
 PANIC_TEXT = "Kernel panic - not syncing"
@@ -45,9 +48,10 @@ class Platform:
     def __init__(self, machine: Machine, vm: Vm) -> None:
         self.machine = machine
         self.vm = vm
-        self.console = Console(machine.config.console)
+        self.console = Console(machine.config.console_where)
         self._coalescing: ConsoleCoalescing | None = None
         self.virtio: VirtioDevices | None = None
+        self.hvc: VirtioConsole | None = None
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -88,7 +92,9 @@ class Platform:
             from vmm.machine.virtio_pci import PciDevices
 
             self.virtio = PciDevices(self.machine, self.mmio, self.pio)
-        elif disks or config.nets or config.rng or config.vsock or config.devices:
+        elif (disks or config.nets or config.rng or config.vsock or config.devices) or (
+            config.hvc or config.ports
+        ):
             from vmm.machine.virtio import MmioDevices
 
             self.virtio = MmioDevices(self.machine, self.mmio)
@@ -101,15 +107,52 @@ class Platform:
             if nic is not None:
                 self.virtio.add(nic)
         if config.rng:
-            from vmm.virtio.rng import Entropy
+            from vmm.virtio.rng import Entropy, parse
 
-            self.virtio.add(Entropy())
+            limit = parse(config.rng) if isinstance(config.rng, str) else None
+            self.virtio.add(Entropy(limit=limit))
+        if config.hvc or config.ports:
+            self.virtio.add(self._virtio_console())
         if config.vsock:
             self.virtio.add(config.vsock.open())
         for share in config.shares:
             self.virtio.add(share.open())
         for make in config.devices:
             self.virtio.add(make())
+
+    def _virtio_console(self) -> VirtioConsole:
+        """Port 0 on the machine's console, where it is asked for; named ports."""
+        from vmm.virtio.console import VirtioConsole
+        from vmm.virtio.console_ports import ConsolePort, Port
+
+        config = self.machine.config
+        ports: list[Port | None] = [None]
+        if config.hvc:
+            ports[0] = ConsolePort(self.console.sink, self.console.backend.ready)
+        try:
+            for number, port in enumerate(config.ports, 1):
+                ports.append(port.open(number))
+        except BaseException:
+            for made in ports[1:]:
+                if made is not None:
+                    made.close()
+            raise
+        self.hvc = VirtioConsole(ports)
+        return self.hvc
+
+    def resize(self, cols: int = 0, rows: int = 0) -> None:
+        """Tell a virtio console its size; without one, that of the terminal, if there is any."""
+        if self.hvc is None:
+            return
+        backend = self.console.backend
+        if not cols:
+            if not backend.interactive:
+                return
+            try:
+                cols, rows = os.get_terminal_size(backend.input_fd)
+            except OSError:  # it has gone
+                return
+        self.hvc.resize(cols, rows)
 
     def cpuid_tables(self, kvm: Kvm) -> list[list[CpuidEntry]]:
         """What each vCPU's CPUID says."""
@@ -148,7 +191,13 @@ class Platform:
 
     def start(self, threads: list[VcpuThread]) -> None:
         """Called before the first vCPU runs."""
-        self.console.attach(self.uart, self._escape)
+        line = None
+        if self.hvc is not None and (port := self.hvc.console_port()) is not None:
+            from vmm.console.hvc import HvcLine
+
+            line = HvcLine(self.uart, port)
+            self.resize()
+        self.console.attach(self.uart, self._escape, line)
         self._coalescing = ConsoleCoalescing(self.vm, self.uart, threads)
         self.uart.sink = self._sink
 

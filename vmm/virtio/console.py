@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from vmm.virtio.console_ports import Port
+    from vmm.virtio.console_ports import ConsolePort, Port
     from vmm.virtio.queue import Chain, VirtQueue
 
 F_SIZE, F_MULTIPORT, F_EMERG_WRITE = 0, 1, 2
@@ -33,7 +33,6 @@ DEVICE_READY, DEVICE_ADD, DEVICE_REMOVE, PORT_READY = 0, 1, 2, 3
 CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 4, 5, 6, 7
 
 CONTROL_RX, CONTROL_TX = 2, 3
-PORTS_MAX = 31
 MESSAGES_MAX = 256
 """Control messages that wait for the guest's buffers; the oldest go first, more are dropped."""
 TURN = 64
@@ -72,6 +71,13 @@ class VirtioConsole(VirtioDevice):
                 port.attach(self)
 
     # --- the host's side --------------------------------------------------------------------------
+
+    def console_port(self) -> ConsolePort | None:
+        """Port 0, where it is the machine's console."""
+        from vmm.virtio.console_ports import ConsolePort
+
+        port = self.ports[0]
+        return port if isinstance(port, ConsolePort) else None
 
     def resize(self, cols: int, rows: int) -> None:
         """Tell the guest of its terminal's size; from any thread."""

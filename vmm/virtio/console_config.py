@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vmm.virtio.console_ports import Port
 
 NAME_MAX = 64
+PORTS_MAX = 16
 EXAMPLE = "say for example --port name=log,socket=/tmp/vm.log"
 
 
@@ -66,3 +67,14 @@ class PortConfig:
         if self.socket:
             return SocketPort(number, self.name, self.socket)
         return FilePort(number, self.name, self.file)
+
+
+def check(ports: list[PortConfig]) -> tuple[PortConfig, ...]:
+    """`ports`, where a machine can have them together."""
+    names = [port.name for port in ports]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--port name={name} is given twice; each port needs its own name")
+    if len(ports) > PORTS_MAX:
+        raise UsageError(f"--port is given {len(ports)} times; {PORTS_MAX} ports are the most")
+    return tuple(ports)

@@ -6,12 +6,15 @@ from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm.block.overlay import Overlay
     from vmm.virtio.device import VirtioDevice
 
-KEYS = ("readonly", "format", "serial", "cache", "queues")
+FLAGS = ("readonly", "snapshot")
+KEYS = ("format", "serial", "cache", "queues", "werror")
 FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi", "vpc", "qed", "parallels")
 """The last seven by qemu-storage-daemon."""
 CACHES = ("writeback", "none", "unsafe")
+WERRORS = ("report", "stop")
 QUEUES_MAX = 16
 
 
@@ -26,9 +29,21 @@ class Drive:
         serial: up to 20 ASCII characters.
         cache: `writeback`, `none` (O_DIRECT) or `unsafe` (flushes are not carried out).
         queues: request queues, 1 to 16.
+        snapshot: the image is only read; what the guest writes goes with the machine.
+        werror: what happens when there is no space left for a write: `report` it to the guest, or
+            `stop`: the machine is paused, and does it again when it goes on.
     """
 
-    __slots__ = ("cache", "format", "path", "queues", "readonly", "serial")
+    __slots__ = (
+        "cache",
+        "format",
+        "path",
+        "queues",
+        "readonly",
+        "serial",
+        "snapshot",
+        "werror",
+    )
 
     def __init__(
         self,
@@ -39,6 +54,8 @@ class Drive:
         serial: str = "",
         cache: str = "writeback",
         queues: int = 1,
+        snapshot: bool = False,
+        werror: str = "report",
     ) -> None:
         self.path = str(path)
         self.readonly = readonly
@@ -46,12 +63,21 @@ class Drive:
         self.serial = serial
         self.cache = cache
         self.queues = queues
+        self.snapshot = snapshot
+        self.werror = werror
         if not self.path:
             raise UsageError("--drive: no path; say --drive disk.img")
+        if "\0" in self.path:
+            raise UsageError(f"--drive {self.path!r} has a NUL character in it")
         if format and format not in FORMATS:
             raise UsageError(f"--drive {path}: format={format} is not one of {', '.join(FORMATS)}")
-        if serial and self.external:
-            raise UsageError(f"--drive {path}: serial= works with format=raw only")
+        if werror not in WERRORS:
+            raise UsageError(f"--drive {path}: werror={werror} is not one of {', '.join(WERRORS)}")
+        if self.external:
+            given = (("serial=", serial), ("snapshot", snapshot), ("werror=stop", werror == "stop"))
+            for name, value in given:
+                if value:
+                    raise UsageError(f"--drive {path}: {name} works with format=raw only")
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
         if len(serial) > 20 or not serial.isascii() or not serial.isprintable():
@@ -66,22 +92,27 @@ class Drive:
         values: dict[str, str] = {}
         for word in words[1:]:
             key, equals, value = word.partition("=")
-            if key not in KEYS or (not equals and key != "readonly"):
+            if key in FLAGS:
+                if value not in ("", "on", "off"):
+                    raise UsageError(f"--drive {text}: {key}={value} is not on or off")
+            elif key not in KEYS or not equals:
                 raise UsageError(
-                    f"--drive {text}: {word!r} is not readonly, format=, serial=, cache= or queues="
+                    f"--drive {text}: {word!r} is not one of {', '.join(FLAGS)}, "
+                    f"{'=, '.join(KEYS)}="
                 )
             values[key] = value
-        if values.get("readonly", "on") not in ("", "on", "off"):
-            raise UsageError(f"--drive {text}: readonly={values['readonly']} is not on or off")
-        if not values.get("queues", "1").isdecimal():
-            raise UsageError(f"--drive {text}: queues={values['queues']} is not a number")
+        queues = values.get("queues", "1")
+        if not queues.isdecimal() or len(queues) > 4:
+            raise UsageError(f"--drive {text}: queues={queues} is not from 1 to {QUEUES_MAX}")
         return cls(
             words[0],
-            readonly="readonly" in values and values["readonly"] != "off",
+            readonly=values.get("readonly", "off") != "off",
+            snapshot=values.get("snapshot", "off") != "off",
+            werror=values.get("werror", "report"),
             format=values.get("format", ""),
             serial=values.get("serial", ""),
             cache=values.get("cache", "writeback"),
-            queues=int(values.get("queues", "1")),
+            queues=int(queues),
         )
 
     @property
@@ -98,7 +129,9 @@ class Drive:
         from vmm.block.raw import RawImage, probe
         from vmm.virtio.blk import Block
 
-        image = RawImage(self.path, readonly=self.readonly, cache=self.cache)
+        keep = self.readonly or self.snapshot
+        base = RawImage(self.path, readonly=keep, cache=self.cache)
+        image: RawImage | Overlay = base
         try:
             found = "raw" if self.format else probe(self.path)
             if found != "raw":
@@ -106,6 +139,10 @@ class Drive:
                     f"--drive {self.path}: this looks like a {found} image; say "
                     f"{self.path},format={found} (or format=raw, if it only looks so)"
                 )
+            if self.snapshot and not self.readonly:
+                from vmm.block.overlay import Overlay
+
+                image = Overlay(base)
         except BaseException:
             image.close()
             raise

@@ -1,0 +1,142 @@
+"""vmm/block/drive.py: what a person says, and every line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vmm.block.drive import Drive
+from vmm.block.overlay import Overlay
+from vmm.block.raw import RawImage
+from vmm.errors import HostError, UsageError
+from vmm.virtio import blk
+from vmm.virtio.blk import Block
+
+DEFAULTS = {
+    "readonly": False, "format": "", "serial": "", "cache": "writeback", "queues": 1,
+    "snapshot": False, "werror": "report",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "values"),
+    [
+        ("disk.img", "disk.img", {}),
+        ("/a b/c=d", "/a b/c=d", {}),
+        ("a,,b.img", "a,b.img", {}),
+        ("a,,,readonly", "a,", {"readonly": True}),
+        ("x,readonly", "x", {"readonly": True}),
+        ("x,readonly=on", "x", {"readonly": True}),
+        ("x,readonly=off", "x", {}),
+        ("x,readonly,readonly=off", "x", {}),
+        ("x,snapshot", "x", {"snapshot": True}),
+        ("x,snapshot=off", "x", {}),
+        ("x,format=raw", "x", {"format": "raw"}),
+        ("x,format=qcow2", "x", {"format": "qcow2"}),
+        ("x,serial=", "x", {}),
+        ("x,serial=a=b,,c", "x", {"serial": "a=b,c"}),
+        ("x,serial=12345678901234567890", "x", {"serial": "1234567890" * 2}),
+        ("x,cache=none,queues=16", "x", {"cache": "none", "queues": 16}),
+        ("x,cache=unsafe,queues=01", "x", {"cache": "unsafe"}),
+        ("x,werror=stop", "x", {"werror": "stop"}),
+    ],
+)
+def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
+    drive = Drive.parse(text)
+    assert {name: getattr(drive, name) for name in Drive.__slots__} == {
+        "path": path, **DEFAULTS, **values,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "--drive: no path; say --drive disk.img"),
+        (",readonly", "--drive: no path; say --drive disk.img"),
+        (
+            "x,read-only",
+            "--drive x,read-only: 'read-only' is not one of readonly, snapshot, format=, serial=, "
+            "cache=, queues=, werror=",
+        ),
+        ("x,", "--drive x,: '' is not one of readonly, "),
+        ("x,cache", "--drive x,cache: 'cache' is not one of readonly, "),
+        ("x,=y", "--drive x,=y: '=y' is not one of readonly, "),
+        ("x,readonly=yes", "--drive x,readonly=yes: readonly=yes is not on or off"),
+        ("x,snapshot=1", "--drive x,snapshot=1: snapshot=1 is not on or off"),
+        ("x,format=iso", "--drive x: format=iso is not one of raw, qcow2, "),
+        ("x,cache=", "--drive x: cache= is not one of writeback, none, unsafe"),
+        ("x,cache=directsync", "--drive x: cache=directsync is not one of writeback, none, unsafe"),
+        ("x,werror=ignore", "--drive x: werror=ignore is not one of report, stop"),
+        ("x,queues=0", "--drive x: queues=0 is not from 1 to 16"),
+        ("x,queues=17", "--drive x: queues=17 is not from 1 to 16"),
+        ("x,queues=-1", "--drive x,queues=-1: queues=-1 is not from 1 to 16"),
+        ("x,queues=two", "--drive x,queues=two: queues=two is not from 1 to 16"),
+        ("x,queues=", "--drive x,queues=: queues= is not from 1 to 16"),
+        ("x,queues=" + "9" * 5000, "--drive x,queues=999"),
+        ("x,serial=123456789012345678901", "is not up to 20 ASCII characters"),
+        ("x,serial=\u00e9", "is not up to 20 ASCII characters"),
+        ("x,serial=a\tb", r"--drive x: serial='a\tb' is not up to 20 ASCII characters"),
+        ("x,format=qcow2,serial=1", "--drive x: serial= works with format=raw only"),
+        ("x,format=qcow2,snapshot", "--drive x: snapshot works with format=raw only"),
+        ("x,format=qcow2,werror=stop", "--drive x: werror=stop works with format=raw only"),
+    ],
+)
+def test_what_cannot_be_said(text: str, line: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Drive.parse(text)
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_path_that_is_none() -> None:
+    with pytest.raises(UsageError, match=r"--drive 'a\\x00b' has a NUL character in it"):
+        Drive("a\0b")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    return disk
+
+
+@pytest.mark.parametrize(
+    ("words", "readonly", "kind"),
+    [("", False, RawImage), (",readonly", True, RawImage), (",snapshot", False, Overlay),
+     (",snapshot,readonly", True, RawImage), (",cache=none,snapshot", False, Overlay)],
+)  # fmt: skip
+def test_opening(path: Path, words: str, readonly: bool, kind: type) -> None:
+    before = os.listdir("/proc/self/fd")
+    device = Drive.parse(f"{path},serial=S,queues=3{words}").open(7)
+    assert isinstance(device, Block)
+    assert (device.name, len(device.slots), device.serial) == ("blk7", 3, b"S".ljust(20, b"\0"))
+    assert bool(device.features >> blk.F_RO & 1) is readonly
+    assert type(device.image) is kind
+    device.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_snapshots_share_an_image(path: Path) -> None:
+    devices = [Drive.parse(f"{path},snapshot").open(number) for number in range(2)]
+    with pytest.raises(HostError, match="another process uses this image"):
+        Drive.parse(str(path)).open(2)
+    for device in devices:
+        device.close()
+
+
+def test_a_snapshot_of_a_file_nobody_may_write(path: Path) -> None:
+    path.chmod(0o444)
+    Drive.parse(f"{path},snapshot").open(0).close()
+
+
+@pytest.mark.parametrize("words", ["", ",readonly", ",snapshot"])
+def test_another_format_has_to_be_said(path: Path, words: str) -> None:
+    """A guest can write what it likes at the beginning of a raw disk."""
+    path.write_bytes(b"QFI\xfb" + bytes(1020))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(UsageError, match=r"looks like a qcow2 image; say .*,format=qcow2 \(or"):
+        Drive.parse(f"{path}{words}").open(0)
+    assert os.listdir("/proc/self/fd") == before
+    Drive.parse(f"{path},format=raw{words}").open(0).close()

@@ -73,7 +73,8 @@ PARSER = Parser(
             "--drive",
             metavar="DISK",
             repeat=True,
-            help="raw image or block device, then ,readonly ,serial=S ,cache=none|unsafe ,queues=N",
+            help="image or block device, then ,readonly ,snapshot (changes go with the machine) "
+            ",format=F ,serial=S ,cache=none|unsafe ,queues=N",
         ),
         Option(
             "--net",

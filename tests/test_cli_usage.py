@@ -205,6 +205,12 @@ RUN = [
     ("{}/good --rng=10", r"--rng=10 is not rate=BYTES, bytes a second; say --rng=rate=64K"),
     ("{}/good --rng=rate=x", r"--rng rate= 'x' is not a size"),
     ("{}/good --rng=rate=0", r"--rng=rate=0 is not rate=BYTES"),
+    # --- balloon
+    ("{}/good --balloon=x", r"--balloon 'x' is not a size; write for example 256M"),
+    (
+        "{}/good --balloon=256M",
+        r"--balloon=268435456 bytes is not from 0 to less than --memory 256M",
+    ),
     # --- vsock
     ("{}/good --vsock=", r"--vsock : '' is not cid= or path="),
     ("{}/good --vsock cid=3", r"--vsock: no path; say for example --vsock cid=3,path="),

@@ -47,3 +47,21 @@ def test_resident_counts_pages_written() -> None:
         assert region.resident() == 5 * PAGE_SIZE
     finally:
         region.close()
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+@pytest.mark.parametrize(("offset", "size", "pages"), [
+    (0, 8 * PAGE_SIZE, range(8)), (PAGE_SIZE, 1, range(0)), (1, 2 * PAGE_SIZE, range(1, 2)),
+    (PAGE_SIZE, PAGE_SIZE, range(1, 2)), (6 * PAGE_SIZE, 1 << 40, range(6, 8)),
+    (-5 * PAGE_SIZE, 6 * PAGE_SIZE, range(1)), (1 << 40, PAGE_SIZE, range(0)),
+])  # fmt: skip
+def test_discard_gives_whole_pages_back(kind: str, offset: int, size: int, pages: range) -> None:
+    region = Region(0, map_backing(kind, 8 * PAGE_SIZE), kind)
+    try:
+        region.data[:] = b"\1" * region.size
+        assert region.discard(offset, size) == len(pages) * PAGE_SIZE
+        assert region.resident() == (8 - len(pages)) * PAGE_SIZE
+        kept = [region.data[page * PAGE_SIZE] for page in range(8)]
+        assert kept == [int(page not in pages) for page in range(8)]
+    finally:
+        region.close()

@@ -58,6 +58,7 @@ class MachineConfig:
         rng: whether the guest gets a virtio entropy device; `rate=BYTES` limits it.
         ports: named ports of the virtio console, each as text (`name=N,socket=PATH`) or a
             `vmm.virtio.console_config.PortConfig`.
+        balloon: bytes a memory balloon starts with (0: empty), or None for no balloon.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
         transport: how virtio devices are reached: `mmio`, or `pci` on a host bridge.
@@ -72,6 +73,7 @@ class MachineConfig:
         "acpi",
         "append",
         "backing",
+        "balloon",
         "boot",
         "console",
         "cpu",
@@ -115,6 +117,7 @@ class MachineConfig:
         nets: Sequence[str | Net] = (),
         rng: bool | str = False,
         ports: Sequence[str | PortConfig] = (),
+        balloon: int | None = None,
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
         transport: str = "mmio",
@@ -142,6 +145,7 @@ class MachineConfig:
         self.nets = self._nets(nets)
         self.rng = self._rng(rng)
         self.ports = self._ports(ports)
+        self.balloon = balloon
         self.vsock = self._vsock(vsock)
         self.transport = transport
         self.devices = tuple(devices)
@@ -223,6 +227,11 @@ class MachineConfig:
             raise UsageError(
                 f"--memory {self.memory // MIB}M is more than this host can back: it has "
                 f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
+            )
+        if self.balloon is not None and not 0 <= self.balloon < self.memory:
+            raise UsageError(
+                f"--balloon={self.balloon} bytes is not from 0 to less than --memory "
+                f"{self.memory // MIB}M"
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is not a number from 1 to {MAX_CPUS}")

@@ -96,6 +96,12 @@ PARSER = Parser(
             help="a host directory by virtio-fs (virtiofsd): mount -t virtiofs TAG /mnt",
         ),
         Option(
+            "--balloon",
+            metavar="SIZE",
+            optional=True,
+            help="a memory balloon, with SIZE in it; free memory goes back to the host",
+        ),
+        Option(
             "--vsock",
             metavar="VSOCK",
             help="cid=N,path=PREFIX: sockets to the guest (connect to PREFIX, write CONNECT port) "
@@ -156,6 +162,9 @@ def configure(args: Arguments) -> MachineConfig:
         rng=args.value("--rng") if args.given("--rng") else False,
         ports=args.values("--port"),
         shares=args.values("--fs"),
+        balloon=parse_size(args.value("--balloon") or "0", "--balloon")
+        if args.given("--balloon")
+        else None,
         vsock=args.value("--vsock") if args.given("--vsock") else None,
         transport=args.value("--transport"),
         trace=args.given("--verbose"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.console.tail import ConsoleTail
     from vmm.kvm.vcpu import Vcpu
     from vmm.machine.platform import Platform
+    from vmm.virtio.balloon import Balloon
 
 CREATED = "created"
 CLOSED = "closed"
@@ -160,6 +161,14 @@ class Machine:
     def state(self) -> str:
         """`created`, `running`, `paused`, `stopped` or `closed`."""
         return self._state
+
+    @property
+    def balloon(self) -> Balloon:
+        """The memory balloon: `target(bytes)`, `actual`, `stats()`. StateError without one."""
+        balloon = self.platform.balloon
+        if balloon is None:
+            raise StateError("this machine has no balloon; make it with balloon=0")
+        return balloon
 
     @property
     def console(self) -> ConsoleTail:

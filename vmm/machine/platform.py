@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.machine.machine import Machine
     from vmm.machine.vcpu_thread import VcpuThread
     from vmm.machine.virtio import VirtioDevices
+    from vmm.virtio.balloon import Balloon
     from vmm.virtio.console import VirtioConsole
 
 
@@ -52,6 +53,7 @@ class Platform:
         self._coalescing: ConsoleCoalescing | None = None
         self.virtio: VirtioDevices | None = None
         self.hvc: VirtioConsole | None = None
+        self.balloon: Balloon | None = None
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -88,13 +90,13 @@ class Platform:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
         disks = config.drives or config.shares
+        talk = config.vsock or config.hvc or config.ports
+        memory = config.balloon is not None
         if config.transport == "pci":
             from vmm.machine.virtio_pci import PciDevices
 
             self.virtio = PciDevices(self.machine, self.mmio, self.pio)
-        elif (disks or config.nets or config.rng or config.vsock or config.devices) or (
-            config.hvc or config.ports
-        ):
+        elif disks or talk or memory or config.nets or config.rng or config.devices:
             from vmm.machine.virtio import MmioDevices
 
             self.virtio = MmioDevices(self.machine, self.mmio)
@@ -113,6 +115,11 @@ class Platform:
             self.virtio.add(Entropy(limit=limit))
         if config.hvc or config.ports:
             self.virtio.add(self._virtio_console())
+        if config.balloon is not None:
+            from vmm.virtio.balloon import Balloon
+
+            self.balloon = Balloon(size=config.balloon)
+            self.virtio.add(self.balloon)
         if config.vsock:
             self.virtio.add(config.vsock.open())
         for share in config.shares:

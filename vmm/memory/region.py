@@ -51,6 +51,21 @@ class Region:
             return False
         return True
 
+    def discard(self, offset: int, size: int) -> int:
+        """Give the host the whole pages within [offset, offset+size) back; how many bytes.
+
+        They read as zeroes then (of a file mapping: as the file), and cost memory again once they
+        are touched. madvise(2): DONTNEED for private pages, REMOVE for those of a memfd.
+        """
+        page = 2 << 20 if self.kind == "hugetlbfs" else PAGE_SIZE
+        low = (max(offset, 0) + page - 1) & -page
+        high = min(offset + size, self.size) & -page
+        if low >= high:
+            return 0
+        shared = self.kind in ("memfd", "hugetlbfs")
+        self.map.madvise(mmap.MADV_REMOVE if shared else mmap.MADV_DONTNEED, low, high - low)
+        return high - low
+
     def resident(self) -> int:
         """Bytes of this region that occupy host memory now (the present bits of pagemap).
 

@@ -26,6 +26,7 @@ from vmm import (
 )
 from vmm.devices.device import Device
 from vmm.machine import exits
+from vmm.virtio.device import VirtioDevice
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(120)]
 
@@ -54,6 +55,17 @@ def never_ends(m: Machine) -> bool:
     return False
 
 
+class Stuck(VirtioDevice):
+    """A device that is told when the machine goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("stuck")
+        self.told = 0
+
+    def resumed(self) -> None:
+        self.told += 1
+
+
 # --- states ---------------------------------------------------------------------------------------
 
 
@@ -80,6 +92,25 @@ def test_the_states_in_turn(machine: Make) -> None:
     assert m.state == "closed"
     assert events == ["started", "paused", "resumed", "stopped"]
     m.close()
+
+
+def test_a_device_can_have_it_paused(machine: Make) -> None:
+    """As from its worker's thread; nobody waits for the vCPUs."""
+    events: list[str] = []
+    with machine(tiny.SPIN, cpus=2, devices=[Stuck]) as m:
+        assert m.platform.virtio is not None
+        device = m.platform.virtio.transports[0].device
+        assert isinstance(device, Stuck)
+        m.listen(events.append)
+        device.on_stop("too early")
+        m.start()
+        for count in (1, 2):
+            device.on_stop("stuck: no space")
+            device.on_stop("stuck: another")
+            assert (m.state, m.paused_for) == ("paused", "stuck: no space")
+            m.resume()
+            assert (m.state, m.paused_for, device.told) == ("running", "", count)
+    assert events == ["started", *["paused", "resumed"] * 2, "stopped"]
 
 
 CALLS: dict[str, Callable[[Machine], object]] = {

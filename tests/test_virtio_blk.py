@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
 from vmm.block.raw import RawImage
+from vmm.errors import StateError
 from vmm.virtio import blk, mmio, spec
 from vmm.virtio.blk import Block
 
@@ -362,6 +364,83 @@ def test_a_full_file_system_is_an_error(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert request(driver, blk.T_OUT, 64, out=b"x" * 512)[0] == blk.S_OK
+
+
+class Full(RawImage):
+    """A file system without space, until there is."""
+
+    full = True
+
+    def write(self, views: Sequence[memoryview], offset: int) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(views, offset)
+
+
+@pytest.fixture(params=["writeback", "none"])
+def full(path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Driver, Full, list[str]]]:
+    image, stops = Full(str(path), cache=request.param), []
+    with Driver(Block(image, queues=2, stop_when_full=True, name="blk0")) as driver:
+        driver.device.on_stop = stops.append
+        yield driver, image, stops
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_no_space_left_stops_the_machine(full: tuple[Driver, Full, list[str]]) -> None:
+    driver, image, stops = full
+    submit(driver, blk.T_OUT, 9, out=b"x" * 512)
+    wait_for(lambda: stops)
+    assert stops == [f"blk0: {image.path}: write: No space left on device"]
+    assert driver.rings[0].used() == []
+    with pytest.raises(StateError, match="blk0: 1 writes wait for space"):
+        driver.device.save()
+    driver.device.resumed()  # too early: there is none yet
+    wait_for(lambda: len(stops) == 2)
+    image.full = False
+    driver.device.resumed()
+    assert wait_used(driver)[0][1] == 1
+    assert driver.memory.read_u8(STATUS) == blk.S_OK
+    assert request(driver, blk.T_IN, 9, into=512) == (blk.S_OK, b"x" * 512)
+    driver.device.save()
+    driver.device.resumed()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_reset_forgets_what_waits_for_space(
+    full: tuple[Driver, Full, list[str]], index: int
+) -> None:
+    """That of the device, and that of its queue, but not of another queue."""
+    driver, image, stops = full
+    for _ in range(2):
+        submit(driver, blk.T_OUT, 9, out=b"x" * 512, index=1)
+        wait_for(lambda: stops)
+        stops.clear()
+        driver.write(mmio.QUEUE_SEL, index)
+        driver.write(mmio.QUEUE_RESET, 1)
+        driver.device.resumed()
+        if index == 0:
+            wait_for(lambda: stops)
+        driver.device.drain()
+        assert bool(stops) is (index == 0)
+        stops.clear()
+        driver.start()
+        driver.device.resumed()
+        driver.device.drain()
+        assert stops == []
+    image.full = False
+    assert request(driver, blk.T_IN, 9, into=512)[1] != b"x" * 512
+
+
+def test_other_errors_are_the_guests(path: Path) -> None:
+    image = Full(str(path))
+    with Driver(Block(image)) as driver:
+        assert request(driver, blk.T_OUT, 9, out=b"x" * 512)[0] == blk.S_IOERR
 
 
 def test_more_than_2_tib(make: Callable[..., Driver], tmp_path: Path) -> None:

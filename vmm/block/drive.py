@@ -146,4 +146,10 @@ class Drive:
         except BaseException:
             image.close()
             raise
-        return Block(image, serial=self.serial, queues=self.queues, name=f"blk{number}")
+        return Block(
+            image,
+            serial=self.serial,
+            queues=self.queues,
+            stop_when_full=self.werror == "stop",
+            name=f"blk{number}",
+        )

@@ -74,7 +74,7 @@ PARSER = Parser(
             metavar="DISK",
             repeat=True,
             help="image or block device, then ,readonly ,snapshot (changes go with the machine) "
-            ",format=F ,serial=S ,cache=none|unsafe ,queues=N",
+            ",format=F ,serial=S ,cache=none|unsafe ,queues=N ,werror=stop (pause when it is full)",
         ),
         Option(
             "--net",

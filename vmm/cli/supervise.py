@@ -12,6 +12,7 @@ import os
 import select
 
 from vmm.cli.say import end_guests_line, say
+from vmm.errors import StateError
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
 
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 
     from vmm.machine import Machine
 
-SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGWINCH)
+SIGNALS = (
+    _signal.SIGINT,
+    _signal.SIGTERM,
+    _signal.SIGHUP,
+    _signal.SIGWINCH,
+    _signal.SIGCONT,
+)
 NAMES = {_signal.SIGINT: "SIGINT", _signal.SIGTERM: "SIGTERM", _signal.SIGHUP: "SIGHUP"}
 
 
 class Signals:
-    """SIGINT, SIGTERM, SIGHUP, SIGWINCH come out of `fd`, a byte each, and do nothing else.
+    """SIGNALS come out of `fd`, a byte each, and do nothing else.
 
     A context manager, for the main thread. One that was ignored (nohup) stays ignored.
     """
@@ -81,13 +88,15 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
                 os.eventfd_read(changed)
                 if machine.state == "paused":
                     end_guests_line(machine)
-                    say("the guest's kernel panicked; it is paused (SIGINT or Ctrl-A x ends it)")
+                    say(_why_paused(machine))
             for signum in signals.read() if signals.fd in ready else b"":
                 if signum == _signal.SIGTERM and not pressed:
                     pressed = True
                     machine.press_power_button()
                     if machine.config.trace:
                         say("SIGTERM: the power button is pressed; another one ends the machine")
+                elif signum == _signal.SIGCONT:
+                    _go_on(machine)
                 elif signum == _signal.SIGWINCH:
                     machine.platform.resize()
                 elif signum in NAMES:
@@ -98,6 +107,21 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
     finally:
         machine.listen(None)
         os.close(changed)
+
+
+def _why_paused(machine: Machine) -> str:
+    why, how = machine.paused_for, "SIGINT or Ctrl-A x ends it"
+    if why:
+        return f"{why}; it is paused (kill -CONT {os.getpid()} goes on, {how})"
+    return f"the guest's kernel panicked; it is paused ({how})"
+
+
+def _go_on(machine: Machine) -> None:
+    if machine.paused_for:
+        from contextlib import suppress
+
+        with suppress(StateError):  # it has ended meanwhile
+            machine.resume()
 
 
 def _on_signal(signum: int, frame: object) -> None:

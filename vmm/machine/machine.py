@@ -50,12 +50,14 @@ class Machine:
         vcpus: its vCPUs' descriptors; use them while it is created, paused or stopped.
         exit: why it stopped, or None.
         on_error: told in a line of what goes wrong with a device while the machine goes on.
+        paused_for: why a device had it paused, until it goes on; else an empty string.
     """
 
     def __init__(self, config: MachineConfig) -> None:
         self.config = config
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
+        self.paused_for = ""
         self._listener: Callable[[str], None] | None = None
         self.started_at = 0.0
         self.boot: BootState | None = None
@@ -214,9 +216,22 @@ class Machine:
             for thread in self._threads:
                 thread.resumed()
             self._state = RUNNING
+            self.paused_for = ""
             for thread in self._threads:
                 thread.request(RUNNING)
+        self.platform.resumed()
         self._tell("resumed")
+
+    def pause_for(self, why: str) -> None:
+        """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""
+        with self._lock:
+            if self._state != RUNNING:
+                return
+            for thread in self._threads:
+                thread.request(PAUSED)
+            self._state = PAUSED
+            self.paused_for = why
+        self._tell("paused")
 
     def stop(self) -> MachineExit:
         """End the machine now, as pulling the plug; why it ended (maybe before) is returned."""

@@ -214,6 +214,11 @@ class Platform:
             self._coalescing.drain()
         self.uart.flush(wait)
 
+    def resumed(self) -> None:
+        """The machine goes on after a pause."""
+        if self.virtio is not None:
+            self.virtio.resumed()
+
     def end(self) -> None:
         """The machine ends: nothing may hold a vCPU up."""
         self.console.end()

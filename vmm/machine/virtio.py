@@ -38,6 +38,7 @@ class VirtioDevices:
         device.memory = self._machine.memory
         device.on_bug = self._machine.monitor_failed
         device.on_error = self._machine.device_error
+        device.on_stop = self._machine.pause_for
         try:
             transport = self._place(device)
         except BaseException:
@@ -95,6 +96,11 @@ class VirtioDevices:
 
         loop.call(attach)
         done.wait()
+
+    def resumed(self) -> None:
+        """The machine goes on after a pause."""
+        for transport in self.transports:
+            transport.device.resumed()
 
     def close(self) -> None:
         """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""

@@ -13,6 +13,7 @@ import struct
 from _queue import SimpleQueue
 from _thread import allocate_lock
 
+from vmm.errors import StateError
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import QueueError
@@ -60,6 +61,8 @@ class Block(VirtioDevice):
         image: what is on it; closed with the device.
         serial: up to 20 bytes, what the guest finds as /sys/block/vd*/serial.
         queues: how many request queues.
+        stop_when_full: where there is no space left for a write, have the machine paused, and
+            write again when it goes on; else the guest is told of an error.
 
     Attributes:
         on_io_error: told of each failed request: (operation, byte offset, OSError).
@@ -68,7 +71,13 @@ class Block(VirtioDevice):
     ID = spec.ID_BLOCK
 
     def __init__(
-        self, image: Image, *, serial: str = "", queues: int = 1, name: str = "blk"
+        self,
+        image: Image,
+        *,
+        serial: str = "",
+        queues: int = 1,
+        stop_when_full: bool = False,
+        name: str = "blk",
     ) -> None:
         self.QUEUES = (QUEUE_SIZE,) * queues
         features = spec.bits(F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_MQ)
@@ -80,6 +89,7 @@ class Block(VirtioDevice):
         super().__init__(name)
         self.image = image
         self.serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+        self.stop_when_full = stop_when_full
         self.capacity = image.size // SECTOR
         self.config[:] = CONFIG.pack(
             self.capacity, 0, SEG_MAX, SECTOR,
@@ -91,6 +101,8 @@ class Block(VirtioDevice):
         self._closing = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._workers: list[object] = []
+        self._parked: list[tuple[int, Callable[[], None]]] = []
+        """(queue, job) of writes there was no space for."""
         self._pending = 0
         self._pending_lock = allocate_lock()
         self._idle = allocate_lock()
@@ -174,10 +186,11 @@ class Block(VirtioDevice):
         if self._writeback and not image.direct:
             try:
                 image.write(out, offset)
+                status[0] = S_OK
+                return 1
             except OSError as err:
-                return self._failed(status, "write", offset, err)
-            status[0] = S_OK
-            return 1
+                if not self._is_full(err):
+                    return self._failed(status, "write", offset, err)
 
         def write() -> None:
             image.write(out, offset)
@@ -250,18 +263,25 @@ class Block(VirtioDevice):
                 status[0] = S_OK
                 count = written
             except OSError as err:
+                if self._is_full(err):
+                    self._park(index, job, f"{what}: {err.strerror}")
+                    return
                 count = self._failed(status, what, offset, err)
             self.finish(index, queue, chain, count)
 
         with self._pending_lock:
+            self._put([job])
+        return None
+
+    def _put(self, jobs: list[Callable[[], None]]) -> None:
+        """Give jobs to the workers; under `_pending_lock`."""
+        for job in jobs:
             if not self._pending:
                 self._idle.acquire()
             self._pending += 1
-            start = len(self._workers) < min(self._pending, WORKERS)
-        if start:
-            self._start_worker()
-        self._jobs.put(job)
-        return None
+            if len(self._workers) < min(self._pending, WORKERS):
+                self._start_worker()
+            self._jobs.put(job)
 
     def _start_worker(self) -> None:
         import threading
@@ -286,6 +306,26 @@ class Block(VirtioDevice):
                     if not self._pending:
                         self._idle.release()
 
+    # --- no space left ------------------------------------------------------------------------
+
+    def _is_full(self, err: OSError) -> bool:
+        return self.stop_when_full and err.errno in (errno.ENOSPC, errno.EDQUOT)
+
+    def _park(self, index: int, job: Callable[[], None], why: str) -> None:
+        with self._pending_lock:
+            self._parked.append((index, job))
+        self.on_stop(f"{self.name}: {self.image.path}: {why}")
+
+    def resumed(self) -> None:
+        with self.control, self._pending_lock:  # no reset is under way: it would not wait for them
+            parked, self._parked = self._parked, []
+            self._put([job for _, job in parked])
+
+    def save(self) -> dict[str, object]:
+        if self._parked:
+            raise StateError(f"{self.name}: {len(self._parked)} writes wait for space on the host")
+        return super().save()
+
     # --- life ---------------------------------------------------------------------------------
 
     def drain(self) -> None:
@@ -298,7 +338,11 @@ class Block(VirtioDevice):
         self._writeback = bool(self.config[WRITEBACK])
 
     def stopped(self) -> None:
+        self._parked.clear()
         self.config[WRITEBACK] = 1
+
+    def queue_stopped(self, index: int) -> None:
+        self._parked = [each for each in self._parked if each[0] != index]
 
     def config_written(self, offset: int, data: bytes) -> None:
         if offset == WRITEBACK and len(data) == 1 and self.has(F_CONFIG_WCE):

@@ -70,6 +70,7 @@ class VirtioDevice:
         config_interrupt: set by the transport.
         on_error: told in one line of what the driver did wrong.
         on_bug: told of an exception that escaped in a thread of the device's.
+        on_stop: told in one line why the machine should be paused, before its `resumed`.
         quiet: no new requests are taken (a reset is under way).
         control: held by what changes status, features or queues; transports hold it where a
             register write is more than one step. Taken before a slot's lock, never after.
@@ -100,6 +101,7 @@ class VirtioDevice:
         self.config_interrupt: Callable[[], None] = _nothing
         self.on_error: Callable[[str], None] | None = None
         self.on_bug: Callable[[BaseException], object] = _raise
+        self.on_stop: Callable[[str], None] = _nobody
         self.quiet = False
         self.control = RLock()
         self._lock = allocate_lock()
@@ -138,6 +140,9 @@ class VirtioDevice:
 
     def drain(self) -> None:
         """Wait until no kept request is under way; called with `quiet` set and no lock held."""
+
+    def resumed(self) -> None:
+        """The machine goes on after a pause."""
 
     def config_written(self, offset: int, data: bytes) -> None:
         """The driver wrote to the configuration space; most devices have nothing writable."""
@@ -366,7 +371,7 @@ def _raise(err: BaseException) -> None:
     raise err
 
 
-def _nobody(index: int) -> None:
+def _nobody(what: object) -> None:
     pass
 
 

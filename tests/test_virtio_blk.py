@@ -338,13 +338,16 @@ def test_an_image_cut_short_is_an_error_and_no_signal(
     make: Callable[..., Driver], path: Path
 ) -> None:
     driver = make(path)
-    told: list[tuple[str, int]] = []
-    assert isinstance(driver.device, Block)
-    driver.device.on_io_error = lambda what, offset, err: told.append((what, offset))
+    told: list[str] = []
+    driver.device.on_error = told.append
     os.truncate(path, 4096)
     assert request(driver, blk.T_IN, 8, into=512)[0] == blk.S_IOERR
     assert request(driver, blk.T_IN, 7, into=512)[0] == blk.S_OK
-    assert told == [("read", 4096)]
+    assert told == [f"blk: {path}: read at byte 4096: short transfer"]
+    for _ in range(20):
+        assert request(driver, blk.T_IN, 8, into=512)[0] == blk.S_IOERR
+    assert len(told) == 10
+    assert told[-1].endswith("short transfer (no more is said of this device)")
 
 
 def test_a_full_file_system_is_an_error(

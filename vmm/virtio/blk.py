@@ -63,9 +63,6 @@ class Block(VirtioDevice):
         queues: how many request queues.
         stop_when_full: where there is no space left for a write, have the machine paused, and
             write again when it goes on; else the guest is told of an error.
-
-    Attributes:
-        on_io_error: told of each failed request: (operation, byte offset, OSError).
     """
 
     ID = spec.ID_BLOCK
@@ -96,7 +93,6 @@ class Block(VirtioDevice):
             3, 0, 0, 0,  # physical blocks of 2**3 sectors
             1, queues, RANGE_MAX, RANGES, 8, RANGE_MAX, RANGES, 1,
         )  # fmt: skip
-        self.on_io_error: Callable[[str, int, OSError], None] | None = None
         self._writeback = True
         self._closing = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -237,8 +233,7 @@ class Block(VirtioDevice):
 
     def _failed(self, status: memoryview, what: str, offset: int, err: OSError) -> int:
         status[0] = S_IOERR
-        if self.on_io_error is not None:
-            self.on_io_error(what, offset, err)
+        self.complain(f"{self.image.path}: {what} at byte {offset}: {err.strerror or err}")
         return 1
 
     # --- workers ------------------------------------------------------------------------------

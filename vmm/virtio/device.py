@@ -33,6 +33,9 @@ RING_FEATURES = spec.bits(
 """What every device offers besides its own."""
 
 
+COMPLAINTS = 10
+
+
 class QueueSlot:
     """A queue as the driver configures it.
 
@@ -68,7 +71,8 @@ class VirtioDevice:
         driver_features: what the driver accepted.
         interrupt: set by the transport: `interrupt(index)` tells of used buffers.
         config_interrupt: set by the transport.
-        on_error: told in one line of what the driver did wrong.
+        on_error: told in one line of what the driver did wrong, or the host; see `complain`.
+        complaints: how many lines more it is told: a guest must not fill a person's terminal.
         on_bug: told of an exception that escaped in a thread of the device's.
         on_stop: told in one line why the machine should be paused, before its `resumed`.
         quiet: no new requests are taken (a reset is under way).
@@ -100,6 +104,7 @@ class VirtioDevice:
         self.interrupt: Callable[[int], None] = _nobody
         self.config_interrupt: Callable[[], None] = _nothing
         self.on_error: Callable[[str], None] | None = None
+        self.complaints = COMPLAINTS
         self.on_bug: Callable[[BaseException], object] = _raise
         self.on_stop: Callable[[str], None] = _nobody
         self.quiet = False
@@ -192,10 +197,17 @@ class VirtioDevice:
             queue = slot.queue
             if queue is not None:
                 queue.broken = True
-        if self.on_error is not None:
-            self.on_error(f"{self.name}: {why}; the driver must reset the device")
+        self.complain(f"{why}; the driver must reset the device")
         if self.status & spec.DRIVER_OK:
             self.config_interrupt()
+
+    def complain(self, line: str) -> None:
+        """Tell a person, once in a while."""
+        self.complaints -= 1
+        if self.on_error is None or self.complaints < 0:
+            return
+        last = "" if self.complaints else " (no more is said of this device)"
+        self.on_error(f"{self.name}: {line}{last}")
 
     def config_changed(self) -> None:
         """`config` has changed: tell the driver."""

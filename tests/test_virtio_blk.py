@@ -306,6 +306,11 @@ def test_without_write_back_a_write_is_on_disk_first(
     assert driver.read(mmio.CONFIG + blk.WRITEBACK, 1) == 0
     assert request(driver, blk.T_OUT, out=b"x" * 512)[0] == blk.S_OK
     assert image.calls == ["write", "flush"]
+    zeroes = struct.pack("<QII", 0, 8, 0)
+    assert request(driver, blk.T_WRITE_ZEROES, out=zeroes)[0] == blk.S_OK
+    assert image.calls == ["write", "flush", "flush"]
+    assert request(driver, blk.T_DISCARD, out=zeroes)[0] == blk.S_OK
+    image.calls.pop()
     driver.write(mmio.CONFIG + blk.WRITEBACK, 1, 1)
     assert request(driver, blk.T_OUT, out=b"x" * 512)[0] == blk.S_OK
     assert image.calls == ["write", "flush", "write"]
@@ -315,6 +320,7 @@ def test_a_driver_that_knows_no_flush_gets_write_through(path: Path) -> None:
     image = Slow(str(path))
     image.go.set()
     with Driver(Block(image), without=1 << blk.F_FLUSH) as driver:
+        assert driver.read(mmio.CONFIG + blk.WRITEBACK, 1) == 0
         assert request(driver, blk.T_OUT, out=b"x" * 512)[0] == blk.S_OK
         assert image.calls == ["write", "flush"]
 
@@ -456,6 +462,27 @@ def test_more_than_2_tib(make: Callable[..., Driver], tmp_path: Path) -> None:
     assert request(driver, blk.T_OUT, last, out=data)[0] == blk.S_OK
     assert request(driver, blk.T_IN, last, into=512) == (blk.S_OK, data)
     assert request(driver, blk.T_IN, last + 1, into=512)[0] == blk.S_IOERR
+
+
+@pytest.mark.parametrize("kind", [blk.T_IN, blk.T_OUT, blk.T_DISCARD, blk.T_WRITE_ZEROES])
+def test_all_of_memory_many_times_over(
+    make: Callable[..., Driver], tmp_path: Path, kind: int
+) -> None:
+    """1,000 buffers of 4 MiB in one request: not to be read, written or copied."""
+    path = tmp_path / "big.img"
+    path.touch()
+    os.truncate(path, 3 << 40)
+    driver = make(path)
+    driver.memory.write(HEADER, struct.pack("<IIQ", kind, 0, 0))
+    data = [(0x300000, 4 << 20, kind == blk.T_IN)] * 1000
+    table = DATA + 0x10000
+    driver.rings[0].add([(HEADER, 16, False), *data, (STATUS, 1, True)], indirect=table)
+    begin = time.process_time()
+    driver.kick()
+    wait_used(driver)
+    assert driver.memory.read_u8(STATUS) == blk.S_IOERR
+    assert time.process_time() - begin < 1
+    assert path.stat().st_blocks == 0
 
 
 def test_queues_are_served_at_the_same_time(make: Callable[..., Driver], path: Path) -> None:

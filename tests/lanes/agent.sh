@@ -46,6 +46,9 @@ mkdir -p /new/run/lane
 # No caching here: both sides write, and each must see the other's files at once.
 mount -t 9p -o $P9,cache=none lane /new/run/lane || die "cannot mount the lane's directory"
 
+# Not a mere chroot: that may not make user namespaces, as passt does. From here on it is `.`
+cd /new && mount --move . / || die "cannot make the host's root this machine's"
+
 hostname vmm-nested
 ip link set lo up
 # Guests larger than this machine: they touch little of their memory.
@@ -59,7 +62,7 @@ printf '\036ready 0\n' >&4
 # While one VM is open, KVM's static keys stay as they are. Their patching (int3, then the rest)
 # at each first and last VM sometimes hangs TCG's processors for good: all spin in exc_int3.
 hold_vm() {
-    chroot /new perl -e 'sysopen(K, "/dev/kvm", 2) and ioctl(K, 0xAE01, 0) and sleep' 3>&- 4>&- &
+    chroot . perl -e 'sysopen(K, "/dev/kvm", 2) and ioctl(K, 0xAE01, 0) and sleep' 3>&- 4>&- &
 }
 while read -r kind script token rows columns <&3; do
     hold_vm
@@ -67,12 +70,12 @@ while read -r kind script token rows columns <&3; do
         stty -F /dev/hvc0 sane rows "$rows" columns "$columns"
         # script gives it a pseudo-terminal set like hvc0: the end of a session hangs its terminal up, which for hvc0
         # would throw away output and shut us out.
-        chroot /new script -qec "/bin/sh /run/lane/$script" /dev/null <&3 >&3 2>&3 3>&- 4>&-
+        chroot . script -qec "/bin/sh /run/lane/$script" /dev/null <&3 >&3 2>&3 3>&- 4>&-
         status=$?
         stty -F /dev/hvc0 raw -echo
         answer=3
     else
-        setsid chroot /new /bin/sh "/run/lane/$script" </dev/null >&4 2>&4 3>&- 4>&-
+        setsid chroot . /bin/sh "/run/lane/$script" </dev/null >&4 2>&4 3>&- 4>&-
         status=$?
         answer=4
     fi

@@ -240,7 +240,7 @@ def test_pci_host_bridge(tmp_path: Path) -> None:
     said = resources(tmp_path, AcpiConfig(1, pci=True), "PCI0")
     assert values(said, "Address Minimum") == [0, layout.PCI_MMIO32_BASE]
     end = layout.PCI_MMIO32_BASE + layout.PCI_MMIO32_SIZE - 1
-    assert values(said, "Address Maximum") == [255, end]
+    assert values(said, "Address Maximum") == [layout.ECAM_SIZE // layout.MIB - 1, end]
     assert said.count(": ResourceProducer") == 2
 
 

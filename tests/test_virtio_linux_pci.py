@@ -105,7 +105,7 @@ def test_stock_drivers(
     bars = lines(output, "bar of 0000:00:01.0")
     assert re.fullmatch(r"0x0{8}c\w{4}000 0x0{8}c\w{4}fff 0x0{11}40200", bars[1])
     assert re.fullmatch(r"0x0{8}c\w{4}000 0x0{8}c\w{4}fff 0x0{10}140204", bars[4])
-    assert lines(output, "log") == ["MMCONFIG at [mem 0xe0000000-0xefffffff] reserved in E820"]
+    assert lines(output, "log") == ["MMCONFIG at [mem 0xe0000000-0xe00fffff] reserved in E820"]
     assert lines(output, "iomem")[0] == "c0000000-cfffffff : PCI Bus 0000:00"
     assert lines(output, "first")[0].split()[0] == hashlib.md5(data).hexdigest()
 

@@ -39,7 +39,9 @@ VIRTIO_MMIO_STRIDE = 0x1000
 PCI_MMIO32_BASE = 0xC0000000
 PCI_MMIO32_SIZE = 0x10000000
 ECAM_BASE = 0xE0000000
-ECAM_SIZE = 0x10000000
+ECAM_SIZE = MIB
+"""One bus. Linux looks for host bridges on each bus the MCFG table has room for, by ports: with 256
+that is 16,000 exits (pcibios_fixup_peer_bridges, arch/x86/pci/legacy.c)."""
 IOAPIC = 0xFEC00000
 LAPIC = 0xFEE00000
 TSS = 0xFFFBD000

@@ -13,7 +13,7 @@ import pytest
 
 from vmm.testing.kernels import Kernel
 
-pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(600)]
 
 SCRIPT = """
 cd /sys/devices/system/clocksource/clocksource0
@@ -25,7 +25,7 @@ echo "model: $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)"
 """
 
 
-def vmm_run(kernel: str, *options: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def vmm_run(kernel: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`vmm run KERNEL OPTIONS`, its console captured."""
     command = [sys.executable, "-m", "vmm", "run", kernel, "--timeout", str(timeout), *options]
     return subprocess.run(
@@ -138,6 +138,7 @@ def test_5_gib_is_used_above_4_gib(cloud_kernel: Kernel, make_initrd: Callable[.
         machine.stop()
 
 
+@pytest.mark.timeout(1500)  # a busy host needs 40 s for each
 def test_ten_boots_in_a_row(cloud_kernel: Kernel, initrd: str) -> None:
     for number in range(10):
         done = vmm_run(

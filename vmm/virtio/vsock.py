@@ -228,10 +228,7 @@ class Vsock(VirtioDevice):
         if readable and len(readable[0]) == HEADER_SIZE:
             header, data = readable[0], readable[1:]
         else:
-            header = memoryview(chain.read())
-            data = [header[HEADER_SIZE:]]
-            if len(header) < HEADER_SIZE:
-                raise QueueError(f"a packet of {len(header)} bytes is shorter than its header")
+            header, data = _split(readable)
         (src_cid, dst_cid, guest_port, host_port, size, kind, op, flags, alloc, fwd) = (
             HEADER.unpack_from(header)
         )
@@ -459,6 +456,21 @@ class Vsock(VirtioDevice):
         config = bytes(self.config)
         super().restore(state)
         self.config[:] = config  # a clone has a CID of its own; the guest asks for it again
+
+
+def _split(readable: list[memoryview]) -> tuple[memoryview, list[memoryview]]:
+    """Header and data of a packet that is laid out in another way. The data is not copied: a
+    hostile chain names much more memory than there is."""
+    header, data = b"", []
+    for view in readable:
+        missing = HEADER_SIZE - len(header)
+        if missing:
+            header += view[:missing]
+        if len(view) > missing:
+            data.append(view[missing:])
+    if len(header) < HEADER_SIZE:
+        raise QueueError(f"a packet of {len(header)} bytes is shorter than its header")
+    return memoryview(header), data
 
 
 def _cut(data: list[memoryview], size: int) -> list[memoryview]:

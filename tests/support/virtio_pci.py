@@ -7,8 +7,9 @@ import random
 
 from tests.support.virtio_driver import Driver
 from tests.support.virtio_hostile import NUMBERS, Registers, Rig
-from vmm import layout
+from vmm import Machine, layout
 from vmm.devices.bus import AddressSpace
+from vmm.machine.virtio_pci import PciDevices
 from vmm.pci import spec as pci
 from vmm.pci.host import PciHost
 from vmm.virtio import mmio
@@ -23,19 +24,28 @@ ENABLED = pci.COMMAND_MEMORY | pci.COMMAND_MASTER
 
 
 class Bus:
-    """A bus with `device` in slot 1, and what a driver does there.
+    """A bus with `device` in slot 1 (or, as that device's bus, `machine`'s own), and what a driver
+    does there.
 
     Attributes:
         connected: the message each vector sends, as KVM would be told.
     """
 
-    def __init__(self, device: VirtioDevice) -> None:
+    def __init__(self, device: VirtioDevice, machine: Machine | None = None) -> None:
+        self.connected: dict[int, tuple[int, int]] = {}
+        if machine is not None:
+            devices = machine.platform.virtio
+            assert isinstance(devices, PciDevices)
+            transport = devices.transports[SLOT - 1]
+            assert isinstance(transport, PciTransport)
+            assert transport.device is device
+            self.space, self.host, self.transport = machine.platform.mmio, devices.host, transport
+            return
         self.space = AddressSpace("mmio", 64)
         self.host = PciHost(self.space, 0)
         self.space.add(layout.ECAM_BASE, layout.ECAM_SIZE, self.host)
         self.transport = PciTransport(device)
         self.host.add(self.transport.function, self.transport)
-        self.connected: dict[int, tuple[int, int]] = {}
         self.transport.msix.connect = self._connect
 
     def _connect(self, vector: int, fd: int, address: int, data: int) -> None:
@@ -192,6 +202,22 @@ class PciDriver(Driver):
                 continue
             status |= 1 if vector else 2
         return status
+
+
+class MachineDriver(PciDriver):
+    """`PciDriver` for a device of `machine`, as its guest would drive it."""
+
+    def __init__(self, machine: Machine, device: VirtioDevice, **options: bool) -> None:
+        self.machine = machine
+        super().__init__(device, memory=machine.memory, **options)
+
+    def attach(self, device: VirtioDevice) -> Transport:
+        self.bus = Bus(device, self.machine)
+        self.find()
+        return self.bus.transport
+
+    def __exit__(self, *exc: object) -> None:
+        self.machine.close()
 
 
 class PciRegisters(Registers):

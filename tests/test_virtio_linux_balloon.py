@@ -1,0 +1,105 @@
+"""The balloon under Linux's own driver: what goes back is seen on both sides."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmm import Machine, MachineConfig
+from vmm.layout import MIB
+from vmm.testing.kernels import Kernel
+from vmm.virtio.balloon import F_PAGE_REPORTING
+
+pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
+
+SCRIPT = """
+echo guest ready
+while read word; do
+    case "$word" in
+    free) echo "free: $(sed -n 's/^MemFree: *//p' /proc/meminfo)" ;;
+    total) echo "total: $(sed -n 's/^MemTotal: *//p' /proc/meminfo)" ;;
+    fill) dd if=/dev/zero of=/tmp/fill bs=1M count=180 2>/dev/null; echo "filled: ok" ;;
+    drop) rm /tmp/fill; echo "dropped: ok" ;;
+    rebind)
+        cd /sys/bus/virtio/drivers/virtio_balloon; device=$(echo virtio*)
+        echo $device > unbind; echo $device > bind; echo "rebound: ok" ;;
+    quit) break ;;
+    esac
+done
+"""
+
+
+def ask(machine: Machine, word: str, answer: str) -> int:
+    """What the guest's shell says; the number in it."""
+    machine.platform.uart.receive(word.encode() + b"\n")
+    line = machine.console.wait_for(re.compile(f"{answer}: \\w+.*\n"), timeout=60)
+    digits = "".join(filter(str.isdigit, line))
+    return int(digits or 0) << 10
+
+
+def resident(machine: Machine) -> int:
+    return sum(region.resident() for region in machine.memory.regions)
+
+
+def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.1)
+
+
+def test_a_guests_memory_goes_back(cloud_kernel: Kernel, make_initrd: Callable[..., Path]) -> None:
+    initrd = make_initrd(SCRIPT, kernel=cloud_kernel, modules=["virtio_mmio", "virtio_balloon"])
+    config = MachineConfig(
+        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=280,
+        memory=384 * MIB, balloon=0,
+    )  # fmt: skip
+    with Machine(config) as machine:
+        machine.start()
+        machine.console.wait_for("guest ready", timeout=120)
+        balloon = machine.balloon
+
+        # Free page reporting: what the guest frees goes back by itself.
+        ask(machine, "fill", "filled")
+        high = resident(machine)
+        ask(machine, "drop", "dropped")
+        until(lambda: resident(machine) < high - 100 * MIB, lambda: (high, resident(machine)))
+        print(f"reporting: resident {high // MIB} MiB -> {resident(machine) // MIB} MiB")
+
+        stats = balloon.stats(30)
+        assert stats["total_memory"] == ask(machine, "total", "total")
+        assert 0 < stats["free_memory"] <= stats["available_memory"] + 64 * MIB
+
+        # Without it, what was used once stays, until the balloon takes it.
+        balloon.features &= ~(1 << F_PAGE_REPORTING)
+        ask(machine, "rebind", "rebound")
+        assert not balloon.has(F_PAGE_REPORTING)
+        ask(machine, "fill", "filled")
+        ask(machine, "drop", "dropped")
+        time.sleep(3)
+        high, free = resident(machine), ask(machine, "free", "free")
+        size = (free >> 20) - 64 << 20  # so that it must take what was used, not only fresh pages
+        balloon.target(size)
+        until(lambda: balloon.actual == size, lambda: balloon.actual)
+        low, left = resident(machine), ask(machine, "free", "free")
+        print(f"inflated: resident {high // MIB} -> {low // MIB}, free {free // MIB} -> "
+              f"{left // MIB} MiB")  # fmt: skip
+        assert high - low > 90 * MIB
+        assert size - 10 * MIB < free - left < size + 10 * MIB
+
+        balloon.target(0)
+        until(lambda: balloon.actual == 0, lambda: balloon.actual)
+        again = ask(machine, "free", "free")
+        assert again - left > size - 10 * MIB
+        ask(machine, "fill", "filled")
+        print(f"deflated: free {again // MIB} MiB, filled: resident {resident(machine) // MIB} MiB")
+        assert resident(machine) > low + 90 * MIB
+
+        # More than the guest has: it stops where it must, and takes back what it needs.
+        balloon.target(300 * MIB)
+        machine.platform.uart.receive(b"quit\n")
+        assert machine.wait(60).kind == "poweroff"

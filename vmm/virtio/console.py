@@ -92,10 +92,9 @@ class VirtioConsole(VirtioDevice):
             self.locked(self.message, 0, RESIZE, 0, self._size())
 
     def _size(self) -> bytes:
-        # Rows first: so Linux reads it since 2011, though the specification has it the other way
-        # round (5.3.6.2).
-        cols, rows = struct.unpack_from("<HH", self.config)
-        return struct.pack("<HH", rows, cols)
+        # Columns first, as in the configuration (5.3.6.2). Linux had it the other way round
+        # until commit 5326ab737a47, which is in the stable kernels too (Debian's 6.1).
+        return bytes(self.config[:4])
 
     def message(self, port: int, event: int, value: int, more: bytes = b"") -> None:
         """Queue a control message. With the lock."""
@@ -294,6 +293,9 @@ class VirtioConsole(VirtioDevice):
         self._thread = get_ident()
 
     def started(self) -> None:
+        if any(self.config[:4]) and not self.has(F_MULTIPORT):
+            self.config_interrupt()  # Linux looks at the size only when it changes
+
         def start() -> None:
             for port in self.ports:
                 if port is not None:

@@ -143,8 +143,8 @@ def good_vsock(driver: Driver) -> None:
     driver.memory.write(BUFFERS, packet)
     driver.rings[1].add([(BUFFERS, len(packet), False)])
     driver.kick(1)
-    assert len(driver.rings[1].used()) == 1
-    assert [written for _, written in driver.rings[0].used()] == [len(packet)]
+    assert len(used(driver, 1)) == 1
+    assert [written for _, written in used(driver, 0)] == [len(packet)]
     answer = vsock_packet.HEADER.unpack(driver.memory.read(BUFFERS + 0x1000, len(packet)))
     assert answer[:4] == (2, CID, 6, 5)
     assert answer[6] == vsock_packet.OP_RST
@@ -169,7 +169,7 @@ def good_console(driver: Driver) -> None:
     driver.memory.write(BUFFERS, b"hello")
     driver.rings[5].add([(BUFFERS, 5, False)])
     driver.kick(5)
-    assert len(driver.rings[5].used()) == 1
+    assert len(used(driver, 5)) == 1
 
 
 def fill_balloon(memory: GuestMemory, chance: random.Random) -> None:
@@ -213,12 +213,17 @@ def exchange(driver: Driver, buffers: list[tuple[int, int, bool]]) -> None:
     """One request to queue 0, and its answer, which workers may give."""
     want = driver.rings[0].add(buffers)
     driver.kick()
+    assert [ident for ident, _ in used(driver, 0)] == [want]
+
+
+def used(driver: Driver, queue: int) -> list[tuple[int, int]]:
+    """What comes back, which another thread may give."""
     limit = time.monotonic() + 20
     done: list[tuple[int, int]] = []
     while not done:
         assert time.monotonic() < limit, "no answer"
-        done = driver.rings[0].used()
-    assert [ident for ident, _ in done] == [want]
+        done = driver.rings[queue].used()
+    return done
 
 
 @pytest.fixture(params=[False, True], ids=["split", "packed"])

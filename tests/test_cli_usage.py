@@ -211,6 +211,15 @@ RUN = [
         "{}/good --balloon=256M",
         r"--balloon=268435456 bytes is not from 0 to less than --memory 256M",
     ),
+    # --- net (tests/test_net_{config,tap,user}.py have every line)
+    ("{}/good --net", r"--net needs a value"),
+    ("{}/good --net usr", r"--net usr: 'usr' is not one of user, tap, bridge, socket, lan, none"),
+    ("{}/good --net user,mac=1", r"--net user: mac=1 is not an address like 52:54:00:12:34:56"),
+    ("{}/good --net user,forward=80:80", r"--net user: forward=80:80 is not tcp:HOST:GUEST or udp"),
+    ("{}/good --net tap,address=1.2.3.4", r"--net tap: address=1.2.3.4 is not ADDRESS/BITS, as in"),
+    ("{}/good --net bridge=nosuch", r"--net bridge=nosuch: no such bridge; make it: ip link add"),
+    ("{}/good --net socket={}/nosuch", r"--net socket={}/nosuch: No such file or directory; give"),
+    ("{}/good --net lan=x,pcap={}/no/x", r"--net pcap={}/no/x: No such file or directory; give a"),
     # --- vsock
     ("{}/good --vsock=", r"--vsock : '' is not cid= or path="),
     ("{}/good --vsock cid=3", r"--vsock: no path; say for example --vsock cid=3,path="),
@@ -234,7 +243,8 @@ RUN = [
 ]
 # What only a machine that is half made can find out.
 NEED_KVM = re.compile(
-    "kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry|--vsock path={}"
+    "kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry|--vsock path={}|no such bridge"
+    "|--net socket=|--net pcap="
 )
 
 

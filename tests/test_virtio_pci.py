@@ -487,6 +487,18 @@ def test_a_bar_goes_back_and_forth() -> None:
 
 
 @pytest.mark.needs_kvm
+def test_a_machine_leaves_nothing_open() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    device = Echo()
+    config = MachineConfig(memory=64 * MIB, transport="pci", devices=[lambda: device, Entropy])
+    with Machine(config) as machine, MachineDriver(machine, device) as driver:
+        driver.rings[0].add([(BUFFERS, 4, True)])
+        driver.kick()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("echo")]
+
+
+@pytest.mark.needs_kvm
 def test_a_machine_has_room_for_31() -> None:
     config = MachineConfig(memory=16 * MIB, transport="pci", devices=[Entropy] * 31)
     with Machine(config) as machine:

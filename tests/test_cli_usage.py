@@ -243,8 +243,8 @@ RUN = [
 ]
 # What only a machine that is half made can find out.
 NEED_KVM = re.compile(
-    "kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry|--vsock path={}|no such bridge"
-    "|--net socket=|--net pcap="
+    "kernel |PVH|initrd|too little for|--cpu |takes 2047|64-bit entry|--vsock path={}|"
+    "no such bridge|--net socket=|--net pcap="
 )
 
 

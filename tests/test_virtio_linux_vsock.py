@@ -85,15 +85,22 @@ def machine(
 
 
 def connect(path: Path, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(120)
-    sock.connect(str(path))
-    sock.sendall(b"CONNECT %d\n" % port)
-    line = b""
-    while not line.endswith(b"\n"):
-        line += sock.recv(1) or pytest.fail(f"port {port} was refused: {line!r}")
-    assert line.startswith(b"OK ")
-    return sock
+    """A connection to the guest's `port`; it may be about to listen there."""
+    limit = time.monotonic() + 60
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(120)
+        sock.connect(str(path))
+        sock.sendall(b"CONNECT %d\n" % port)
+        line = b""
+        while not line.endswith(b"\n") and (byte := sock.recv(1)):
+            line += byte
+        if line:
+            assert line.startswith(b"OK ")
+            return sock
+        sock.close()
+        assert time.monotonic() < limit, f"port {port} was refused"
+        time.sleep(0.1)
 
 
 def listen(path: str) -> socket.socket:

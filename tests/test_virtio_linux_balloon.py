@@ -17,6 +17,7 @@ from vmm.virtio.balloon import F_PAGE_REPORTING
 pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
 
 SCRIPT = """
+stty -echo  # what is typed would come anywhere between the lines printed
 echo guest ready
 while read word; do
     case "$word" in

@@ -47,7 +47,9 @@ route add default gw $router
 echo "lease: $ip from $router"
 """
 
+# Without echo: what is typed would come anywhere between the lines printed.
 FILE = f"""
+stty -echo
 mkdir /www; i=0; while [ $i -lt {SIZE} ]; do cat /seed; i=$((i+1)); done > /www/file
 ifconfig lo 127.0.0.1
 """

@@ -28,6 +28,7 @@ SOURCE = Path(__file__).parent / "support" / "vsock_pipe.c"
 DRIVER = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
 
 SCRIPT = f"""
+stty -echo  # what is typed would come anywhere between the lines printed
 vsock-pipe listen 1000 md5sum &
 vsock-pipe listen 1001 cat &
 echo "listening"

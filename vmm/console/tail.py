@@ -31,11 +31,12 @@ class ConsoleTail:
     Positions count bytes of output since the start. `wait_for` goes on where its last match
     ended, so a dialogue (wait for the prompt, send, wait for the prompt again) works.
     `before_wait`, where set, is called before each wait and every 50 ms in it: the place to
-    flush a device that holds output back.
+    flush a device that holds output back. `on_write`, where set, is given all output too.
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.before_wait: Callable[[], object] | None = None
+        self.on_write: Callable[[bytes], object] | None = None
         self._limit = limit
         self._data = bytearray()
         self._start = 0  # position of _data[0]
@@ -59,6 +60,8 @@ class ConsoleTail:
                 self._start += excess
             if self._waiters:
                 self._wake()
+        if self.on_write is not None:
+            self.on_write(data)
 
     def close(self) -> None:
         """There will be no more output; waiters are told."""

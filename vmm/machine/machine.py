@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from _collections import deque  # type: ignore[import-not-found]  # `collections` is slow to load
 
 from vmm import layout
 from vmm.config import MachineConfig
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from vmm.boot import BootState
     from vmm.console.tail import ConsoleTail
+    from vmm.events import Event
     from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.platform import Platform
     from vmm.virtio.balloon import Balloon
 
@@ -59,6 +62,8 @@ class Machine:
         self.on_error: Callable[[str], object] | None = None
         self.paused_for = ""
         self._listener: Callable[[str], None] | None = None
+        self._notes: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=100)
+        self._hub: EventHub | None = None
         self.started_at = 0.0
         self.boot: BootState | None = None
         self._state = CREATED
@@ -138,6 +143,8 @@ class Machine:
             self._watchdog.join()
         self._close_all()
         self._state = CLOSED
+        if self._hub is not None:
+            self._hub.close()
 
     def _close_all(self) -> None:
         if self._close_platform is not None:
@@ -147,15 +154,69 @@ class Machine:
         while self._closers:
             self._closers.pop()()
 
-    def listen(self, listener: Callable[[str], None] | None) -> None:
-        """Have `listener` called with each event's name, or nobody (None).
+    # --- events ---------------------------------------------------------------------------------
 
-        Events: started, paused, resumed, panicked, device error, stopped. It is called in the
-        thread the event happens in and must not block. Once this has returned, the former listener
-        is not called.
+    @property
+    def event_log(self) -> list[Event]:
+        """The last events (up to 1000, without console lines), oldest first."""
+        return self._events.log()
+
+    def events(self, *kinds: type[Event], history: bool = False) -> EventStream:
+        """The events from now on, of these kinds (or of all), for `async for` or `for`.
+
+        It ends when the machine stops. With `history`, those in the log come first.
+        """
+        return self._events.stream(kinds, history)
+
+    def subscribe(
+        self, listener: Callable[[Event], object], *kinds: type[Event]
+    ) -> Callable[[], None]:
+        """Have `listener` called with each event of these kinds (or of all); what is returned ends
+        that.
+
+        It is called in the thread the event happens in (a vCPU's, a device's), perhaps in two at
+        once, and must not wait for the machine. What it raises ends the machine, with a report.
+        """
+        return self._events.subscribe(listener, kinds)
+
+    def emit(self, event: Event) -> None:
+        """Log `event` and tell those who listen; from any thread."""
+        self._events.emit(event)
+
+    @property
+    def _events(self) -> EventHub:
+        with self._lock:
+            if self._hub is None:
+                from vmm.machine.event_hub import EventHub
+
+                self._hub = EventHub(
+                    self._notes, self.console, self.platform.flush, self.monitor_failed
+                )
+                if self._state == CLOSED:
+                    self._hub.close()
+            return self._hub
+
+    def listen(self, listener: Callable[[str], None] | None) -> None:
+        """For `vmm run`, which loads nothing more: have `listener` called with the names of what
+        happens to the machine, or nobody (None).
+
+        It is called in the thread the event happens in and must not block. Once this has returned,
+        the former listener is not called.
         """
         with self._lock:
             self._listener = listener
+
+    def _tell(self, event: str, *arguments: object) -> None:
+        with self._lock:
+            if self._listener is not None:
+                self._listener(event)
+            hub = self._hub
+            if hub is None:
+                self._notes.append((time.monotonic(), event, arguments))
+                return
+        from vmm.machine.event_hub import make
+
+        hub.emit(make(event, arguments))
 
     # --- life cycle ---------------------------------------------------------------------------
 
@@ -188,12 +249,11 @@ class Machine:
             try:
                 for thread in self._threads:
                     thread.start()
-                    thread.request(RUNNING)
                 self._watch()
             except RuntimeError as err:
                 self.monitor_failed(err)
                 raise HostError(f"--cpus {self.config.cpus}: {err}; see `ulimit -u`") from err
-        self._tell("started")
+            self._go("started")
 
     def pause(self) -> None:
         """Park every vCPU; returns when all are out of KVM_RUN. From running."""
@@ -204,7 +264,7 @@ class Machine:
             self._state = PAUSED
         for thread in self._threads:
             thread.wait_parked()
-        if self._ended.is_set():  # the guest ended meanwhile
+        if self.exit is not None:  # the guest ended meanwhile
             return
         self.platform.flush()
         self._tell("paused")
@@ -217,10 +277,8 @@ class Machine:
                 thread.resumed()
             self._state = RUNNING
             self.paused_for = ""
-            for thread in self._threads:
-                thread.request(RUNNING)
+            self._go("resumed")
         self.platform.resumed()
-        self._tell("resumed")
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""
@@ -231,7 +289,7 @@ class Machine:
                 thread.request(PAUSED)
             self._state = PAUSED
             self.paused_for = why
-        self._tell("paused")
+            self._tell("paused", why)
 
     def stop(self) -> MachineExit:
         """End the machine now, as pulling the plug; why it ended (maybe before) is returned."""
@@ -294,8 +352,10 @@ class Machine:
                 thread.request(STOPPED)
             if self._watchdog is not None:
                 self._watchdog.cancel()
-        self._ended.set()
-        self._tell("stopped")
+        try:
+            self._tell("stopped", reason)
+        finally:
+            self._ended.set()  # last: who waits for the end finds it told
 
     def monitor_failed(self, err: BaseException) -> None:
         """An exception escaped in a vCPU thread: end, and say what it was."""
@@ -309,11 +369,11 @@ class Machine:
         """Something is wrong with a device; the machine goes on."""
         if self.on_error is not None:
             self.on_error(line)
-        self._tell("device error")
+        self._tell("device error", line)
 
     def panicked(self, event: str) -> None:
         """The guest told pvpanic of a panic."""
-        self._tell("panicked")
+        self._tell("panicked", event)
         if event != "panicked":
             return  # a crash kernel takes over
         if self.config.on_panic == "exit":
@@ -325,7 +385,7 @@ class Machine:
                     thread.request(PAUSED)
                 self._state = PAUSED
         self.platform.flush()
-        self._tell("paused")
+        self._tell("paused", "the guest's kernel panicked")
 
     def vcpu_exit(self, thread: VcpuThread, reason: int) -> bool:
         """An exit other than PIO and MMIO; whether the vCPU goes on."""
@@ -348,6 +408,13 @@ class Machine:
     def _need(self, call: str, state: str) -> None:
         if self._state != state:
             raise StateError(f"{call}: the machine is {self._state}, not {state}")
+
+    def _go(self, event: str) -> None:
+        """Tell `event`, then let the vCPUs run: what they do comes after it."""
+        self._tell(event)
+        if self._state == RUNNING:  # a listener may have paused or ended it
+            for thread in self._threads:
+                thread.request(RUNNING)
 
     def _watch(self) -> None:
         """Have the time limit kept, whether or not anybody waits for the end."""
@@ -373,8 +440,3 @@ class Machine:
             self._join()
         else:
             self.platform.flush()
-
-    def _tell(self, event: str) -> None:
-        with self._lock:
-            if self._listener is not None:
-                self._listener(event)

@@ -61,3 +61,8 @@ def unmet(needs: Set[str]) -> str | None:
     if "native_only" in needs and here != "kvm_pvm":
         return f"for the PVM back end; this host has {here}"
     return None
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))

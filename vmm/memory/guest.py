@@ -7,6 +7,7 @@ small typed reads and writes cost one dictionary-free Python call.
 from __future__ import annotations
 
 import struct
+from mmap import mmap
 
 from vmm.errors import GuestMemoryError, UsageError
 from vmm.layout import HOLE_END, HOLE_START, PAGE_SIZE
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from vmm.memory.base import Base
+
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -32,6 +35,10 @@ class GuestMemory:
         size: bytes, a positive multiple of 4096.
         backing: see `vmm.memory.backing.map_backing`.
         path: the file under a `file-private` backing; RAM is laid in it contiguously.
+        base: map this privately instead; it is shared, and let go of at the end.
+
+    Attributes:
+        base: what it is a private mapping of, or None; see `vmm.memory.base`.
 
     A range is valid if it lies wholly in one region; only `iov` accepts ranges that span two.
     Invalid ranges raise `GuestMemoryError`, never touch memory.
@@ -42,22 +49,39 @@ class GuestMemory:
     'feca'
     """
 
-    __slots__ = ("_high", "_low", "regions", "size")
+    __slots__ = ("_high", "_low", "base", "regions", "size")
 
-    def __init__(self, size: int, backing: str = "anonymous", path: str | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        backing: str = "anonymous",
+        path: str | None = None,
+        *,
+        base: Base | None = None,
+    ) -> None:
         if size <= 0 or size % PAGE_SIZE:
             raise UsageError(f"memory: {size} bytes is not a positive multiple of {PAGE_SIZE}")
         low = min(size, HOLE_START)
         self.size = size
-        self._low = Region(0, map_backing(backing, low, path=path), backing)
+        if base is not None:
+            backing = "base"
+        self.base = base
         self._high: Region | None = None
+
+        def mapping(number: int, size: int, offset: int) -> mmap:
+            if base is not None:
+                return base.map(number, size)
+            return map_backing(backing, size, path=path, offset=offset)
+
+        self._low = Region(0, mapping(0, low, 0), backing)
         if size > low:
             try:
-                mapping = map_backing(backing, size - low, path=path, offset=low)
+                self._high = Region(HOLE_END, mapping(1, size - low, low), backing)
             except BaseException:
                 self._low.close()
                 raise
-            self._high = Region(HOLE_END, mapping, backing)
+        if base is not None:
+            base.share()
         self.regions: tuple[Region, ...] = (
             (self._low,) if self._high is None else (self._low, self._high)
         )
@@ -73,6 +97,9 @@ class GuestMemory:
         for region in self.regions:
             region.close()
         self.regions = ()
+        base, self.base = self.base, None
+        if base is not None:
+            base.release()
 
     # --- finding ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import pytest
 from tests.support import tiny
 from tests.support.tiny import HALT, AtTerminal
 from vmm import __version__, errors
+from vmm.cli import COMMANDS
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
@@ -452,7 +453,8 @@ SCRIPT = Path(sys.prefix, "bin", "vmm")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], ["run", "--help"], ["doctor", "--help"], ["-h"]]
+    "arguments",
+    [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS), ["-h"]],
 )
 def test_help_and_version(arguments: list[str]) -> None:
     done = tiny.run(*arguments)

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import boot_files, tiny
+from vmm.cli import COMMANDS as NAMES
 from vmm.errors import EXIT_HOST, EXIT_USAGE
+
+COMMANDS = ", ".join(NAMES)
 
 NOBODY = 65534
 MIB = 1 << 20
@@ -265,10 +268,10 @@ def test_run(words: str | None, says: str, files: Path, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "no command given; use one of: run, doctor (see vmm --help)"),
-        ([""], "'' is not a command; use one of: run, doctor (see vmm --help)"),
-        (["nosuch"], "'nosuch' is not a command; use one of: run, doctor (see vmm --help)"),
-        (["--nosuch"], "'--nosuch' is not a command; use one of: run, doctor (see vmm --help)"),
+        ([], f"no command given; use one of: {COMMANDS} (see vmm --help)"),
+        ([""], f"'' is not a command; use one of: {COMMANDS} (see vmm --help)"),
+        (["nosuch"], f"'nosuch' is not a command; use one of: {COMMANDS} (see vmm --help)"),
+        (["--nosuch"], f"'--nosuch' is not a command; use one of: {COMMANDS} (see vmm --help)"),
         (["doctor", "--jsn"], "'--jsn' is no option; --json is one (see vmm doctor --help)"),
         (["doctor", "x"], "'x' is one argument too many (see vmm doctor --help)"),
         (["doctor", "--json=1"], "--json takes no value, not even '1' (see vmm doctor --help)"),

@@ -11,7 +11,7 @@ from vmm.layout import MIB, PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vmm.block.drive import Drive
     from vmm.net.config import Net
@@ -139,9 +139,7 @@ class MachineConfig:
         self.device = device
         self.drives = self._drives(drives)
         self.shares = self._shares(shares)
-        self.backing = backing or (
-            "memfd" if self.shares or any(drive.external for drive in self.drives) else "anonymous"
-        )
+        self.backing = backing or self.default_backing
         self.nets = self._nets(nets)
         self.rng = self._rng(rng)
         self.ports = self._ports(ports)
@@ -260,6 +258,42 @@ class MachineConfig:
         file = where.removeprefix("file:")
         if where not in CONSOLES[:2] + CONSOLES[3:] and (file == where or not file):
             raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")
+
+    @classmethod
+    def load(cls, path: str) -> MachineConfig:
+        """From a TOML or JSON file (the name's end says which). The keys are this class's keywords
+        (`vmm config --schema`); relative paths in it are taken from the file's directory.
+
+        Raises:
+            UsageError: in a line that names the file, and the line or the key.
+        """
+        from vmm.config_file import load
+
+        return load(str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object], base: str = "") -> MachineConfig:
+        """From plain data, as `load` after parsing; relative paths are taken from `base`, if given.
+
+        Raises:
+            UsageError: in a line that begins with the key.
+        """
+        from vmm.config_file import from_dict
+
+        return from_dict(data, base)
+
+    def to_dict(self, *, defaults: bool = False) -> dict[str, object]:
+        """Plain data that `from_dict` makes the same of; what is at its default is left out, unless
+        `defaults`. UsageError with `devices`, which are functions."""
+        from vmm.config_file import to_dict
+
+        return to_dict(self, defaults=defaults)
+
+    @property
+    def default_backing(self) -> str:
+        """`backing` where none is given."""
+        external = any(drive.external for drive in self.drives)
+        return "memfd" if self.shares or external else "anonymous"
 
     @property
     def hvc(self) -> bool:

@@ -85,6 +85,17 @@ class Drive:
         if not 1 <= queues <= QUEUES_MAX:
             raise UsageError(f"--drive {path}: queues={queues} is not from 1 to {QUEUES_MAX}")
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"Drive({values})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Drive) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def parse(cls, text: str) -> Drive:
         """From the command line. A comma in the path is written twice, as in QEMU."""

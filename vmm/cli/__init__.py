@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: vmm run KERNEL [--initrd FILE ...] [--append CMDLINE] [--memory 256M] [--cpus N] ...
+       vmm run MACHINE.toml [option ...]
+       vmm config FILE | --schema
        vmm doctor [--json]
        vmm --version
 
-Boot a Linux kernel in a virtual machine, or tell what this host can run.
+Boot a Linux kernel in a virtual machine, check a file that describes one, or tell what this host
+can run.
 `vmm run --help` lists the options.
 """
-COMMANDS = ("run", "doctor")
+COMMANDS = ("run", "config", "doctor")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """What the host says when it runs out of something; no fault of ours."""
 
@@ -74,6 +77,10 @@ def _command(args: list[str]) -> int:
         from vmm.cli.run import main as run
 
         return run(args[1:])
+    if command == "config":
+        from vmm.cli.config import main as config
+
+        return config(args[1:])
     if command == "doctor":
         from vmm.cli.doctor import main as doctor
 

@@ -86,6 +86,7 @@ class Parser:
         summary: one sentence, for the help.
         options: besides --help, which each command has.
         operand: what its one operand is called, which must be given; empty for none.
+        instead: an option with which there is no operand.
         epilog: the end of the help.
     """
 
@@ -96,12 +97,14 @@ class Parser:
         options: Sequence[Option],
         *,
         operand: str = "",
+        instead: str = "",
         epilog: str = "",
     ) -> None:
         self.command = command
         self.summary = summary
         self.options = (*options, Option("-h", HELP, help="this help"))
         self.operand = operand
+        self.instead = instead
         self.epilog = epilog
 
     def parse(self, argv: Sequence[str]) -> Arguments:
@@ -131,7 +134,8 @@ class Parser:
                 value = rest.pop(0)
             found.add(option, value)
         if not found.given(HELP):
-            self._check_operands(found.operands)
+            without = bool(self.instead) and found.given(self.instead)
+            self._check_operands(found.operands, "" if without else self.operand)
         return found
 
     def help_text(self) -> str:
@@ -139,7 +143,7 @@ class Parser:
         from textwrap import wrap
 
         usage = f"usage: {self.command} {self.operand} [option ...]".replace("  ", " ")
-        lines = [usage, "", self.summary, "", "options:"]
+        lines = [usage, "", *wrap(self.summary, WIDTH), "", "options:"]
         for option in self.options:
             left = "  " + ", ".join(option.names) + self._metavar(option)
             if len(left) > INDENT - 2:
@@ -156,15 +160,15 @@ class Parser:
             return f"[={option.metavar}]"
         return f" {option.metavar}" if option.metavar else ""
 
-    def _check_operands(self, operands: list[str]) -> None:
-        if not self.operand:
+    def _check_operands(self, operands: list[str], operand: str) -> None:
+        if not operand:
             if operands:
                 raise self._wrong(f"{operands[0]!r} is one argument too many")
         elif not operands:
-            raise self._wrong(f"no {self.operand} given")
+            raise self._wrong(f"no {operand} given")
         elif len(operands) > 1:
             raise self._wrong(
-                f"only one {self.operand} can be given, not {operands[0]!r} and {operands[1]!r}"
+                f"only one {operand} can be given, not {operands[0]!r} and {operands[1]!r}"
             )
 
     def _unknown(self, word: str, name: str, known: dict[str, Option]) -> str:

@@ -32,7 +32,8 @@ SIGTERM presses the ACPI power button; a second one ends the machine.
 
 PARSER = Parser(
     "vmm run",
-    "Boot KERNEL (bzImage or ELF vmlinux) in a virtual machine.",
+    "Boot KERNEL (bzImage or ELF vmlinux) in a virtual machine, or the machine that a file "
+    "(MACHINE.toml, MACHINE.json) describes; options beside a file override it or add to it.",
     (
         Option(
             "--initrd",
@@ -128,47 +129,70 @@ PARSER = Parser(
 )
 
 
+LISTS = (
+    ("--initrd", "initrds"),
+    ("--drive", "drives"),
+    ("--net", "nets"),
+    ("--port", "ports"),
+    ("--fs", "shares"),
+)
+TEXTS = (
+    ("--cpu", "cpu"),
+    ("--console", "console"),
+    ("--boot", "boot"),
+    ("--on-panic", "on_panic"),
+    ("--rng", "rng"),
+    ("--vsock", "vsock"),
+    ("--transport", "transport"),
+)
+"""Options and the keywords of MachineConfig that take their values as they are."""
+
+
 def configure(args: Arguments) -> MachineConfig:
     """A configuration from parsed options; UsageError names the one that cannot be."""
-    cpus = args.value("--cpus")
-    if not (cpus.isascii() and cpus.removeprefix("-").isdecimal() and len(cpus) < 10):
-        raise UsageError(f"--cpus {cpus!r} is not a number; say for example 2")
-    timeout = None
+    kernel, values = args.operands[0], keywords(args)
+    if kernel.endswith((".toml", ".json")):
+        from vmm.config_file import configure as from_file
+
+        config = from_file(kernel, values, console="auto")
+        if config.kernel is None:
+            raise UsageError(f"{kernel}: kernel is missing; it is the path of a bzImage or vmlinux")
+    else:
+        values.setdefault("console", "auto")
+        config = MachineConfig(kernel, **values)  # type: ignore[arg-type]
+    if config.console_where == "auto" and sys.stdout is None:
+        raise UsageError("--console auto: standard output is closed; try --console none")
+    return config
+
+
+def keywords(args: Arguments) -> dict[str, object]:
+    """The keywords of MachineConfig for what was given."""
+    values: dict[str, object] = {key: args.value(name) for name, key in TEXTS if args.given(name)}
+    values.update((key, args.values(name)) for name, key in LISTS if args.given(name))
+    if args.given("--append"):
+        values["append"] = " ".join(args.values("--append"))
+    if args.given("--memory"):
+        values["memory"] = parse_size(args.value("--memory"), "--memory")
+    if args.given("--balloon"):
+        values["balloon"] = parse_size(args.value("--balloon") or "0", "--balloon")
+    if args.given("--no-acpi"):
+        values["acpi"] = False
+    if args.given("--verbose"):
+        values["trace"] = True
+    if args.given("--cpus"):
+        cpus = args.value("--cpus")
+        if not (cpus.isascii() and cpus.removeprefix("-").isdecimal() and len(cpus) < 10):
+            raise UsageError(f"--cpus {cpus!r} is not a number; say for example 2")
+        values["cpus"] = int(cpus)
     if args.given("--timeout"):
         try:
-            timeout = float(args.value("--timeout"))
+            values["timeout"] = float(args.value("--timeout"))
         except ValueError:
             raise UsageError(
                 f"--timeout {args.value('--timeout')!r} is not a number of seconds; say for "
                 "example 30 or 0.5"
             ) from None
-    console = args.value("--console")
-    if console in ("auto", "hvc", "hvc,auto") and sys.stdout is None:
-        raise UsageError("--console auto: standard output is closed; try --console none")
-    return MachineConfig(
-        args.operands[0],
-        initrds=args.values("--initrd"),
-        append=" ".join(args.values("--append")),
-        memory=parse_size(args.value("--memory"), "--memory"),
-        cpus=int(cpus),
-        cpu=args.value("--cpu"),
-        console=console,
-        boot=args.value("--boot"),
-        acpi=not args.given("--no-acpi"),
-        timeout=timeout,
-        on_panic=args.value("--on-panic"),
-        drives=args.values("--drive"),
-        nets=args.values("--net"),
-        rng=args.value("--rng") if args.given("--rng") else False,
-        ports=args.values("--port"),
-        shares=args.values("--fs"),
-        balloon=parse_size(args.value("--balloon") or "0", "--balloon")
-        if args.given("--balloon")
-        else None,
-        vsock=args.value("--vsock") if args.given("--vsock") else None,
-        transport=args.value("--transport"),
-        trace=args.given("--verbose"),
-    )
+    return values
 
 
 def main(argv: Sequence[str]) -> int:

@@ -38,6 +38,17 @@ class Share:
         if not os.path.isdir(self.path):
             raise UsageError(f"--fs {path}: no such directory")
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"Share({values})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Share) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """From the command line. A comma in the path is written twice."""

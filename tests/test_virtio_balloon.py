@@ -229,6 +229,7 @@ def test_statistics(driver: Driver) -> None:
     other = Balloon()
     other.memory, other.interrupt = driver.memory, device.interrupt
     other.restore(state)
+    other.resume()
     other.notify(2)
     assert driver.rings[2].used() == []  # it is held again
 

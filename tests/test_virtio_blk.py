@@ -552,5 +552,6 @@ def test_it_goes_on_where_it_was_saved(make: Callable[..., Driver], path: Path) 
     again.interrupt = driver.device.interrupt
     driver.device = driver.transport.device = again
     driver.transport.restore(state)
+    driver.transport.resume()
     assert driver.read(mmio.CONFIG + blk.WRITEBACK, 1) == 0
     assert request(driver, blk.T_IN, into=512) == (blk.S_OK, path.read_bytes()[:512])

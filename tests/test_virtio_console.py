@@ -376,6 +376,7 @@ def test_output_under_way_is_put_out_once_after_a_restore(sink: Sink) -> None:
         other = VirtioConsole([other_sink.port])
         other.memory, other.interrupt = guest.driver.memory, guest.device.interrupt
         other.restore(state)
+        other.resume()
         other.notify(1)
         assert other_sink.data == b"c" * 100
         assert len(guest.driver.rings[1].used()) == 1

@@ -402,6 +402,7 @@ def test_save_and_restore(make: Callable[..., tuple[NetGuest, Wire]]) -> None:
     told: list[bool] = []
     nic.config_interrupt = lambda: told.append(True)
     nic.restore(state)
+    nic.resume()
     assert nic.config[n.CONFIG_STATUS] & n.S_ANNOUNCE and told
     guest.nic.quiet = True
     guest.nic, guest.device, guest.transport.device = nic, nic, nic

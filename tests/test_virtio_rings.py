@@ -168,6 +168,9 @@ def test_a_queue_goes_on_where_it_was_saved(driver: Driver) -> None:
         driver.transport.device = again
         driver.transport.restore(state)
         again.interrupt = device.interrupt
+        driver.kick()
+        assert ring.used() == []  # not before the machine goes on
+        driver.transport.resume()
         ring.add([(BUFFERS, 4, True)])
         driver.kick()
         assert len(ring.used()) == 1

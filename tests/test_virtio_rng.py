@@ -75,6 +75,7 @@ def test_who_waits_is_in_the_ring_again_after_a_save(packed: bool) -> None:
         other.memory, other.interrupt = driver.memory, device.interrupt
         device.close()
         other.restore(state)
+        other.resume()
         driver.transport.device = other
         driver.kick()
         assert before + len(driver.rings[0].used()) == 4

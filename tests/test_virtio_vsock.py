@@ -537,6 +537,7 @@ def test_a_restored_guest_is_told_that_its_connections_are_gone(tmp_path: Path) 
         other.memory = memory
         other.interrupt = guest.device.interrupt
         other.restore(state)
+        other.resume()
         assert memory.read_u32(0x1F0000) == 0
         assert guest.driver.rings[2].used() != []
         assert other.read_config(0, 8) == CID + 1

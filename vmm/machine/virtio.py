@@ -100,7 +100,25 @@ class VirtioDevices:
     def resumed(self) -> None:
         """The machine goes on after a pause."""
         for transport in self.transports:
-            transport.device.resumed()
+            transport.resume()
+
+    def hold(self) -> None:
+        """Keep every device from guest memory until `release`, in the same thread; the vCPUs are
+        parked. See `VirtioDevice.hold`."""
+        held: list[VirtioDevice] = []
+        try:
+            for transport in self.transports:
+                transport.device.hold()
+                held.append(transport.device)
+        except BaseException:
+            for device in reversed(held):
+                device.release()
+            raise
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        for transport in reversed(self.transports):
+            transport.device.release()
 
     def close(self) -> None:
         """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""

@@ -201,12 +201,10 @@ class Balloon(VirtioDevice):
         if self._stats_chain is not None and self._stats_chain[0] == index:
             self._stats_chain = None
 
-    def save(self) -> dict[str, object]:
-        with self.slots[2].lock:
-            held, self._stats_chain = self._stats_chain, None
-            if held is not None:
-                held[1].unpop(held[2])  # comes out again, with what it says
-            return super().save()
+    def give_back(self) -> None:
+        held, self._stats_chain = self._stats_chain, None
+        if held is not None:
+            held[1].unpop(held[2])  # comes out again, with what it says
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

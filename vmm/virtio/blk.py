@@ -316,10 +316,17 @@ class Block(VirtioDevice):
             parked, self._parked = self._parked, []
             self._put([job for _, job in parked])
 
-    def save(self) -> dict[str, object]:
+    def give_back(self) -> None:
         if self._parked:
             raise StateError(f"{self.name}: {len(self._parked)} writes wait for space on the host")
-        return super().save()
+
+    def restore(self, state: dict[str, object]) -> None:
+        config = state["config"]
+        if not isinstance(config, bytes) or config[:8] != self.config[:8]:
+            raise ValueError(
+                f"state of {self.name}: its disk did not have {self.capacity} sectors"
+            )
+        super().restore(state)
 
     # --- life ---------------------------------------------------------------------------------
 

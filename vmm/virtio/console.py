@@ -331,25 +331,34 @@ class VirtioConsole(VirtioDevice):
 
     # --- state ------------------------------------------------------------------------------------
 
+    def give_back(self) -> None:
+        for port in self.ports:
+            if port is not None:
+                queue = self.slots[self.queues(port)[1]].queue
+                if port.chain is not None and queue is not None:
+                    queue.unpop(port.chain)
+                    port.chain = None
+
     def save(self) -> dict[str, object]:
-        with self._mutex:
-            state: dict[str, object] = {}
-            for port in self.ports:
-                if port is not None:
-                    queue = self.slots[self.queues(port)[1]].queue
-                    if port.chain is not None and queue is not None:
-                        queue.unpop(port.chain)
-                        port.chain = None
-                    state[str(port.number)] = [port.ready, port.open, port.done]
-            return {**super().save(), "ports": state}
+        self.hold()
+        try:
+            return {
+                **super().save(),
+                "ports": {str(port.number): port.save() for port in self.ports if port is not None},
+                "messages": list(self._messages),
+            }
+        finally:
+            self.release()
 
     def restore(self, state: dict[str, object]) -> None:
         super().restore(state)
-        ports = state["ports"]
-        if not isinstance(ports, dict):
-            raise ValueError(f"state of {self.name}: no ports")
+        ports, messages = state["ports"], state["messages"]
+        if not isinstance(ports, dict) or not isinstance(messages, list):
+            raise ValueError(f"state of {self.name}: no ports, or no messages")
+        self._messages.extend(bytes(each) for each in messages)
         for port in self.ports:
-            if port is not None:
-                ready, opened, done = ports.get(str(port.number), (False, False, 0))
-                port.ready, port.done = bool(ready), int(done)
-                port.guest_opened(bool(opened))
+            saved = None if port is None else ports.get(str(port.number))
+            if port is not None and isinstance(saved, dict):
+                port.restore(saved)
+                if port.ready and bool(saved["connected"]) is not port.connected:
+                    self.message(port.number, PORT_OPEN, int(port.connected))

@@ -101,6 +101,24 @@ class Port:
         if opened:
             self.device.receive(self)
 
+    def save(self) -> dict[str, object]:
+        """As plain data."""
+        return {
+            "ready": self.ready,
+            "open": self.open,
+            "connected": self.connected,
+            "done": self.done,
+            "input": bytes(self._input),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Take over what `save` gave, but for who is connected. Raises ValueError."""
+        done, data = state["done"], state["input"]
+        if not isinstance(done, int) or not isinstance(data, bytes):
+            raise ValueError(f"state of console port {self.number}: no position, or no input")
+        self.ready, self.open, self.done = bool(state["ready"]), bool(state["open"]), done
+        self._input[:] = data
+
     def close(self) -> None:
         """Give back host resources; harmless twice."""
 
@@ -130,12 +148,9 @@ class ConsolePort(Port):
     def type(self, data: bytes) -> None:
         """Input; from any thread."""
         device = self.device
-
-        def typed() -> None:
-            self._input += data
-            device.receive(self)
-
-        device.locked(typed)
+        with device.slots[0].lock:
+            self._input += data  # whether or not it can be delivered now
+            device.locked(device.receive, self)
 
 
 class SocketPort(Port):

@@ -10,7 +10,8 @@ A device says what it is (ID, FEATURES, QUEUES), fills `config`, and answers req
 
 Threads: a transport calls from vCPU threads, whoever serves a queue calls `notify` from his own.
 A queue's `lock` is held while its requests are handled; a reset waits for what is under way
-(`drain`) and takes them all, so nothing of a former life writes into guest memory.
+(`drain`) and takes them all, so nothing of a former life writes into guest memory. A snapshot
+(`hold`) waits and takes them in the same way, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class VirtioDevice:
         complaints: how many lines more it is told: a guest must not fill a person's terminal.
         on_bug: told of an exception that escaped in a thread of the device's.
         on_stop: told in one line why the machine should be paused, before its `resumed`.
-        quiet: no new requests are taken (a reset is under way).
+        quiet: no new requests are taken (a reset is under way, or it was restored and the machine
+            has not gone on yet).
         control: held by what changes status, features or queues; transports hold it where a
             register write is more than one step. Taken before a slot's lock, never after.
     """
@@ -110,6 +112,8 @@ class VirtioDevice:
         self.quiet = False
         self.control = RLock()
         self._lock = allocate_lock()
+        self._restored = False
+        self._held = 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -145,6 +149,9 @@ class VirtioDevice:
 
     def drain(self) -> None:
         """Wait until no kept request is under way; called with `quiet` set and no lock held."""
+
+    def give_back(self) -> None:
+        """Put requests that are kept back into their queues (`unpop`), for `save`; under `hold`."""
 
     def resumed(self) -> None:
         """The machine goes on after a pause."""
@@ -312,7 +319,7 @@ class VirtioDevice:
                 self.driver_features = 0
                 self.stopped()
             finally:
-                self.quiet = False
+                self.quiet = self._restored = False
                 for slot in self.slots:
                     slot.lock.release()
 
@@ -335,8 +342,44 @@ class VirtioDevice:
 
     # --- state ------------------------------------------------------------------------------------
 
+    def hold(self) -> None:
+        """Keep everybody from the queues, and from guest memory, once what is under way is done.
+
+        Until `release`, in the same thread; others wait, so nothing is lost. Nests. While vCPUs are
+        parked: with it, memory and devices are of one moment.
+        """
+        self.control.acquire()
+        self._held += 1
+        if self._held > 1:
+            return
+        quiet = self.quiet
+        if not self.ON_LOOP:  # there nothing is under way that does not hold the lock
+            self._silence()
+        for slot in self.slots:
+            slot.lock.acquire()
+        self.quiet = quiet
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        self._held -= 1
+        if not self._held:
+            for slot in self.slots:
+                slot.lock.release()
+        self.control.release()
+        if not self._held:  # who was turned away is served, and what was given back
+            for index in range(len(self.slots)):
+                self.notify(index)
+
     def save(self) -> dict[str, object]:
-        """Negotiation and queues as plain data; while paused, with no request under way."""
+        """Negotiation and queues as plain data; while vCPUs are parked. The device goes on."""
+        self.hold()
+        try:
+            self.give_back()
+            return self._state()
+        finally:
+            self.release()
+
+    def _state(self) -> dict[str, object]:
         queues: list[dict[str, object]] = []
         for slot in self.slots:
             state: dict[str, object] = {
@@ -357,12 +400,22 @@ class VirtioDevice:
         }
 
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave; raises ValueError where it is not this device's."""
+        """Take over what `save` gave; raises ValueError where it is not this device's.
+
+        Nothing is served until `resume`.
+        """
         queues = state["queues"]
         if not isinstance(queues, list) or len(queues) != len(self.slots):
             raise ValueError(f"state of {self.name}: not {len(self.slots)} queues")
+        features = _int(state, "features")
+        if features & ~self.features:
+            raise ValueError(
+                f"state of {self.name}: its driver has features {features & ~self.features:#x}, "
+                "which are not to be had here"
+            )
         self.reset()
-        self.driver_features = _int(state, "features") & self.features
+        self.quiet = self._restored = True
+        self.driver_features = features
         self.status = _int(state, "status") & 0xFF
         self.config_generation = _int(state, "generation") & 0xFF
         config = state["config"]
@@ -375,8 +428,17 @@ class VirtioDevice:
             if "ring" in given:
                 slot.queue = self._ring(slot)
                 slot.queue.restore(given["ring"])
-        if self.status & spec.DRIVER_OK:
+                slot.queue.broken = bool(self.status & spec.DEVICE_NEEDS_RESET)
+        if self.status & spec.DRIVER_OK and not self.ON_LOOP:
             self.started()
+
+    def resume(self) -> None:
+        """The machine goes on: after a pause, or for the first time after `restore`."""
+        if self._restored:
+            self._restored = self.quiet = False
+            if self.ON_LOOP and self.status & spec.DRIVER_OK:
+                self.started()
+        self.resumed()
 
 
 def _raise(err: BaseException) -> None:

@@ -77,6 +77,10 @@ class MmioTransport(Transport):
         self._config = True
         os.eventfd_write(self.irq_fd, 1)
 
+    def _interrupt_again(self) -> None:
+        if self._used or self._config:
+            os.eventfd_write(self.irq_fd, 1)
+
     # --- registers ------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:

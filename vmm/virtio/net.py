@@ -282,15 +282,21 @@ class Nic(VirtioDevice):
 
     def save(self) -> dict[str, object]:
         """While paused. Frames on their way are lost, as on a wire."""
-        for receiver, slot in zip(self._receivers, self.slots[::2], strict=False):
-            with slot.lock:
-                receiver.give_back()
-        state = super().save()
-        state["filter"] = self.filter.save()
-        state["pairs"] = self.pairs
-        state["offloads"] = self._offloads
-        state["plugged"] = self._plugged
-        return state
+        self.hold()
+        try:
+            return {
+                **super().save(),
+                "filter": self.filter.save(),
+                "pairs": self.pairs,
+                "offloads": self._offloads,
+                "plugged": self._plugged,
+            }
+        finally:
+            self.release()
+
+    def give_back(self) -> None:
+        for receiver in self._receivers:
+            receiver.give_back()
 
     def restore(self, state: dict[str, object]) -> None:
         found, pairs, offloads = state["filter"], state["pairs"], state["offloads"]

@@ -154,6 +154,10 @@ class PciTransport(Transport):
         self._config = True
         self.msix.raise_vector(self._config_vector)
 
+    def _interrupt_again(self) -> None:
+        for vector in {*self._vectors, *([self._config_vector] if self._config else [])}:
+            self.msix.raise_vector(vector)
+
     # --- where it is ------------------------------------------------------------------------------
 
     def _moved(self, base: int | None) -> None:

@@ -82,13 +82,11 @@ class Entropy(VirtioDevice):
     def queue_stopped(self, index: int) -> None:
         self.stopped()
 
-    def save(self) -> dict[str, object]:
+    def give_back(self) -> None:
         """What waits for the limit goes back into the ring: it is asked for again."""
-        with self.slots[0].lock:
-            while self._waiting:
-                queue, chain = self._waiting.pop()
-                queue.unpop(chain)
-            return super().save()
+        while self._waiting:
+            queue, chain = self._waiting.pop()
+            queue.unpop(chain)
 
     def close(self) -> None:
         self.stopped()

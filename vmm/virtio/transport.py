@@ -42,6 +42,7 @@ class Transport(Device):
         # Two flags, not one word: device threads set the first while the driver clears it.
         self._used = False
         self._config = False
+        self._restored = False
         self._features_sel = self._driver_sel = self._queue_sel = 0
         self._driver_features = 0
         device.interrupt = self._interrupt
@@ -94,6 +95,7 @@ class Transport(Device):
     def _set_status(self, status: int) -> None:
         device = self.device
         if not status:
+            self._restored = False
             device.set_status(0)
             self._used = self._config = False
             self._driver_features = self._driver_sel = self._features_sel = self._queue_sel = 0
@@ -137,8 +139,8 @@ class Transport(Device):
         }
 
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave. A notify that was under way is lost: once the interrupt
-        controllers have their state back, call `notify_all`."""
+        """Take over what `save` gave. Nothing is served until `resume`, which is for when memory
+        and interrupt controllers have their state back too."""
         device = state["device"]
         if not isinstance(device, dict):
             raise TypeError(f"state of {self.name}: no device in it")
@@ -146,11 +148,29 @@ class Transport(Device):
             self._connect()
         self.device.restore(device)
         pending = state_int(state, "interrupt", 3)
-        self._used, self._config = bool(pending & 1), bool(pending & 2)
+        self._used = bool(pending & 1)
+        self._config = bool(pending & 2) or self._config  # it may be another's link, or size
+        self._restored = True
         self._features_sel = state_int(state, "features_sel", LOW)
         self._driver_sel = state_int(state, "driver_sel", LOW)
         self._queue_sel = state_int(state, "queue_sel", LOW)
         self._driver_features = state_int(state, "driver_features", ALL)
+
+    def resume(self) -> None:
+        """The machine goes on: after a pause, or where it was restored.
+
+        A notify or an interrupt that was under way in the saved machine is lost, so then all
+        queues are looked at, and the driver is interrupted.
+        """
+        self.device.resume()
+        if self._restored:
+            self._restored = False
+            self._interrupt_again()
+            self.notify_all()
+
+    def _interrupt_again(self) -> None:
+        """Raise what the driver may not have seen."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         self._set_status(0)

@@ -11,7 +11,7 @@ import os
 import select
 import socket
 
-from vmm.errors import HostError, UsageError
+from vmm.errors import HostError, StateError, UsageError
 from vmm.virtio import spec
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.device import VirtioDevice
@@ -133,6 +133,17 @@ class VhostUserDevice(VirtioDevice):
             self._connection.set_config(offset, data)
         except BackEndGone as err:
             self._lost(str(err))
+
+    def save(self) -> dict[str, object]:
+        """StateError: what the back end knows cannot be had."""
+        raise StateError(
+            f"{self.name} is served by another process ({self._connection.name}), whose state "
+            "cannot be saved; make snapshots of machines without it"
+        )
+
+    def restore(self, state: dict[str, object]) -> None:
+        """StateError."""
+        raise StateError(f"{self.name} is served by another process and cannot be restored")
 
     def _watch(self) -> None:
         """Pass interrupts on, until the back end or the machine ends."""

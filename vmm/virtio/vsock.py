@@ -119,9 +119,6 @@ class Vsock(VirtioDevice):
     def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._thread = get_ident()
-        if self.status & spec.DRIVER_OK:  # restored
-            self.started()
-
     def started(self) -> None:
         self.call(self.host.start)
         if self._transport_reset:
@@ -443,18 +440,17 @@ class Vsock(VirtioDevice):
 
     # --- state ------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, object]:
-        """Without the connections: a restored guest is told that they are gone."""
-        with self._mutex:
-            queue = self.slots[RX].queue
-            while self._buffers and queue is not None:
-                queue.unpop(self._buffers.pop().chain)
-            return super().save()
+    # Without the connections: a restored guest is told that they are gone.
+
+    def give_back(self) -> None:
+        queue = self.slots[RX].queue
+        while self._buffers and queue is not None:
+            queue.unpop(self._buffers.pop().chain)
 
     def restore(self, state: dict[str, object]) -> None:
-        self._transport_reset = True
         config = bytes(self.config)
         super().restore(state)
+        self._transport_reset = True
         self.config[:] = config  # a clone has a CID of its own; the guest asks for it again
 
 

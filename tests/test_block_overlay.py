@@ -151,3 +151,17 @@ def test_nowhere_to_write(tmp_path: Path) -> None:
     with pytest.raises(HostError, match=r"snapshot: No such file .* set TMPDIR to another"):
         Overlay(base, directory=str(tmp_path / "nosuch"))
     base.close()
+
+
+def test_what_was_written_can_be_forgotten(overlay: Overlay) -> None:
+    before = content(overlay, 0, SIZE)
+    for seed in range(3):
+        chance = random.Random(seed)
+        for _ in range(20):
+            data = chance.randbytes(512 * chance.randint(1, 200))
+            overlay.write([memoryview(data)], chance.randrange(SIZE // 512 - 200) * 512)
+        overlay.write_zeroes(SIZE - 8192, 8192, unmap=True)
+        assert content(overlay, 0, SIZE) != before
+        overlay.clear()
+        assert content(overlay, 0, SIZE) == before
+        overlay.clear()

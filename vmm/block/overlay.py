@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vmm.block.frozen import Frozen
+
 CLUSTER = 64 << 10
 """Bytes. Large enough that the bitmap of 1 TiB is 2 MiB, small enough to be copied in no time."""
 
@@ -27,7 +29,7 @@ class Overlay:
     """An image as `vmm.block.raw.RawImage` is one, over `base`, which is only read.
 
     Args:
-        base: opened readonly; closed with the overlay.
+        base: only read; closed with the overlay.
         directory: where the file is; without: $TMPDIR, or /var/tmp.
 
     Raises:
@@ -36,11 +38,11 @@ class Overlay:
 
     readonly = False
 
-    def __init__(self, base: RawImage, *, directory: str = "") -> None:
+    def __init__(self, base: RawImage | Frozen, *, directory: str = "") -> None:
         self.base = base
-        self.path = base.path
-        self.size = base.size
-        self.direct = base.direct
+        self.path: str = base.path
+        self.size: int = base.size
+        self.direct: bool = base.direct
         where = directory or os.environ.get("TMPDIR") or "/var/tmp"
         self._fd = -1
         try:
@@ -182,6 +184,26 @@ class Overlay:
 
     def flush(self) -> None:
         """Nothing of it outlives the machine."""
+
+    def clear(self) -> None:
+        """Forget what was written. While nobody reads or writes."""
+        if any(self._written):
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, self.size)
+            self._written[:] = bytes(len(self._written))
+
+    def fold(self, below: Overlay) -> None:
+        """Write to `below`, of the same size, what was written here, and forget it. While nobody
+        reads or writes."""
+        data = memoryview(bytearray(CLUSTER))
+        for position, bits in enumerate(self._written):
+            for bit in range(8) if bits else ():
+                if bits >> bit & 1:
+                    at = (8 * position + bit) * CLUSTER
+                    part = data[: min(CLUSTER, self.size - at)]
+                    whole(os.preadv, self._fd, [part], at)
+                    below.write([part], at)
+        self.clear()
 
 
 def _nameless(directory: str) -> int:

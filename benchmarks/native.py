@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,19 +20,27 @@ FLAGS = ("-O2", "-Wall", "-pthread")
 
 def program() -> str:
     """Path of the compiled program."""
-    source = SOURCE.read_bytes()
-    name = hashlib.sha256(source + " ".join(FLAGS).encode()).hexdigest()[:16]
-    target = cache_directory() / "bench" / f"native-{name}"
+    return compiled("native", [SOURCE], FLAGS)
+
+
+def compiled(name: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+    """Path of the program gcc makes of `sources`; a linker script and headers are looked at too
+    (a change of them compiles again), but it is for `flags` to name them."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    target = cache_directory() / "bench" / f"{name}-{digest.hexdigest()[:16]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob("native-*"):
+        for old in target.parent.glob(f"{name}-*"):
             old.unlink()
+        inputs = [str(source) for source in sources if source.suffix in (".c", ".S")]
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = os.path.join(scratch, "native")
+            made = os.path.join(scratch, name)
             try:
-                subprocess.run(["gcc", *FLAGS, "-o", made, str(SOURCE)], check=True)
+                subprocess.run(["gcc", *flags, "-o", made, *inputs], check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise HostError(f"cannot compile {SOURCE}: {error}; is gcc installed?") from None
+                raise HostError(f"cannot compile {name}: {error}; is gcc installed?") from None
             os.rename(made, target)
     return str(target)
 

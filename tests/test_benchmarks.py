@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import exits, guests, native, output, start
+from benchmarks import bare, blk, exits, guests, native, output, start
 from benchmarks.series import Series, interleave
+from vmm.errors import HostError
 
 
 def series(contender: str, *samples: float, reference: bool = False) -> Series:
@@ -112,3 +113,45 @@ def test_each_operation_exits_once(
 @pytest.mark.one_lane
 def test_the_c_programs_machine_runs_to_its_exit_port() -> None:
     assert subprocess.run([native.program(), "once"], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+@pytest.mark.parametrize("bus", ["mmio", "pci"])
+def test_the_bench_guest_reads_and_writes_a_disk(bus: str, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    size = 4 << 20
+    blk.make_image(str(image), size)
+    command = blk.vmm(bus, str(image))
+    reads = [name for name in blk.JOBS if "write" not in blk.JOBS[name]]
+    depths = [blk.JOBS[name]["depth"] for name in reads]
+    for answer, depth in zip(
+        bare.run(command, [blk.job(name, bus, 10) for name in reads]), depths, strict=True
+    ):
+        assert answer["requests"] >= depth
+        assert 0 < answer["notifies"] <= answer["requests"] + depth
+    image.write_bytes(bytes(size))
+    bare.run(command, [blk.job("4 KiB random write, QD32", bus, 10)])
+    data = image.read_bytes()
+    written = [at for at in range(4096, size, 4096) if any(data[at : at + 8])]
+    assert written
+    assert all(int.from_bytes(data[at : at + 8], "little") == at for at in written)
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+def test_the_bench_guest_sees_data_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * (1 << 20))
+    with pytest.raises(HostError, match="failed: what was read is not what is there"):
+        bare.run(blk.vmm("mmio", str(image)), [blk.job("4 KiB random read, QD1", "mmio", 10)])
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+def test_the_bench_guest_runs_under_qemu(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    blk.make_image(str(image), 1 << 20)
+    command = blk.qemu("mmio", str(image), "threads")
+    (answer,) = bare.run(command, [blk.job("4 KiB random read, QD1", "mmio", 10)])
+    assert answer["requests"]

@@ -129,7 +129,7 @@ def test_the_bench_guest_reads_and_writes_a_disk(bus: str, tmp_path: Path) -> No
         bare.run(command, [blk.job(name, bus, 10) for name in reads]), depths, strict=True
     ):
         assert answer["requests"] >= depth
-        assert 0 < answer["notifies"] <= answer["requests"] + depth
+        assert answer["notifies"] <= answer["requests"] + depth
     image.write_bytes(bytes(size))
     bare.run(command, [blk.job("4 KiB random write, QD32", bus, 10)])
     data = image.read_bytes()

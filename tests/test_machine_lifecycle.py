@@ -121,6 +121,8 @@ CALLS: dict[str, Callable[[Machine], object]] = {
     "wait": lambda m: m.wait(1),
     "stop": Machine.stop,
     "press_power_button": Machine.press_power_button,
+    "vcpus": lambda m: m.vcpus,
+    "send": lambda m: m.send("x"),
 }
 BEFORE: dict[str, Callable[[Machine], object]] = {
     "created": lambda m: None,
@@ -137,6 +139,8 @@ WRONG = {
     "wait": ("created", "closed"),
     "stop": ("closed",),
     "press_power_button": ("created", "closed"),
+    "vcpus": ("running", "closed"),
+    "send": ("created", "stopped", "closed"),
 }
 
 
@@ -392,8 +396,8 @@ def test_waiting_for_output_in_turn(machine: Make) -> None:
         assert m.console.wait_for("o", timeout=60).startswith("o")
         assert m.console.wait_for(re.compile(r"t.o"), timeout=60).startswith("two")
         m.console.wait_for("ready", timeout=60)
-        m.platform.uart.receive(b"x")
-        assert m.console.wait_for("]", timeout=60).endswith("[x]")
+        m.send("x")
+        assert m.wait_for("]", timeout=60).endswith("[x]")
         with pytest.raises(TimeoutError, match="never"):
             m.console.wait_for("never", timeout=0.1)
 

@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm import errors, events
+    from vmm.aio import AsyncMachine
     from vmm.config import MachineConfig
     from vmm.console.tail import ConsoleClosed
     from vmm.errors import (
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine, MachineExit
 
 __all__ = [
+    "AsyncMachine",
     "BootError",
     "ConsoleClosed",
     "GuestMemoryError",
@@ -37,9 +40,12 @@ __all__ = [
     "UsageError",
     "VmmError",
     "__version__",
+    "errors",
+    "events",
 ]
 
 _HOME = {
+    "AsyncMachine": "vmm.aio",
     "ConsoleClosed": "vmm.console.tail",
     "Initramfs": "vmm.initramfs",
     "Machine": "vmm.machine",
@@ -53,6 +59,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'vmm' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in ("errors", "events"):
+        return import_module(f"vmm.{name}")
     value = getattr(import_module(_HOME.get(name, "vmm.errors")), name)
     globals()[name] = value
     return value

@@ -32,6 +32,12 @@ class Console:
         self._terminal: Terminal | None = None
         self._pump: InputPump | None = None
         self._uart: Uart | None = None
+        self._to: Uart | HvcLine | None = None
+
+    def send(self, data: bytes) -> None:
+        """Type `data`; what the guest cannot take yet waits. Once attached, from any thread."""
+        if self._to is not None:
+            self._to.receive(data)
 
     def sink(self, data: bytes) -> None:
         """Output of the guest; a UART's sink."""
@@ -50,10 +56,10 @@ class Console:
         self.backend.begin()
         uart.sink = self.sink
         self._uart = uart
+        to = self._to = line or uart
         self.tail.before_wait = lambda: uart.flush(wait=False)
         if self.backend.name == "none":
             return
-        to = line or uart
 
         # Imported here: a machine without a person at its console starts without them.
         from vmm.console.input import InputPump

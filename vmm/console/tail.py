@@ -69,6 +69,11 @@ class ConsoleTail:
             self._closed = True
             self._wake()
 
+    def wake(self) -> None:
+        """Have those who wait look at their `given_up`."""
+        with self._lock:
+            self._wake()
+
     def bytes(self) -> bytes:
         """The last output, at most the limit."""
         with self._lock:
@@ -79,13 +84,18 @@ class ConsoleTail:
         return self.bytes().decode("utf-8", "replace")
 
     def wait_for(
-        self, pattern: Pattern, timeout: float | None = None, since: int | None = None
+        self,
+        pattern: Pattern,
+        timeout: float | None = None,
+        since: int | None = None,
+        given_up: Callable[[], bool] | None = None,
     ) -> str:
         """Wait until `pattern` is printed and return the line it is on, as far as printed.
 
         `pattern` is literal text or a compiled regular expression. It is looked for after the
         last match, or from position `since`. TimeoutError after `timeout` seconds, ConsoleClosed
-        where the console closes first; both tell the last output.
+        where the console closes first; both tell the last output. `given_up`, asked now and then
+        and after `wake`, ends the wait with a TimeoutError too.
         """
         find = finder(pattern)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -101,7 +111,7 @@ class ConsoleTail:
                     return self._line(*match)
                 if self._closed:
                     raise ConsoleClosed(f"the console closed without {self._missing(pattern)}")
-                if left <= 0:
+                if left <= 0 or (given_up is not None and given_up()):
                     raise TimeoutError(f"{timeout} s passed without {self._missing(pattern)}")
                 waiter = allocate_lock()
                 waiter.acquire()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from vmm.boot import BootState
-    from vmm.console.tail import ConsoleTail
+    from vmm.console.tail import ConsoleTail, Pattern
     from vmm.events import Event
     from vmm.kvm.vcpu import Vcpu
     from vmm.machine.event_hub import EventHub, EventStream
@@ -50,7 +50,6 @@ class Machine:
         config: as given.
         memory: the guest's RAM.
         platform: its devices.
-        vcpus: its vCPUs' descriptors; use them while it is created, paused or stopped.
         exit: why it stopped, or None.
         on_error: told in a line of what goes wrong with a device while the machine goes on.
         paused_for: why a device had it paused, until it goes on; else an empty string.
@@ -74,7 +73,7 @@ class Machine:
         self._close_platform: Callable[[], None] | None = None
         self._threads: list[VcpuThread] = []
         self._watchdog: threading.Timer | None = None
-        self.vcpus: list[Vcpu] = []
+        self._vcpus: list[Vcpu] = []
         try:
             self._build()
         except BaseException:
@@ -114,7 +113,7 @@ class Machine:
         tables = self.platform.cpuid_tables(kvm)
         for number in range(config.cpus):
             vcpu = vm.create_vcpu(number)
-            self.vcpus.append(vcpu)
+            self._vcpus.append(vcpu)
             self._closers.append(vcpu.close)
             vcpu.set_cpuid2(tables[number])
             if self.boot is not None:
@@ -124,7 +123,7 @@ class Machine:
         for slot, region in enumerate(self.memory.regions):
             vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
         self._threads = [
-            VcpuThread(self, vcpu, self.platform.pio, self.platform.mmio) for vcpu in self.vcpus
+            VcpuThread(self, vcpu, self.platform.pio, self.platform.mmio) for vcpu in self._vcpus
         ]
 
     def __enter__(self) -> Self:
@@ -226,6 +225,18 @@ class Machine:
         return self._state
 
     @property
+    def vcpus(self) -> list[Vcpu]:
+        """Its vCPUs' descriptors, for registers and other state, while none runs.
+
+        Raises:
+            StateError: the machine is running (KVM would have the caller wait until the vCPU comes
+                out of KVM_RUN, maybe for ever), or closed.
+        """
+        if self._state in (RUNNING, CLOSED):
+            raise StateError(f"vcpus: the machine is {self._state}, not created, paused or stopped")
+        return self._vcpus
+
+    @property
     def balloon(self) -> Balloon:
         """The memory balloon: `target(bytes)`, `actual`, `stats()`. StateError without one."""
         balloon = self.platform.balloon
@@ -238,10 +249,22 @@ class Machine:
         """The last of the console's output, and waiting for more of it."""
         return self.platform.console.tail
 
+    def wait_for(
+        self, pattern: Pattern, timeout: float | None = None, since: int | None = None
+    ) -> str:
+        """Wait until the guest prints `pattern`; see `ConsoleTail.wait_for`."""
+        return self.console.wait_for(pattern, timeout, since)
+
+    def send(self, text: str | bytes) -> None:
+        """Type `text` on the console; what the guest cannot take yet waits. Running or paused."""
+        if self._state not in (RUNNING, PAUSED):
+            raise StateError(f"send: the machine is {self._state}, not running or paused")
+        self.platform.console.send(text.encode() if isinstance(text, str) else text)
+
     def start(self) -> None:
         """Run: from created. Returns at once."""
         with self._lock:
-            self._need("start", CREATED)
+            self.need("start", CREATED)
             self.platform.start(self._threads)
             self.console.before_wait = self._before_console_wait
             self._state = RUNNING
@@ -258,7 +281,7 @@ class Machine:
     def pause(self) -> None:
         """Park every vCPU; returns when all are out of KVM_RUN. From running."""
         with self._lock:
-            self._need("pause", RUNNING)
+            self.need("pause", RUNNING)
             for thread in self._threads:
                 thread.request(PAUSED)
             self._state = PAUSED
@@ -272,7 +295,7 @@ class Machine:
     def resume(self) -> None:
         """Go on: from paused."""
         with self._lock:
-            self._need("resume", PAUSED)
+            self.need("resume", PAUSED)
             for thread in self._threads:
                 thread.resumed()
             self._state = RUNNING
@@ -306,7 +329,7 @@ class Machine:
 
         Needs a guest that handles the ACPI power button.
         """
-        self._need("shutdown", RUNNING)
+        self.need("shutdown", RUNNING)
         self.press_power_button()
         if not self._ended.wait(timeout):
             self.stop()
@@ -405,7 +428,8 @@ class Machine:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _need(self, call: str, state: str) -> None:
+    def need(self, call: str, state: str) -> None:
+        """StateError, in the name of `call`, unless it is in `state`."""
         if self._state != state:
             raise StateError(f"{call}: the machine is {self._state}, not {state}")
 

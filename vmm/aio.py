@@ -1,0 +1,239 @@
+"""A machine for asyncio: the calls of `Machine` as coroutines.
+
+What may block runs in a thread of its own for as long as the call, never on the caller's loop, and
+never in the loop's default executor, whose few threads a machine that waits would take from others.
+A call that is cancelled has ended before the cancellation goes on: no thread is left, and the
+machine is in one of its states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from vmm.errors import StateError
+from vmm.events import Event, Stopped
+from vmm.machine import Machine, MachineExit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self, TypeVar
+
+    from vmm.config import MachineConfig
+    from vmm.console.tail import ConsoleTail, Pattern
+    from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.event_hub import EventStream
+    from vmm.memory import GuestMemory
+
+    T = TypeVar("T")
+
+
+class AsyncMachine:
+    """A `Machine` whose blocking calls are coroutines; an asynchronous context manager.
+
+    >>> async def boot(config):  # doctest: +SKIP
+    ...     async with AsyncMachine(config) as m:
+    ...         await m.start()
+    ...         await m.wait_for("login:", timeout=30)
+    ...         return await m.shutdown()
+
+    Args:
+        what: a configuration; the machine is built on entering `async with`. Or a function that
+            makes a machine (it may block), or a `Machine`; it is closed on leaving all the same.
+    """
+
+    def __init__(self, what: MachineConfig | Machine | Callable[[], Machine]) -> None:
+        self._what = what
+        self._machine = what if isinstance(what, Machine) else None
+
+    async def __aenter__(self) -> Self:
+        if self._machine is None:
+            try:
+                await in_thread(self._make)
+            except asyncio.CancelledError:
+                await self.close()
+                raise
+        return self
+
+    def _make(self) -> None:
+        what = self._what
+        assert not isinstance(what, Machine)
+        self._machine = what() if callable(what) else Machine(what)
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    @property
+    def machine(self) -> Machine:
+        """The machine itself, for what needs no waiting. StateError before it is built."""
+        if self._machine is None:
+            raise StateError("the machine is built on entering `async with`, and was not yet")
+        return self._machine
+
+    async def call(
+        self,
+        function: Callable[..., T],
+        *arguments: object,
+        abort: Callable[[], object] | None = None,
+    ) -> T:
+        """Call a blocking function in a thread of its own, as `m.call(m.machine.method, x)`.
+
+        Where the caller is cancelled, `abort` is called, to make the function return soon; the
+        cancellation goes on when it has.
+        """
+        return await in_thread(function, *arguments, abort=abort)
+
+    # --- without waiting --------------------------------------------------------------------------
+
+    @property
+    def config(self) -> MachineConfig:
+        """See `Machine.config`."""
+        return self.machine.config
+
+    @property
+    def state(self) -> str:
+        """See `Machine.state`."""
+        return self.machine.state
+
+    @property
+    def exit(self) -> MachineExit | None:
+        """See `Machine.exit`."""
+        return self.machine.exit
+
+    @property
+    def console(self) -> ConsoleTail:
+        """See `Machine.console`; its `wait_for` blocks, this class's does not."""
+        return self.machine.console
+
+    @property
+    def memory(self) -> GuestMemory:
+        """See `Machine.memory`."""
+        return self.machine.memory
+
+    @property
+    def vcpus(self) -> list[Vcpu]:
+        """See `Machine.vcpus`."""
+        return self.machine.vcpus
+
+    @property
+    def event_log(self) -> list[Event]:
+        """See `Machine.event_log`."""
+        return self.machine.event_log
+
+    def events(self, *kinds: type[Event], history: bool = False) -> EventStream:
+        """See `Machine.events`."""
+        return self.machine.events(*kinds, history=history)
+
+    def subscribe(
+        self, listener: Callable[[Event], object], *kinds: type[Event]
+    ) -> Callable[[], None]:
+        """See `Machine.subscribe`; `listener` is called in other threads than the loop's."""
+        return self.machine.subscribe(listener, *kinds)
+
+    def emit(self, event: Event) -> None:
+        """See `Machine.emit`."""
+        self.machine.emit(event)
+
+    def send(self, text: str | bytes) -> None:
+        """See `Machine.send`."""
+        self.machine.send(text)
+
+    def press_power_button(self) -> None:
+        """See `Machine.press_power_button`."""
+        self.machine.press_power_button()
+
+    # --- with -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """See `Machine.start`."""
+        await in_thread(self.machine.start)
+
+    async def pause(self) -> None:
+        """See `Machine.pause`."""
+        await in_thread(self.machine.pause)
+
+    async def resume(self) -> None:
+        """See `Machine.resume`."""
+        await in_thread(self.machine.resume)
+
+    async def stop(self) -> MachineExit:
+        """See `Machine.stop`."""
+        return await in_thread(self.machine.stop)
+
+    async def close(self) -> None:
+        """See `Machine.close`."""
+        if self._machine is not None:
+            await in_thread(self._machine.close)
+
+    async def wait_for(
+        self, pattern: Pattern, timeout: float | None = None, since: int | None = None
+    ) -> str:
+        """See `Machine.wait_for`."""
+        tail, given_up = self.console, threading.Event()
+
+        def abort() -> None:
+            given_up.set()
+            tail.wake()
+
+        return await in_thread(tail.wait_for, pattern, timeout, since, given_up.is_set, abort=abort)
+
+    async def wait(self, timeout: float | None = None) -> MachineExit:
+        """See `Machine.wait`."""
+        machine = self.machine
+        with machine.events(Stopped) as stream:
+            if machine.exit is None and machine.state in ("running", "paused"):
+                try:
+                    async with asyncio.timeout(timeout):
+                        async for _ in stream:
+                            pass
+                except TimeoutError:
+                    raise TimeoutError(f"the machine has not ended within {timeout:g} s") from None
+        return await in_thread(machine.wait)
+
+    async def shutdown(self, timeout: float | None = 30.0) -> MachineExit:
+        """See `Machine.shutdown`."""
+        machine = self.machine
+        machine.need("shutdown", "running")
+        machine.press_power_button()
+        try:
+            return await self.wait(timeout)
+        except TimeoutError:
+            return await self.stop()
+
+
+async def in_thread(
+    function: Callable[..., T], *arguments: object, abort: Callable[[], object] | None = None
+) -> T:
+    """What `function` returns or raises, called in a new thread; see `AsyncMachine.call`."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = function(*arguments)
+        except BaseException as err:
+            loop.call_soon_threadsafe(done.set_exception, _for_future(err))
+        else:
+            loop.call_soon_threadsafe(done.set_result, result)
+
+    thread = threading.Thread(target=run, name=f"vmm-{getattr(function, '__name__', 'call')}")
+    thread.start()
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError as err:
+            if cancelled is None and abort is not None:
+                abort()
+            cancelled = err
+    thread.join()
+    if cancelled is not None:
+        done.exception()  # seen: nobody else will look at it
+        raise cancelled
+    return done.result()
+
+
+def _for_future(err: BaseException) -> BaseException:
+    """A future takes any exception but StopIteration."""
+    return RuntimeError(str(err)) if isinstance(err, StopIteration) else err

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vmm.block import lock
 from vmm.block.raw import RawImage
 from vmm.errors import EXIT_HOST, HostError
 
@@ -74,6 +76,24 @@ def test_a_child_that_holds_the_file_holds_the_lock(path: str) -> None:
         RawImage(path)
     image.close()
     RawImage(path).close()
+
+
+def test_waiting_for_the_last_user(path: str) -> None:
+    """Nothing is locked by it; it ends when the image is free, or the time is over."""
+    image = RawImage(path)
+    with open(path, "rb") as file:
+        assert not lock.free(file.fileno(), write=False)
+        timer = threading.Timer(0.1, image.close)
+        timer.start()
+        lock.wait_free(path, write=True, within=60)
+        assert lock.free(file.fileno(), write=True)
+        timer.join()
+        image = RawImage(path, readonly=True)
+        assert lock.free(file.fileno(), write=False)
+        assert not lock.free(file.fileno(), write=True)
+        lock.wait_free(path, write=True, within=0.05)
+        image.close()
+    lock.wait_free(f"{path}.missing", write=True, within=60)
 
 
 QEMU = shutil.which("qemu-system-x86_64")

@@ -64,6 +64,27 @@ def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
+def test_it_does_not_begin_without_its_keeper(tmp_path: Path) -> None:
+    """We are killed between the two processes a child is made of."""
+    code = (
+        "import os, signal, subprocess; from vmm.child import Child\n"
+        "real = subprocess.Popen\n"
+        "def popen(*args, **options):\n"
+        "    made.append(real(*args, **options))\n"
+        "    print(made[0].pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "made = []; subprocess.Popen = popen\n"
+        f"Child(['/bin/sh', '-c', 'touch {tmp_path}/began; exec sleep 1000'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    limit = time.monotonic() + 20
+    while running(int(done.stdout)):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    assert not (tmp_path / "began").exists()
+
+
 def test_it_inherits_only_what_it_is_given(tmp_path: Path) -> None:
     read, write = os.pipe()
     try:

@@ -2,13 +2,15 @@
 
 However it ends: a shell beside it waits for the end of a pipe, which the kernel closes with us, and
 ends the program then. (PR_SET_PDEATHSIG would tell of the death of the thread that started it, not
-of the process.)
+of the process.) The program begins only once that shell is there: there is no moment in which our
+end would leave it behind.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 
 from vmm.errors import HostError
 
@@ -16,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_STARTER = 'read -r _ && exec "$@" </dev/null'
 _KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null'
 STDERR_MAX = 2000
 GRACE = 5.0
@@ -47,8 +50,8 @@ class Child:
         self.name = os.path.basename(argv[0])
         self._stderr = os.memfd_create("vmm-child-stderr", os.MFD_CLOEXEC)
         self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
+            ["/bin/sh", "-c", _STARTER, "sh", *argv],
+            stdin=subprocess.PIPE,
             stdout=self._stderr,
             stderr=self._stderr,
             pass_fds=pass_fds,
@@ -60,6 +63,10 @@ class Child:
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the shell was killed
+            self._process.stdin.write(b"go\n")
+            self._process.stdin.close()
 
     def said(self) -> str:
         """The last line it wrote to standard error, or an empty string."""

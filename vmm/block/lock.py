@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 import struct
+import time
+from contextlib import suppress
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
 """Linux, include/uapi/asm-generic/fcntl.h: locks of the open file, not of the process."""
@@ -18,6 +20,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_
 
 READ, WRITE, RESIZE = 0, 1, 3
 """QEMU's BLK_PERM_CONSISTENT_READ, _WRITE and _RESIZE, as bit numbers."""
+DENY = (WRITE, RESIZE)
 NEEDED, DENIED = 100, 200
 """Where the bytes of either kind begin."""
 
@@ -28,21 +31,53 @@ def lock(fd: int, *, write: bool) -> bool:
     The locks go with the last descriptor of the open file. Where there are no locks (some network
     file systems), it is taken for free.
     """
-    need = (READ, WRITE) if write else (READ,)
-    deny = (WRITE, RESIZE)
     try:
-        for places, base in ((need, NEEDED), (deny, DENIED)):
-            for place in places:
-                _lock_byte(fd, F_OFD_SETLK, fcntl.F_RDLCK, base + place)
-        return all(_free(fd, DENIED + place) for place in need) and all(
-            _free(fd, NEEDED + place) for place in deny
+        for place in _needed(write):
+            _lock_byte(fd, F_OFD_SETLK, fcntl.F_RDLCK, NEEDED + place)
+        for place in DENY:
+            _lock_byte(fd, F_OFD_SETLK, fcntl.F_RDLCK, DENIED + place)
+        return free(fd, write=write)
+    except OSError as err:
+        return _no_locks(err)
+
+
+def free(fd: int, *, write: bool) -> bool:
+    """Whether `lock` would succeed now; nothing is locked."""
+    try:
+        return all(_free(fd, DENIED + place) for place in _needed(write)) and all(
+            _free(fd, NEEDED + place) for place in DENY
         )
     except OSError as err:
-        if err.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        if err.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
-            return True
-        raise
+        return _no_locks(err)
+
+
+def wait_free(path: str, *, write: bool, within: float) -> None:
+    """Wait until nobody's use of the image contradicts ours, for that many seconds at most.
+
+    For the image of a machine that was killed a moment ago: the process that served it is told to
+    end then, and may not have ended yet. What keeps the image from being used is not told of here.
+    """
+    limit = time.monotonic() + within
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while not free(fd, write=write) and time.monotonic() < limit:
+                time.sleep(0.01)
+        finally:
+            os.close(fd)
+
+
+def _needed(write: bool) -> tuple[int, ...]:
+    return (READ, WRITE) if write else (READ,)
+
+
+def _no_locks(err: OSError) -> bool:
+    """Whether an image is free where locking has failed so."""
+    if err.errno in (errno.EAGAIN, errno.EACCES):
+        return False
+    if err.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+        return True
+    raise err
 
 
 def _free(fd: int, place: int) -> bool:

@@ -5,6 +5,7 @@ It is the code QEMU itself has for qcow2 and the others, in a process of its own
 
 from __future__ import annotations
 
+from vmm.block import lock
 from vmm.errors import HostError
 from vmm.virtio import spec
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 CONFIG_BYTES = 60
 """struct virtio_blk_config up to write zeroes (virtio 1.2, section 5.2.4)."""
 QUEUE_SIZE = 128
+FREE_WITHIN = 2.0
+"""Seconds to wait for an image in use: a killed monitor's daemon is about to let it go."""
 
 
 class StorageDaemonDisk(VhostUserDevice):
@@ -50,6 +53,7 @@ def open_disk(drive: Drive, name: str) -> StorageDaemonDisk:
     from vmm.child import Child, find
 
     program = find("qemu-storage-daemon", "qemu-system-common")
+    lock.wait_free(drive.path, write=not drive.readonly, within=FREE_WITHIN)
     listener = Listener()
     try:
         fd = listener.sock.fileno()

@@ -28,9 +28,15 @@ MTU = 65520
 START_WITHIN = 20.0
 """Seconds."""
 END_WITHIN = 2.0
+PORT_WITHIN = 1.0
+"""Seconds to wait for a port in use."""
 _SOCKET_FD = 3
 _DATA_VALID = n.HEADER.pack(n.HDR_F_DATA_VALID, n.HDR_GSO_NONE, 0, 0, 0, 0, 0)
 """passt has made the checksum, and what it came through does not damage frames."""
+
+
+class _PortInUse(UsageError):
+    """passt could not bind a port of the host's."""
 
 
 class PasstBackend(StreamBackend):
@@ -49,7 +55,18 @@ class PasstBackend(StreamBackend):
     features = bits(n.F_CSUM, n.F_GUEST_CSUM)
 
     def __init__(self, forward: Sequence[tuple[str, str, int, int]] = (), *, mtu: int = 0) -> None:
-        program = _find(PROGRAM)
+        program, limit = _find(PROGRAM), time.monotonic() + PORT_WITHIN
+        while True:
+            try:
+                self._start(program, forward, mtu)
+                return
+            except _PortInUse:
+                # A killed monitor's passt may be about to end, and lets its ports go then.
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.05)
+
+    def _start(self, program: str, forward: Sequence[tuple[str, str, int, int]], mtu: int) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         try:
             self.pid, ready, errors = _spawn(program, theirs.fileno(), _arguments(forward, mtu))
@@ -141,7 +158,7 @@ def _wait_ready(ready: int, errors: int, forward: Sequence[tuple[str, str, int, 
     os.lseek(errors, 0, os.SEEK_SET)
     said = _complaint(os.read(errors, 1 << 16).decode(errors="replace"))
     if forward and "bind" in said:
-        raise UsageError(f"--net user: forward: passt: {said}; is the port in use, or below 1024?")
+        raise _PortInUse(f"--net user: forward: passt: {said}; is the port in use, or below 1024?")
     raise HostError(f"--net user: passt: {said}")
 
 

@@ -217,3 +217,30 @@ def test_every_msr_of_the_list_can_be_set_to_what_it_is(vcpu: Vcpu) -> None:
     again = vcpu.get_msrs(list(values))
     differing = {index for index in values if again[index] != values[index]}
     assert differing <= MOVING
+
+
+def test_the_tsc_offset() -> None:
+    """As KVM_VCPU_TSC_OFFSET says; kvm_pvm takes it and leaves the TSC alone."""
+    with Guest("done") as guest:
+        vcpu = guest.vcpu
+        offset = vcpu.get_tsc_offset()
+        if offset is None:
+            pytest.skip("KVM before Linux 5.16")
+        before = vcpu.get_msrs([0x10])[0x10]
+        vcpu.set_tsc_offset(offset + 10**15)
+        moved = vcpu.get_tsc_offset() == (offset + 10**15) % (1 << 64)
+        assert moved or vcpu.get_tsc_offset() == offset
+        assert (vcpu.get_msrs([0x10])[0x10] >= before + 10**15) == moved
+
+
+def test_nested_state() -> None:
+    """Of a guest without guests of its own; what is given back is taken."""
+    with Guest("done") as guest:
+        state = guest.vcpu.get_nested_state()
+        assert bool(state) == bool(guest.vm.check_extension(constants.CAP_NESTED_STATE))
+        if state:
+            guest.vcpu.set_nested_state(state)
+            assert guest.vcpu.get_nested_state() == state
+        else:
+            with pytest.raises(KvmError, match="KVM_SET_NESTED_STATE"):
+                guest.vcpu.set_nested_state(bytes(128))

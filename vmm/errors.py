@@ -33,6 +33,10 @@ class UsageError(VmmError):
     exit_status = EXIT_USAGE
 
 
+class SnapshotError(UsageError):
+    """A snapshot cannot be used, or not here; exit status 2."""
+
+
 class BootError(UsageError):
     """A kernel or initrd file cannot be booted as asked; exit status 2."""
 

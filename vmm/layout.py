@@ -29,6 +29,9 @@ BIOS_ROM = 0xE0000
 MP_TABLE = 0xF0000
 """The MP table's floating pointer: the third of the places where an operating system looks for it
 (MP spec 1.4, section 4). The others are of 1 KiB, without room for more than 40 processors."""
+VMGENID = 0xFF000
+"""The VM generation ID, in a page of its own at the end of the BIOS area."""
+VMGENID_SIZE = 16
 HIGH_RAM = 0x100000
 
 # --- the hole ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -135,6 +135,55 @@ class Mmio(NamedTuple):
     data: bytes | None
 
 
+def write_tables(memory: GuestMemory, mode: str, vectors: Iterable[int]) -> None:
+    """GDT, TSS, page tables, and an IDT with the gates of `vectors`, in order of their handlers."""
+    memory.write(GDT, struct.pack(f"<{len(_DESCRIPTORS)}Q", *_DESCRIPTORS))
+    memory.write_u64(TSS + 4, STACK - 0x800)  # RSP0, under the stack itself
+    paging.write_page_tables(memory)
+    entries = struct.unpack("<3072Q", memory.read(layout.PML4, 0x6000))
+    user = (entry | 4 if entry else 0 for entry in entries)  # pages user code may use too
+    memory.write(layout.PML4, struct.pack("<3072Q", *user))
+    for position, vector in enumerate(vectors):
+        target = HANDLERS + position * HANDLER_SIZE
+        if mode == "real":
+            memory.write(vector * 4, struct.pack("<HH", target, 0))
+        elif mode == "protected":
+            gate = struct.pack("<HHHH", target & 0xFFFF, CODE_32, 0x8E00, target >> 16)
+            memory.write(IDT + 8 * vector, gate)
+        else:
+            gate = struct.pack("<HHHHQ", target & 0xFFFF, CODE_64, 0xEE00, 0, 0)
+            memory.write(IDT + 16 * vector, gate)
+
+
+def set_up(vcpu: Vcpu, mode: str, values: Mapping[str, int]) -> None:
+    """Registers as a guest has them that is about to run what is at CODE."""
+    sregs = vcpu.get_sregs()
+    if mode == "real":
+        sregs.cs.base = sregs.cs.selector = 0
+    else:
+        code, long = (CODE_32, 0) if mode == "protected" else (CODE_64, 1)
+        # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding
+        sregs.cs = (0, 0xFFFFFFFF, code, 11, 1, 0, 1 - long, 1, long, 1, 0, 0, 0)
+        for name in ("ds", "es", "fs", "gs", "ss"):
+            setattr(sregs, name, (0, 0xFFFFFFFF, DATA_SEL, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0))
+        sregs.tr = (TSS, 0x67, TSS_SEL, 11, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+        sregs.gdt.base, sregs.gdt.limit = GDT, 8 * len(_DESCRIPTORS) - 1
+        sregs.idt.base, sregs.idt.limit = IDT, 0xFFF if long else 0x7FF
+        sregs.cr4 = CR4_OSFXSR
+        sregs.cr0 = doctor.CR0_PE | doctor.CR0_ET | doctor.CR0_NE
+        if long:
+            sregs.cr0 |= doctor.CR0_PG
+            sregs.cr3 = layout.PML4
+            sregs.cr4 |= doctor.CR4_PAE
+            sregs.efer = doctor.EFER_LME | doctor.EFER_LMA
+    vcpu.set_sregs(sregs)
+    regs = vcpu.get_regs()
+    regs.rip, regs.rsp, regs.rflags = CODE, STACK, doctor.RFLAGS_FIXED
+    for name, value in values.items():
+        setattr(regs, name, value)
+    vcpu.set_regs(regs)
+
+
 class Guest:
     """A VM with one vCPU about to run `source` (or machine code).
 
@@ -187,8 +236,8 @@ class Guest:
             if isinstance(source, str):
                 source = assemble(source, mode, tuple(self.vectors.values()))
             self.memory.write(CODE, source)
-            self._write_tables()
-            self._set_up(regs)
+            write_tables(self.memory, mode, self.vectors)
+            set_up(self.vcpu, mode, regs)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -196,55 +245,6 @@ class Guest:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-
-    # --- before it runs ---------------------------------------------------------------------------
-
-    def _write_tables(self) -> None:
-        memory = self.memory
-        memory.write(GDT, struct.pack(f"<{len(_DESCRIPTORS)}Q", *_DESCRIPTORS))
-        memory.write_u64(TSS + 4, STACK - 0x800)  # RSP0, under the stack itself
-        paging.write_page_tables(memory)
-        entries = struct.unpack("<3072Q", memory.read(layout.PML4, 0x6000))
-        user = (entry | 4 if entry else 0 for entry in entries)  # pages user code may use too
-        memory.write(layout.PML4, struct.pack("<3072Q", *user))
-        for position, vector in enumerate(self.vectors):
-            target = HANDLERS + position * HANDLER_SIZE
-            if self.mode == "real":
-                memory.write(vector * 4, struct.pack("<HH", target, 0))
-            elif self.mode == "protected":
-                gate = struct.pack("<HHHH", target & 0xFFFF, CODE_32, 0x8E00, target >> 16)
-                memory.write(IDT + 8 * vector, gate)
-            else:
-                gate = struct.pack("<HHHHQ", target & 0xFFFF, CODE_64, 0xEE00, 0, 0)
-                memory.write(IDT + 16 * vector, gate)
-
-    def _set_up(self, values: Mapping[str, int]) -> None:
-        vcpu = self.vcpu
-        sregs = vcpu.get_sregs()
-        if self.mode == "real":
-            sregs.cs.base = sregs.cs.selector = 0
-        else:
-            code, long = (CODE_32, 0) if self.mode == "protected" else (CODE_64, 1)
-            # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding
-            sregs.cs = (0, 0xFFFFFFFF, code, 11, 1, 0, 1 - long, 1, long, 1, 0, 0, 0)
-            for name in ("ds", "es", "fs", "gs", "ss"):
-                setattr(sregs, name, (0, 0xFFFFFFFF, DATA_SEL, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0))
-            sregs.tr = (TSS, 0x67, TSS_SEL, 11, 1, 0, 0, 0, 0, 0, 0, 0, 0)
-            sregs.gdt.base, sregs.gdt.limit = GDT, 8 * len(_DESCRIPTORS) - 1
-            sregs.idt.base, sregs.idt.limit = IDT, 0xFFF if long else 0x7FF
-            sregs.cr4 = CR4_OSFXSR
-            sregs.cr0 = doctor.CR0_PE | doctor.CR0_ET | doctor.CR0_NE
-            if long:
-                sregs.cr0 |= doctor.CR0_PG
-                sregs.cr3 = layout.PML4
-                sregs.cr4 |= doctor.CR4_PAE
-                sregs.efer = doctor.EFER_LME | doctor.EFER_LMA
-        vcpu.set_sregs(sregs)
-        regs = vcpu.get_regs()
-        regs.rip, regs.rsp, regs.rflags = CODE, STACK, doctor.RFLAGS_FIXED
-        for name, value in values.items():
-            setattr(regs, name, value)
-        vcpu.set_regs(regs)
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ S5 = 5
 """SLP_TYPx that turns the machine off; the DSDT's \\_S5 says the same."""
 RESET_VALUE = 1
 GED_POWER_BUTTON = 1 << 0
+GED_GENERATION = 1 << 1
+"""The VM generation ID has changed."""
 
 
 class AcpiPower(ByteDevice):
@@ -57,8 +59,15 @@ class AcpiPower(ByteDevice):
 
     def press_power_button(self) -> None:
         """Tell the guest to shut down; from any thread. A guest without a handler ignores it."""
+        self._tell(GED_POWER_BUTTON)
+
+    def generation_changed(self) -> None:
+        """Tell the guest that its VM generation ID has changed."""
+        self._tell(GED_GENERATION)
+
+    def _tell(self, event: int) -> None:
         with self._lock:
-            self._pending |= GED_POWER_BUTTON
+            self._pending |= event
             # The GED's interrupt is edge-triggered: a pulse is one event.
             self._irq(1)
             self._irq(0)

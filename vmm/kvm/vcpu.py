@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
@@ -189,6 +190,37 @@ class Vcpu:
         """KVM_SET_TSC_KHZ: other than the host's needs KVM_CAP_TSC_CONTROL."""
         ioctl(self.fd, ioctls.SET_TSC_KHZ, khz)
 
+    def get_tsc_offset(self) -> int | None:
+        """KVM_VCPU_TSC_OFFSET: what is added to the host's TSC, modulo 2**64; None where this KVM
+        does not tell (before Linux 5.16)."""
+        value = ffi.new("uint64_t *")
+        try:
+            ioctl_struct(self.fd, ioctls.GET_DEVICE_ATTR, _tsc_offset(value))
+        except KvmError as err:
+            if err.errno in (errno.ENXIO, errno.ENOTTY, errno.EINVAL):
+                return None
+            raise
+        return int(value[0])
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set it; the same one for every vCPU keeps their TSCs together."""
+        value = ffi.new("uint64_t *", offset & (1 << 64) - 1)
+        ioctl_struct(self.fd, ioctls.SET_DEVICE_ATTR, _tsc_offset(value))
+
+    def get_nested_state(self) -> bytes:
+        """KVM_GET_NESTED_STATE: of the guest's own guests; empty where KVM nests none."""
+        size = self.vm.check_extension(constants.CAP_NESTED_STATE)
+        if not size:
+            return b""
+        area = bytearray(size)
+        area[4:8] = size.to_bytes(4, "little")  # struct kvm_nested_state: flags, format, size
+        ioctl_struct(self.fd, ioctls.GET_NESTED_STATE, ffi.from_buffer(area))
+        return bytes(area[: int.from_bytes(area[4:8], "little")])
+
+    def set_nested_state(self, state: bytes) -> None:
+        """KVM_SET_NESTED_STATE, with EFER and CR4 already as the guest had them."""
+        ioctl_struct(self.fd, ioctls.SET_NESTED_STATE, ffi.from_buffer(bytearray(state)))
+
     # --- interrupts and run state ----------------------------------------------------------------
 
     def get_lapic(self) -> Any:
@@ -269,6 +301,15 @@ class Vcpu:
         state.linear_address = linear
         ioctl_struct(self.fd, ioctls.TRANSLATE, state)
         return int(state.physical_address) if state.valid else None
+
+
+def _tsc_offset(value: Any) -> Any:
+    """struct kvm_device_attr for KVM_VCPU_TSC_OFFSET, at a `uint64_t *`."""
+    attr = new("kvm_device_attr")
+    attr.group = constants.VCPU_TSC_CTRL
+    attr.attr = constants.VCPU_TSC_OFFSET
+    attr.addr = int(ffi.cast("uintptr_t", value))
+    return attr
 
 
 def read_msrs(fd: int, indices: Sequence[int]) -> dict[int, int]:

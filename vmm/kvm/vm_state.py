@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from vmm.kvm import constants
 from vmm.kvm.ffi import ffi, new
 
@@ -14,25 +16,43 @@ if TYPE_CHECKING:
 CHIPS = (constants.IRQCHIP_PIC_MASTER, constants.IRQCHIP_PIC_SLAVE, constants.IRQCHIP_IOAPIC)
 
 
-def save(vm: Vm) -> dict[str, Any]:
-    """PICs, IOAPIC, PIT and kvmclock of a VM whose vCPUs are parked."""
-    return {
+def save(vm: Vm, *, pit: bool = True) -> dict[str, Any]:
+    """PICs, IOAPIC, PIT (if the VM has one) and kvmclock of a VM whose vCPUs are parked.
+
+    `clock` is kvmclock, `realtime` the host's time then, nanoseconds since 1970.
+    """
+    clock = vm.get_clock()
+    realtime = clock.realtime if clock.flags & constants.CLOCK_REALTIME else time.time_ns()
+    state = {
         "irqchips": [bytes(ffi.buffer(vm.get_irqchip(chip))) for chip in CHIPS],
-        "pit": bytes(ffi.buffer(vm.get_pit2())),
-        "clock": int(vm.get_clock().clock),
+        "clock": int(clock.clock),
+        "realtime": int(realtime),
     }
+    if pit:
+        state["pit"] = bytes(ffi.buffer(vm.get_pit2()))
+    return state
 
 
-def restore(vm: Vm, state: dict[str, Any]) -> None:
-    """Put it back into a VM that has an irqchip and a PIT. The clock goes on from where it was
-    saved: time the VM was not there does not pass for it."""
+def restore(vm: Vm, state: dict[str, Any], *, elapse: bool = False) -> None:
+    """Put it back into a VM that has an irqchip, and a PIT if there is one in `state`.
+
+    The clock goes on from where it was saved: time the VM was not there does not pass for it. With
+    `elapse` it does (KVM_CLOCK_REALTIME): the guest's clocks agree with the host's again.
+    """
     for data in state["irqchips"]:
         chip = new("kvm_irqchip")
         ffi.buffer(chip)[:] = data
         vm.set_irqchip(chip)
-    pit = new("kvm_pit_state2")
-    ffi.buffer(pit)[:] = state["pit"]
-    vm.set_pit2(pit)
+    if "pit" in state:
+        pit = new("kvm_pit_state2")
+        ffi.buffer(pit)[:] = state["pit"]
+        vm.set_pit2(pit)
     clock = new("kvm_clock_data")
     clock.clock = state["clock"]
+    if elapse:
+        if vm.kvm.check_extension(constants.CAP_ADJUST_CLOCK) & constants.CLOCK_REALTIME:
+            clock.flags = constants.CLOCK_REALTIME
+            clock.realtime = state["realtime"]
+        else:
+            clock.clock += max(time.time_ns() - state["realtime"], 0)
     vm.set_clock(clock)

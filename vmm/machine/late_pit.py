@@ -45,7 +45,13 @@ class LatePit(ByteDevice):
         with self._lock:
             if not self.created:
                 self._vm.create_pit2()
+                self._fresh = self._vm.get_pit2()
                 self.created = True
+
+    def reset(self) -> None:
+        """As after power-on."""
+        if self.created:
+            self._vm.set_pit2(self._fresh)
 
     def read8(self, offset: int) -> int:
         """Counters nobody started read 0, and so does the speaker's port: gate and output low."""

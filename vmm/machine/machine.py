@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmm.events import Event
     from vmm.kvm.vcpu import Vcpu
     from vmm.machine.event_hub import EventHub, EventStream
+    from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
     from vmm.virtio.balloon import Balloon
 
@@ -46,17 +47,23 @@ class Machine:
     ...     m.exit
     MachineExit('poweroff', 'the guest powered off', status=0)
 
+    Args:
+        origin: what it comes from, if it does not boot: see `Machine.restore`.
+
     Attributes:
         config: as given.
         memory: the guest's RAM.
         platform: its devices.
         exit: why it stopped, or None.
         on_error: told in a line of what goes wrong with a device while the machine goes on.
+        restored: a state was put into it, so that to start it is to go on.
         paused_for: why a device had it paused, until it goes on; else an empty string.
     """
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
         self.config = config
+        self._origin = origin
+        self.restored = False
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
         self.paused_for = ""
@@ -91,7 +98,11 @@ class Machine:
             raise UsageError(f"--cpus {config.cpus} is more than this KVM allows ({limit})")
         if not kvm.check_extension(constants.CAP_IMMEDIATE_EXIT):
             raise HostError("this KVM lacks KVM_CAP_IMMEDIATE_EXIT; Linux 4.12 or later is needed")
-        self.memory = GuestMemory(config.memory, config.backing)
+        origin = self._origin
+        if origin is None:
+            self.memory = GuestMemory(config.memory, config.backing)
+        else:
+            self.memory = origin.map_memory(config)
         self._closers.append(self.memory.close)
         vm = self.vm = kvm.create_vm()
         self._closers.append(vm.close)
@@ -108,14 +119,15 @@ class Machine:
         self.platform = Platform(self, vm)
         self._close_platform = self.platform.close
         self.platform.add_virtio()
-        if config.kernel is not None:
+        if config.kernel is not None and origin is None:
             self.boot = self.platform.load_kernel(config.kernel)
-        tables = self.platform.cpuid_tables(kvm)
+        tables = self.platform.cpuid_tables(kvm) if origin is None else None
         for number in range(config.cpus):
             vcpu = vm.create_vcpu(number)
             self._vcpus.append(vcpu)
             self._closers.append(vcpu.close)
-            vcpu.set_cpuid2(tables[number])
+            if tables is not None:
+                vcpu.set_cpuid2(tables[number])
             if self.boot is not None:
                 from vmm.boot import registers
 
@@ -125,6 +137,8 @@ class Machine:
         self._threads = [
             VcpuThread(self, vcpu, self.platform.pio, self.platform.mmio) for vcpu in self._vcpus
         ]
+        if origin is not None:
+            origin.apply(self)
 
     def __enter__(self) -> Self:
         return self
@@ -276,6 +290,10 @@ class Machine:
             except RuntimeError as err:
                 self.monitor_failed(err)
                 raise HostError(f"--cpus {self.config.cpus}: {err}; see `ulimit -u`") from err
+            if self.restored:
+                for thread in self._threads:
+                    thread.resumed()
+                self.platform.resumed()
             self._go("started")
 
     def pause(self) -> None:
@@ -302,6 +320,17 @@ class Machine:
             self.paused_for = ""
             self._go("resumed")
         self.platform.resumed()
+
+    @property
+    def has_run(self) -> bool:
+        """Whether its vCPUs have ever run."""
+        return bool(self.started_at)
+
+    def wait_parked(self) -> None:
+        """Wait until no vCPU runs: a device or a panic pauses a machine without waiting."""
+        if self._state == PAUSED:
+            for thread in self._threads:
+                thread.wait_parked()
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""

@@ -43,6 +43,7 @@ class Platform:
         pio, mmio: the two address spaces.
         uart, power, rtc, pit: devices others need to reach.
         virtio: the virtio devices, None where there are none.
+        vmgenid: the guest was told of a VM generation ID, at layout.VMGENID.
         console: what the UART's output goes to and its input comes from.
     """
 
@@ -54,6 +55,7 @@ class Platform:
         self.virtio: VirtioDevices | None = None
         self.hvc: VirtioConsole | None = None
         self.balloon: Balloon | None = None
+        self.vmgenid = False
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -189,6 +191,8 @@ class Platform:
             virtio = self.virtio.acpi() if self.virtio is not None else ()
             pci = config.transport == "pci"
             tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus, virtio_mmio=virtio, pci=pci))
+            blobs.append((layout.VMGENID, os.urandom(layout.VMGENID_SIZE)))
+            self.vmgenid = True
             rsdp = tables.rsdp
             blobs += tables.blobs
         state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)

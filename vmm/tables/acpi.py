@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 from vmm import layout
-from vmm.devices.power import GED_POWER_BUTTON, RESET_VALUE, S5
+from vmm.devices.power import GED_GENERATION, GED_POWER_BUTTON, RESET_VALUE, S5
 from vmm.tables import aml
 
 TYPE_CHECKING = False
@@ -183,7 +183,7 @@ def mcfg() -> bytes:
 
 def dsdt(config: AcpiConfig) -> bytes:
     """The DSDT: legacy devices, power button, virtio-mmio devices, PCI host bridge, S5."""
-    devices = [_uart(), _rtc(), _pvpanic(), _power_button(), _ged()]
+    devices = [_uart(), _rtc(), _pvpanic(), _power_button(), _generation_id(), _ged()]
     devices += [
         _virtio_mmio(index, base, size, gsi)
         for index, (base, size, gsi) in enumerate(config.virtio_mmio)
@@ -227,6 +227,18 @@ def _power_button() -> bytes:
     )
 
 
+def _generation_id() -> bytes:
+    """The VM generation ID ("Virtual Machine Generation ID", Microsoft, 2012): 16 random bytes at
+    layout.VMGENID that change when a snapshot is restored, which a notify tells."""
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", "VMMV0001"),
+        aml.name("_CID", "VM_Gen_Counter"),
+        aml.name("_DDN", "VM_Gen_Counter"),
+        aml.name("ADDR", aml.package(layout.VMGENID, 0)),
+    )
+
+
 def _ged() -> bytes:
     """The generic event device: reading the selector tells and clears what happened."""
     selector = aml.name_seg("ESEL")
@@ -242,6 +254,7 @@ def _ged() -> bytes:
             1,
             aml.store(selector, aml.LOCAL0),
             aml.if_(aml.bit_and(aml.LOCAL0, GED_POWER_BUTTON), aml.notify("\\_SB.PWRB", 0x80)),
+            aml.if_(aml.bit_and(aml.LOCAL0, GED_GENERATION), aml.notify("\\_SB.VGEN", 0x80)),
         ),
     )
 

@@ -1,0 +1,21 @@
+"""What a machine that does not boot comes from: a snapshot, or another machine."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.config import MachineConfig
+    from vmm.machine.machine import Machine
+    from vmm.memory import GuestMemory
+
+
+class Origin:
+    """Given to `Machine`, it stands for the kernel."""
+
+    def map_memory(self, config: MachineConfig) -> GuestMemory:
+        """The guest's RAM, which the machine closes."""
+        raise NotImplementedError
+
+    def apply(self, machine: Machine) -> None:
+        """Put the state in; memory, devices and vCPUs are there, and nothing has run."""
+        raise NotImplementedError

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.config import MachineConfig
     from vmm.console.tail import ConsoleTail, Pattern
     from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.binding import Read, Write
     from vmm.machine.event_hub import EventStream
     from vmm.memory import GuestMemory
 
@@ -138,6 +139,18 @@ class AsyncMachine:
     def send(self, text: str | bytes) -> None:
         """See `Machine.send`."""
         self.machine.send(text)
+
+    def bind_port(
+        self, port: int, size: int = 1, *, read: Read | None = None, write: Write | None = None
+    ) -> Callable[[], None]:
+        """See `Machine.bind_port`; the functions are called in other threads than the loop's."""
+        return self.machine.bind_port(port, size, read=read, write=write)
+
+    def bind_mmio(
+        self, gpa: int, size: int, *, read: Read | None = None, write: Write | None = None
+    ) -> Callable[[], None]:
+        """See `Machine.bind_mmio`; the functions are called in other threads than the loop's."""
+        return self.machine.bind_mmio(gpa, size, read=read, write=write)
 
     def press_power_button(self) -> None:
         """See `Machine.press_power_button`."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmm.console.tail import ConsoleTail, Pattern
     from vmm.events import Event
     from vmm.kvm.vcpu import Vcpu
+    from vmm.machine.binding import Read, Write
     from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
@@ -230,6 +231,35 @@ class Machine:
         from vmm.machine.event_hub import make
 
         hub.emit(make(event, arguments))
+
+    # --- functions of the program -----------------------------------------------------------------
+
+    def bind_port(
+        self, port: int, size: int = 1, *, read: Read | None = None, write: Write | None = None
+    ) -> Callable[[], None]:
+        """Have functions answer at ports `port` to `port + size - 1`, until what is returned is
+        called. Created or paused.
+
+        `read(offset, size)` returns what the guest reads, an int of `size` bytes (1, 2 or 4);
+        `write(offset, size, value)` takes what it writes; the offset counts from `port`. Without
+        `read` it reads all ones, without `write` writes do nothing. They are called on the vCPU's
+        thread, which waits; what they raise ends the machine, with a report.
+
+        Raises:
+            UsageError: something else is there, named.
+            StateError: the machine is running, stopped or closed.
+        """
+        from vmm.machine.binding import bind
+
+        return bind(self, "port", port, size, read, write)
+
+    def bind_mmio(
+        self, gpa: int, size: int, *, read: Read | None = None, write: Write | None = None
+    ) -> Callable[[], None]:
+        """As `bind_port`, at guest physical addresses without RAM; accesses of 1 to 8 bytes."""
+        from vmm.machine.binding import bind
+
+        return bind(self, "mmio", gpa, size, read, write)
 
     # --- life cycle ---------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ class GuestMemory:
         """Unmap every region; views that are still held stay readable until they go."""
         for region in self.regions:
             region.close()
+            region.size, region.end = 0, region.gpa  # nothing is found there any more
         self.regions = ()
         base, self.base = self.base, None
         if base is not None:
@@ -112,6 +113,8 @@ class GuestMemory:
             high = self._high
             if high is not None and high.gpa <= gpa and gpa + size <= high.end:
                 return high
+        if not self.regions:
+            raise GuestMemoryError(gpa, size, "is gone: the memory is closed")
         raise GuestMemoryError(gpa, size)
 
     def contains(self, gpa: int, size: int = 1) -> bool:

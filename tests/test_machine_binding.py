@@ -11,6 +11,7 @@ import pytest
 from tests.support import tiny
 from vmm import GuestMemoryError, Machine, MachineConfig, StateError, UsageError
 from vmm.machine import exits
+from vmm.snapshot import capture
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(120)]
 
@@ -228,3 +229,13 @@ def test_only_while_nothing_runs(machine: Make, state: str) -> None:
         if state == "closed":
             with pytest.raises(GuestMemoryError, match="is gone: the memory is closed"):
                 m.memory.read(0, 4)
+
+
+def test_the_state_of_a_machine_is_without_them(machine: Make) -> None:
+    with machine(tiny.HALT) as m, machine(tiny.HALT) as other:
+        m.bind_port(0x1510, read=lambda offset, size: 0)
+        state = capture.capture(m)
+        assert not any("1510" in name for name in state["devices"])
+        capture.apply(other, state)
+        other.bind_port(0x1510, 2, read=lambda offset, size: 0)
+        capture.apply(other, state)

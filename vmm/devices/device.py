@@ -25,6 +25,8 @@ class Device:
 
     LENGTH = 1
     """Bytes of address space the device takes."""
+    SAVED = True
+    """Whether its state is part of the machine's; False for what a program plugs in itself."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -36,6 +36,8 @@ BARS = (layout.PCI_MMIO32_BASE, layout.PCI_MMIO32_SIZE, "the guest's window for 
 class Bound(Device):
     """`read` and `write` at a range; where one is None, all ones are read, or writes ignored."""
 
+    SAVED = False
+
     def __init__(self, name: str, read: Read | None, write: Write | None) -> None:
         super().__init__(name)
         self._read = read

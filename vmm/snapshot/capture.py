@@ -136,7 +136,7 @@ def _devices(machine: Machine) -> dict[str, Device]:
     """The devices on ports and memory that are not virtio's, by name, the PCI bus among them."""
     found: dict[str, Device] = {}
     for device in machine.platform.pio.devices() + machine.platform.mmio.devices():
-        if isinstance(device, (Transport, Msix)):
+        if isinstance(device, (Transport, Msix)) or not device.SAVED:
             continue
         name, number = device.name, 1
         while name in found and found[name] is not device:

@@ -69,6 +69,16 @@ ECHO = prints(b"ready\n") + _echo()
 # wait: mov dx, 0x604; in eax, dx; test al, 1; jz wait
 POLITE = prints(b"ready\n") + bytes.fromhex("66ba0406 ed a801 74f7") + POWEROFF + HALT
 
+# Echoes what is typed, until the power button is pressed.
+# loop: mov dx, 0x604; in eax, dx; test al, 1; jnz off; mov dx, 0x3fd; in al, dx; test al, 1
+#       jz loop; mov dx, 0x3f8; in al, dx; out dx, al; jmp loop; off:
+LOGIN = (
+    prints(b"Welcome\n\nhost login: ")
+    + bytes.fromhex("66ba0406 ed a801 7511 66bafd03 ec a801 74ee 66baf803 ec ee ebe6")
+    + POWEROFF
+    + HALT
+)
+
 
 def kernel(directory: Path, code: bytes) -> str:
     """The path of a new ELF file that runs `code`."""

@@ -16,7 +16,7 @@ from vmm.virtio.blk import Block
 
 DEFAULTS = {
     "readonly": False, "format": "", "serial": "", "cache": "writeback", "queues": 1,
-    "snapshot": False, "werror": "report",
+    "snapshot": False, "werror": "report", "bps": 0, "burst": 0, "iops": 0, "iops_burst": 0,
 }  # fmt: skip
 
 
@@ -41,11 +41,16 @@ DEFAULTS = {
         ("x,cache=none,queues=16", "x", {"cache": "none", "queues": 16}),
         ("x,cache=unsafe,queues=01", "x", {"cache": "unsafe"}),
         ("x,werror=stop", "x", {"werror": "stop"}),
+        ("x,bps=10M", "x", {"bps": 10 << 20}),
+        ("x,iops=1000,iops-burst=2K", "x", {"iops": 1000, "iops_burst": 2048}),
+        ("x,bps=1,burst=9,format=raw", "x", {"bps": 1, "burst": 9, "format": "raw"}),
+        ("x,bps=9,burst=9,format=qcow2", "x", {"bps": 9, "burst": 9, "format": "qcow2"}),
     ],
 )
 def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
     drive = Drive.parse(text)
-    assert {name: getattr(drive, name) for name in Drive.__slots__} == {
+    slots = set(Drive.__slots__) - {"rate"}
+    assert {name: getattr(drive, name) for name in slots} == {
         "path": path, **DEFAULTS, **values,
     }  # fmt: skip
 
@@ -58,7 +63,7 @@ def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
         (
             "x,read-only",
             "--drive x,read-only: 'read-only' is not one of readonly, snapshot, format=, serial=, "
-            "cache=, queues=, werror=",
+            "cache=, queues=, werror=, bps=, burst=, iops=, iops-burst=",
         ),
         ("x,", "--drive x,: '' is not one of readonly, "),
         ("x,cache", "--drive x,cache: 'cache' is not one of readonly, "),
@@ -69,6 +74,12 @@ def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
         ("x,cache=", "--drive x: cache= is not one of writeback, none, unsafe"),
         ("x,cache=directsync", "--drive x: cache=directsync is not one of writeback, none, unsafe"),
         ("x,werror=ignore", "--drive x: werror=ignore is not one of report, stop"),
+        ("x,bps=0", "--drive x: bps=0 is no number above 0; say for example 10M"),
+        ("x,iops=fast", "--drive x: iops=fast is no number above 0"),
+        ("x,iops=9P", "iops=9P is no number above 0"),
+        ("x,burst=1M", "--drive x: burst= goes with bps=, which is not given"),
+        ("x,bps=1,iops-burst=1", "iops-burst= goes with iops=, which is not given"),
+        ("x,bps=9,burst=8,format=qcow2", "with format=qcow2 a burst is a second's worth at least"),
         ("x,queues=0", "--drive x: queues=0 is not from 1 to 16"),
         ("x,queues=17", "--drive x: queues=17 is not from 1 to 16"),
         ("x,queues=-1", "--drive x,queues=-1: queues=-1 is not from 1 to 16"),

@@ -27,6 +27,7 @@ from vmm import (
 from vmm.devices.device import Device
 from vmm.machine import exits
 from vmm.virtio.device import VirtioDevice
+from vmm.virtio.rng import Entropy
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(120)]
 
@@ -111,6 +112,17 @@ def test_a_device_can_have_it_paused(machine: Make) -> None:
             m.resume()
             assert (m.state, m.paused_for, device.told) == ("running", "", count)
     assert events == ["started", *["paused", "resumed"] * 2, "stopped"]
+
+
+def test_a_virtio_device_by_its_name(machine: Make) -> None:
+    with machine(IDLE, rng="rate=1K") as m:
+        device = m.virtio_device("rng")
+        assert isinstance(device, Entropy)
+        assert device.limit.rates == (1024, 0)
+        with pytest.raises(StateError, match="no virtio device 'blk0'; it has rng"):
+            m.virtio_device("blk0")
+    with machine(IDLE) as m, pytest.raises(StateError, match="it has no virtio devices"):
+        m.virtio_device("blk0")
 
 
 CALLS: dict[str, Callable[[Machine], object]] = {

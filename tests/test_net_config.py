@@ -21,6 +21,11 @@ GOOD = [
     ("socket=/tmp/a,,b,pcap=c,,d=e", Net("socket", "/tmp/a,b", pcap="c,d=e")),
     ("lan=blue", Net("lan", "blue")),
     (
+        "user,rx-bps=10M,tx-pps=1000,tx-pps-burst=5",
+        Net("user", rx_bps=10 << 20, tx_pps="1000", tx_pps_burst=5),
+    ),
+    ("tap,tx-bps=1G,tx-burst=1M", Net("tap", tx_bps=1 << 30, tx_burst="1M")),
+    (
         "user,forward=tcp:8080:80,forward=udp:127.0.0.1:53:5353,forward=tcp:[::1]:1:2",
         Net("user", forward=["tcp:8080:80", "udp:127.0.0.1:53:5353", "tcp:[::1]:1:2"]),
     ),
@@ -55,6 +60,10 @@ BAD = [
     ("user,mac=00:00:00:00:00:00", "is not one card's address"),
     ("user,mtu=67", "mtu=67 is not from 68 to 65521"),
     ("user,mtu=1e3", "mtu=1e3 is not a number above 0"),
+    ("user,rx-bps=0", "--net user: rx-bps=0 is no number above 0; say for example 10M"),
+    ("user,bps=1M", "'bps=1M' is not for this; user takes mac= pcap= mtu= forward= rx-bps="),
+    ("user,tx-burst=1M", "tx-burst= goes with tx-bps=, which is not given"),
+    ("none,tx-bps=1M", "'tx-bps=1M' is not for this; none stands alone"),
     ("tap,queues=9", "queues=9 is not from 1 to 8"),
     ("tap,queues=0", "queues=0 is not a number above 0"),
     ("tap,address=10.0.0.1", "address=10.0.0.1 is not ADDRESS/BITS, as in 192.168.77.1/24"),

@@ -112,6 +112,15 @@ def test_a_qcow2_disk(qcow2: Callable[..., str], event_idx: bool) -> None:
         assert file.read(4) == b"QFI\xfb"
 
 
+def test_a_qcow2_disk_with_a_limit(qcow2: Callable[..., str]) -> None:
+    disk = Drive.parse(f"{qcow2(MIB)},format=qcow2,bps=1M,burst=2M,iops=100").open(0)
+    assert isinstance(disk, VhostUserDevice)
+    with External(disk) as driver:
+        for number in range(15):  # of 10 requests at once
+            blocks(driver, blk.T_OUT, number, b"x" * 512)
+            assert blocks(driver, blk.T_IN, number, 512) == b"x" * 512
+
+
 def test_two_on_one_image_are_refused(qcow2: Callable[..., str]) -> None:
     path = qcow2(MIB)
     first = Drive(path, format="qcow2").open(0)

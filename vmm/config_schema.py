@@ -12,6 +12,7 @@ from vmm.errors import UsageError
 from vmm.net.config import KINDS
 from vmm.virtio.console_config import PORTS_MAX
 from vmm.virtio.net_spec import MTU_MAX, PAIRS_MAX
+from vmm.virtio.rate import RATE_MAX
 from vmm.virtio.vsock_config import CID_MAX, CID_MIN
 
 Schema = dict[str, object]
@@ -74,6 +75,10 @@ DRIVE = {
     "queues": _number("request queues", 1, QUEUES_MAX, 1),
     "snapshot": _flag("what the guest writes goes with the machine"),
     "werror": _text("what a full host file system does", "report", enum=list(WERRORS)),
+    "bps": _size("limit a second", 0),
+    "burst": _size("what may come at once after a pause", 0),
+    "iops": _number("requests a second, at most", 0, RATE_MAX, 0),
+    "iops_burst": _number("requests at once after a pause", 0, RATE_MAX, 0),
 }
 NET = {
     "kind": _text("what it is connected to", enum=list(KINDS)),
@@ -85,6 +90,11 @@ NET = {
     "queues": _number("queue pairs of a tap", 1, PAIRS_MAX, 1),
     "forward": _list("tcp:HOST:GUEST or udp:HOST:GUEST, each", {"type": "string"}),
 }
+for _way, _where in (("rx", "to the guest"), ("tx", "from the guest")):
+    NET[f"{_way}_bps"] = _size(f"limit a second {_where}", 0)
+    NET[f"{_way}_burst"] = _size(f"at once after a pause {_where}", 0)
+    NET[f"{_way}_pps"] = _number(f"packets a second {_where}, at most", 0, RATE_MAX, 0)
+    NET[f"{_way}_pps_burst"] = _number(f"packets at once {_where}", 0, RATE_MAX, 0)
 PORT = {
     "name": _text("what the guest calls it"),
     "socket": _text("a UNIX socket to listen on", ""),

@@ -8,9 +8,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.block.overlay import Overlay
     from vmm.virtio.device import VirtioDevice
+    from vmm.virtio.rate import Rate
 
 FLAGS = ("readonly", "snapshot")
 KEYS = ("format", "serial", "cache", "queues", "werror")
+LIMITS = ("bps", "burst", "iops", "iops-burst")
+"""See `vmm.virtio.rate`."""
 FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi", "vpc", "qed", "parallels")
 """The last seven by qemu-storage-daemon."""
 CACHES = ("writeback", "none", "unsafe")
@@ -32,13 +35,24 @@ class Drive:
         snapshot: the image is only read; what the guest writes goes with the machine.
         werror: what happens when there is no space left for a write: `report` it to the guest, or
             `stop`: the machine is paused, and does it again when it goes on.
+        bps, iops: bytes and requests a second, both directions together: numbers, or text as
+            `10M`; 0: no limit.
+        burst, iops_burst: what may come at once after a pause; 0: a tenth of a second's worth.
+
+    Attributes:
+        rate: the limits; None where there are none.
     """
 
     __slots__ = (
+        "bps",
+        "burst",
         "cache",
         "format",
+        "iops",
+        "iops_burst",
         "path",
         "queues",
+        "rate",
         "readonly",
         "serial",
         "snapshot",
@@ -56,6 +70,10 @@ class Drive:
         queues: int = 1,
         snapshot: bool = False,
         werror: str = "report",
+        bps: int | str = 0,
+        burst: int | str = 0,
+        iops: int | str = 0,
+        iops_burst: int | str = 0,
     ) -> None:
         self.path = str(path)
         self.readonly = readonly
@@ -65,6 +83,14 @@ class Drive:
         self.queues = queues
         self.snapshot = snapshot
         self.werror = werror
+        limits = (bps, burst, iops, iops_burst)
+        self.rate: Rate | None = None
+        self.bps = self.burst = self.iops = self.iops_burst = 0
+        if limits != (0, 0, 0, 0):
+            from vmm.virtio.rate import Rate
+
+            self.rate = Rate(f"--drive {path}", LIMITS, limits)
+            self.bps, self.burst, self.iops, self.iops_burst = self.rate.numbers
         if not self.path:
             raise UsageError("--drive: no path; say --drive disk.img")
         if "\0" in self.path:
@@ -78,6 +104,10 @@ class Drive:
             for name, value in given:
                 if value:
                     raise UsageError(f"--drive {path}: {name} works with format=raw only")
+            if 0 < self.burst < self.bps or 0 < self.iops_burst < self.iops:
+                raise UsageError(
+                    f"--drive {path}: with format={format} a burst is a second's worth at least"
+                )
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
         if len(serial) > 20 or not serial.isascii() or not serial.isprintable():
@@ -106,10 +136,10 @@ class Drive:
             if key in FLAGS:
                 if value not in ("", "on", "off"):
                     raise UsageError(f"--drive {text}: {key}={value} is not on or off")
-            elif key not in KEYS or not equals:
+            elif key not in KEYS + LIMITS or not equals:
                 raise UsageError(
                     f"--drive {text}: {word!r} is not one of {', '.join(FLAGS)}, "
-                    f"{'=, '.join(KEYS)}="
+                    f"{'=, '.join(KEYS + LIMITS)}="
                 )
             values[key] = value
         queues = values.get("queues", "1")
@@ -120,6 +150,10 @@ class Drive:
             readonly=values.get("readonly", "off") != "off",
             snapshot=values.get("snapshot", "off") != "off",
             werror=values.get("werror", "report"),
+            bps=values.get("bps", 0),
+            burst=values.get("burst", 0),
+            iops=values.get("iops", 0),
+            iops_burst=values.get("iops-burst", 0),
             format=values.get("format", ""),
             serial=values.get("serial", ""),
             cache=values.get("cache", "writeback"),
@@ -157,10 +191,13 @@ class Drive:
         except BaseException:
             image.close()
             raise
-        return Block(
+        disk = Block(
             image,
             serial=self.serial,
             queues=self.queues,
             stop_when_full=self.werror == "stop",
             name=f"blk{number}",
         )
+        if self.rate:
+            self.rate.apply(disk.limit)
+        return disk

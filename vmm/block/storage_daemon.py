@@ -39,11 +39,22 @@ def command(drive: Drive, fd: int) -> list[str]:
     cache = "cache.direct=" + ("on" if drive.cache == "none" else "off")
     no_flush = "cache.no-flush=" + ("on" if drive.cache == "unsafe" else "off")
     common = f"read-only={readonly},{cache},{no_flush}"
+    node, limits = "disk", []
+    if drive.rate:
+        rate, node = drive.rate, "limited"
+        group = {"bps-total": rate.bps, "bps-total-max": rate.burst,
+                 "iops-total": rate.ops, "iops-total-max": rate.ops_burst}  # fmt: skip
+        given = "".join(f",limits.{name}={value}" for name, value in group.items() if value)
+        limits = [
+            "--object", f"throttle-group,id=limit{given}",
+            "--blockdev", "driver=throttle,node-name=limited,throttle-group=limit,file=disk",
+        ]  # fmt: skip
     return [
         "--blockdev", f"driver=file,node-name=file,filename={path},{common},discard=unmap",
         "--blockdev", f"driver={drive.format},node-name=disk,file=file,{common},discard=unmap",
+        *limits,
         "--export",
-        f"type=vhost-user-blk,id=export,node-name=disk,addr.type=fd,addr.str={fd},"
+        f"type=vhost-user-blk,id=export,node-name={node},addr.type=fd,addr.str={fd},"
         f"writable={'off' if drive.readonly else 'on'},num-queues={drive.queues}",
     ]  # fmt: skip
 

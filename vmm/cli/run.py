@@ -75,14 +75,16 @@ PARSER = Parser(
             metavar="DISK",
             repeat=True,
             help="image or block device, then ,readonly ,snapshot (changes go with the machine) "
-            ",format=F ,serial=S ,cache=none|unsafe ,queues=N ,werror=stop (pause when it is full)",
+            ",format=F ,serial=S ,cache=none|unsafe ,queues=N ,werror=stop (pause when it is full) "
+            ",bps=BYTES ,burst=BYTES ,iops=N ,iops-burst=N (limits, a second)",
         ),
         Option(
             "--net",
             metavar="NET",
             repeat=True,
             help="user, tap[=NAME], bridge=BR, socket=PATH or none, then ,mac=M ,pcap=FILE ,mtu=N; "
-            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N",
+            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N; limits, a second: "
+            ",rx-bps=BYTES ,rx-burst=BYTES ,rx-pps=N ,rx-pps-burst=N, the same with tx-",
         ),
         Option(
             "--rng",

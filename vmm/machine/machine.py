@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
     from vmm.virtio.balloon import Balloon
+    from vmm.virtio.device import VirtioDevice
 
 CREATED = "created"
 CLOSED = "closed"
@@ -279,6 +280,10 @@ class Machine:
         if self._state in (RUNNING, CLOSED):
             raise StateError(f"vcpus: the machine is {self._state}, not created, paused or stopped")
         return self._vcpus
+
+    def virtio_device(self, name: str) -> VirtioDevice:
+        """The virtio device `name`: `blk0`, `net0`, `rng` ...; StateError where there is none."""
+        return self.platform.virtio_device(name)
 
     @property
     def balloon(self) -> Balloon:

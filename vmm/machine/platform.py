@@ -13,6 +13,7 @@ from vmm.devices.power import AcpiPower
 from vmm.devices.pvpanic import PvPanic
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
+from vmm.errors import StateError
 from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.coalescing import ConsoleCoalescing
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.machine.virtio import VirtioDevices
     from vmm.virtio.balloon import Balloon
     from vmm.virtio.console import VirtioConsole
+    from vmm.virtio.device import VirtioDevice
 
 
 PANIC_TEXT = "Kernel panic - not syncing"
@@ -148,6 +150,15 @@ class Platform:
             raise
         self.hvc = VirtioConsole(ports)
         return self.hvc
+
+    def virtio_device(self, name: str) -> VirtioDevice:
+        """The virtio device `name`; StateError where there is none."""
+        transports = self.virtio.transports if self.virtio is not None else []
+        for transport in transports:
+            if transport.name == name:
+                return transport.device
+        names = ", ".join(transport.name for transport in transports) or "no virtio devices"
+        raise StateError(f"this machine has no virtio device {name!r}; it has {names}")
 
     def resize(self, cols: int = 0, rows: int = 0) -> None:
         """Tell a virtio console its size; without one, that of the terminal, if there is any."""

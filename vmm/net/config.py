@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
     from vmm.net.port import Backend
     from vmm.virtio.net import Nic
+    from vmm.virtio.rate import Rate
 
+RX = ("rx-bps", "rx-burst", "rx-pps", "rx-pps-burst")
+TX = ("tx-bps", "tx-burst", "tx-pps", "tx-pps-burst")
+"""Limits of what the guest receives and sends; see `vmm.virtio.rate`."""
+ALL = ("mac", "pcap", "mtu")
 KINDS: dict[str, tuple[str, ...]] = {
-    "user": ("mac", "pcap", "mtu", "forward"),
-    "tap": ("mac", "pcap", "mtu", "address", "queues"),
-    "bridge": ("mac", "pcap", "mtu", "queues"),
-    "socket": ("mac", "pcap", "mtu"),
-    "lan": ("mac", "pcap", "mtu"),
+    "user": (*ALL, "forward", *RX, *TX),
+    "tap": (*ALL, "address", "queues", *RX, *TX),
+    "bridge": (*ALL, "queues", *RX, *TX),
+    "socket": (*ALL, *RX, *TX),
+    "lan": (*ALL, *RX, *TX),
     "none": (),
 }
 """The keys each kind takes."""
@@ -45,9 +50,35 @@ class Net:
         address: `A.B.C.D/BITS`, the host's on a tap that is made.
         queues: queue pairs of a tap, 1 to 8.
         forward: ports of the host that reach the guest, each `tcp|udp:[ADDRESS:]HOST:GUEST`.
+        rx_bps, rx_pps: bytes and packets a second to the guest: numbers, or text as `10M`; 0: no
+            limit.
+        rx_burst, rx_pps_burst: what may come at once after a pause; 0: a tenth of a second's worth.
+        tx_bps, tx_burst, tx_pps, tx_pps_burst: the same from the guest.
+
+    Attributes:
+        rx, tx: the limits; None where there are none.
     """
 
-    __slots__ = ("address", "forward", "kind", "mac", "mtu", "name", "pcap", "queues")
+    __slots__ = (
+        "address",
+        "forward",
+        "kind",
+        "mac",
+        "mtu",
+        "name",
+        "pcap",
+        "queues",
+        "rx",
+        "rx_bps",
+        "rx_burst",
+        "rx_pps",
+        "rx_pps_burst",
+        "tx",
+        "tx_bps",
+        "tx_burst",
+        "tx_pps",
+        "tx_pps_burst",
+    )
 
     def __init__(
         self,
@@ -60,6 +91,14 @@ class Net:
         address: str = "",
         queues: int = 1,
         forward: Sequence[str] = (),
+        rx_bps: int | str = 0,
+        rx_burst: int | str = 0,
+        rx_pps: int | str = 0,
+        rx_pps_burst: int | str = 0,
+        tx_bps: int | str = 0,
+        tx_burst: int | str = 0,
+        tx_pps: int | str = 0,
+        tx_pps_burst: int | str = 0,
     ) -> None:
         self.kind = kind
         self.name = str(name)
@@ -69,15 +108,34 @@ class Net:
         self.address = address
         self.queues = queues
         self.forward = tuple(forward)
+        self.rx = self._rate(RX, (rx_bps, rx_burst, rx_pps, rx_pps_burst))
+        self.tx = self._rate(TX, (tx_bps, tx_burst, tx_pps, tx_pps_burst))
         self._check()
 
+    def _rate(
+        self, names: tuple[str, ...], values: tuple[int | str, int | str, int | str, int | str]
+    ) -> Rate | None:
+        rate, numbers = None, (0, 0, 0, 0)
+        if values != numbers:
+            from vmm.virtio.rate import Rate
+
+            rate = Rate(self.what, names, values)
+            numbers = rate.numbers
+        for name, number in zip(names, numbers, strict=True):
+            setattr(self, name.replace("-", "_"), number)
+        return rate
+
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._fields())
         return f"Net({values})"
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        return [name for name in cls.__slots__ if name not in ("rx", "tx")]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Net) and all(
-            getattr(self, name) == getattr(other, name) for name in self.__slots__
+            getattr(self, name) == getattr(other, name) for name in self._fields()
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -102,6 +160,8 @@ class Net:
                 raise UsageError(f"{what}: {key} is not for this; {_takes(self.kind)}")
         if self.queues != 1 and "queues" not in KINDS[self.kind]:
             raise UsageError(f"{what}: queues is not for this; {_takes(self.kind)}")
+        if (self.rx or self.tx) and self.kind == "none":
+            raise UsageError(f"{what}: no card, no limits; {_takes(self.kind)}")
         if not 1 <= self.queues <= PAIRS_MAX:
             raise UsageError(f"{what}: queues={self.queues} is not from 1 to {PAIRS_MAX}")
         if self.mtu and not MTU_MIN <= self.mtu <= MTU_MAX:
@@ -150,6 +210,7 @@ class Net:
             forward=forward,
             mtu=numbers.get("mtu", 0),
             queues=numbers.get("queues", 1),
+            **{key.replace("-", "_"): values[key] for key in RX + TX if key in values},
         )
 
     def open(self, number: int) -> Nic | None:
@@ -172,17 +233,23 @@ class Net:
             raise
         name = f"net{number}"
         if capture is None:
-            return Nic(backend, mac=mac, name=name)
-        from vmm.net.pcap import CapturePort
+            nic = Nic(backend, mac=mac, name=name)
+        else:
+            from vmm.net.pcap import CapturePort
 
-        recorder = capture
-        return Nic(
-            backend,
-            mac=mac,
-            name=name,
-            wrap=lambda port: CapturePort(port, recorder),
-            on_close=recorder.close,
-        )
+            recorder = capture
+            nic = Nic(
+                backend,
+                mac=mac,
+                name=name,
+                wrap=lambda port: CapturePort(port, recorder),
+                on_close=recorder.close,
+            )
+        if self.rx:
+            self.rx.apply(nic.rx_limit)
+        if self.tx:
+            self.tx.apply(nic.tx_limit)
+        return nic
 
     def _backend(self) -> Backend:
         what = self.what

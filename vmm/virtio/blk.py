@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from vmm.block.overlay import Overlay
     from vmm.block.raw import RawImage
+    from vmm.virtio.limit import Limit
     from vmm.virtio.queue import Chain
+    from vmm.virtio.throttle import Throttle
 
     Image = RawImage | Overlay
 
@@ -87,6 +89,7 @@ class Block(VirtioDevice):
         self.image = image
         self.serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.stop_when_full = stop_when_full
+        self._throttle: Throttle | None = None
         self.capacity = image.size // SECTOR
         self.config[:] = CONFIG.pack(
             self.capacity, 0, SEG_MAX, SECTOR,
@@ -102,6 +105,24 @@ class Block(VirtioDevice):
         self._pending = 0
         self._pending_lock = allocate_lock()
         self._idle = allocate_lock()
+
+    # --- limits -------------------------------------------------------------------------------
+
+    @property
+    def limit(self) -> Limit:
+        """Bytes and requests a second; `limit.change(bytes=..., ops=...)` at any time."""
+        with self.control:
+            if self._throttle is None:
+                from vmm.virtio.throttle import Throttle
+
+                self._throttle = Throttle(self, _payload)
+            return self._throttle.limit
+
+    def notify(self, index: int) -> None:
+        if self._throttle is None or not self._throttle.limit.active:
+            super().notify(index)
+        else:
+            self._throttle.serve(index)
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -353,6 +374,8 @@ class Block(VirtioDevice):
 
     def close(self) -> None:
         """End the workers and close the image."""
+        if self._throttle is not None:
+            self._throttle.alarm.close()
         self._closing = True
         self._silence()
         for _ in self._workers:
@@ -361,3 +384,9 @@ class Block(VirtioDevice):
             thread.join()  # type: ignore[attr-defined]
         self._workers = []
         self.image.close()
+
+
+def _payload(chain: Chain) -> int:
+    """Bytes of data in a request: all but header and status."""
+    size = chain.readable_size() + chain.writable_size() - _HEADER.size - 1
+    return min(max(size, 0), REQUEST_MAX)

@@ -61,11 +61,15 @@ class Limit:
             second's worth.
         clock: monotonic seconds.
 
+    Attributes:
+        active: whether anything is limited.
+        on_change: called after each `change`: the device looks again at what waits.
+
     Raises:
         UsageError: a negative number.
     """
 
-    __slots__ = ("_bytes", "_clock", "_lock", "_ops")
+    __slots__ = ("_bytes", "_clock", "_lock", "_ops", "active", "on_change")
 
     def __init__(
         self,
@@ -78,12 +82,13 @@ class Limit:
     ) -> None:
         self._clock = clock
         self._lock = allocate_lock()
+        self.on_change: Callable[[], object] | None = None
         self.change(bytes=bytes, ops=ops, burst_bytes=burst_bytes, burst_ops=burst_ops)
 
     def change(
         self, *, bytes: float = 0, ops: float = 0, burst_bytes: float = 0, burst_ops: float = 0
     ) -> None:
-        """Other limits from now on, with full buckets; who waits finds out when it asks again."""
+        """Other limits from now on, with full buckets; what waits is looked at again."""
         for value in (bytes, ops, burst_bytes, burst_ops):
             if not 0 <= value < 1e18:
                 raise UsageError(f"a limit of {value:g} a second is not from 0 (none) to 1e18")
@@ -91,10 +96,26 @@ class Limit:
         with self._lock:
             self._bytes = TokenBucket(bytes, burst_bytes, now)
             self._ops = TokenBucket(ops, burst_ops, now)
+            self.active = bool(bytes or ops)
+        if self.on_change is not None:
+            self.on_change()
 
     def __bool__(self) -> bool:
         """Whether anything is limited."""
-        return bool(self._bytes.rate or self._ops.rate)
+        return self.active
+
+    def ready(self) -> float:
+        """Seconds until something of any size may be taken; 0.0: now."""
+        with self._lock:
+            now = self._clock()
+            return max(self._bytes.wait(now), self._ops.wait(now))
+
+    def spend(self, size: int, ops: int = 1) -> None:
+        """Take `ops` operations of `size` bytes that have happened, whatever is there; negative:
+        give them back."""
+        with self._lock:
+            self._bytes.tokens -= size
+            self._ops.tokens -= ops
 
     def take(self, size: int = 0, ops: int = 1) -> float:
         """Take `ops` operations of `size` bytes in all: 0.0, or the seconds to wait first."""

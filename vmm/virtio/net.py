@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.net.port import Backend, Port
+    from vmm.virtio.limit import Limit
+    from vmm.virtio.net_limit import NicLimits
     from vmm.virtio.queue import Chain, VirtQueue
 
 QUEUE_SIZE = 256
@@ -74,6 +76,7 @@ class Nic(VirtioDevice):
         self._connected = True
         self._plugged = True
         self.link_up = True
+        self.limits: NicLimits | None = None
         self.config += n.CONFIG.pack(mac, n.S_LINK_UP, self._max_pairs, backend.mtu)
         self.filter = Filter(mac)
         self.pairs = 1
@@ -126,6 +129,8 @@ class Nic(VirtioDevice):
 
     def close(self) -> None:
         self.quiet = True
+        if self.limits is not None:
+            self.limits.alarm.close()
         pumps, self._pumps = self._pumps, []
         for pump in pumps:
             pump.close()
@@ -165,6 +170,10 @@ class Nic(VirtioDevice):
                 while not self.quiet and not port.blocked:
                     chains = queue.pop_batch(BATCH)
                     if chains:
+                        if self.limits is not None and self.limits.tx.active:
+                            chains = self.limits.admit(index, queue, chains)
+                            if not chains:
+                                return  # until there is budget
                         self._send(index >> 1, queue, chains)
                         if queue.publish():
                             self.interrupt(index)
@@ -201,6 +210,28 @@ class Nic(VirtioDevice):
             self.lost(pair, err)
         for chain in reversed(chains[done:]):
             queue.unpop(chain)
+            if self.limits is not None:
+                self.limits.tx.spend(-frame_size(chain), -1)
+
+    # --- limits -----------------------------------------------------------------------------------
+
+    @property
+    def rx_limit(self) -> Limit:
+        """Bytes and frames to the guest a second; `change(bytes=..., ops=...)` at any time."""
+        return self._limits().rx
+
+    @property
+    def tx_limit(self) -> Limit:
+        """Bytes and frames from the guest a second."""
+        return self._limits().tx
+
+    def _limits(self) -> NicLimits:
+        with self.control:
+            if self.limits is None:
+                from vmm.virtio.net_limit import NicLimits
+
+                self.limits = NicLimits(self)
+            return self.limits
 
     # --- the link ---------------------------------------------------------------------------------
 
@@ -316,3 +347,8 @@ class Nic(VirtioDevice):
             if (told ^ self.config[n.CONFIG_STATUS]) & n.S_LINK_UP:
                 self.config_changed()
             self.announce()
+
+
+def frame_size(chain: Chain) -> int:
+    """Bytes of the frame in a transmitted chain, without its header."""
+    return min(max(chain.readable_size() - n.HEADER_SIZE, 0), n.FRAME_MAX)

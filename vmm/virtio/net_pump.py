@@ -7,7 +7,7 @@ import select
 import threading
 
 from vmm.net.port import LinkLost
-from vmm.virtio.net_rx import FRAMES, MORE, NOTHING
+from vmm.virtio.net_rx import FRAMES, LATER, MORE, NOTHING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ class Pump:
             elif self._events and port.fd >= 0:
                 self._poll.unregister(port.fd)
             self._events = events
-        for fd, found in self._poll.poll(0 if what == MORE else None):
+        timeout = 0.0 if what == MORE else None
+        if what == LATER:
+            timeout = self._receiver.wait * 1000
+        for fd, found in self._poll.poll(timeout):
             if fd == self._wake:
                 os.eventfd_read(fd)
             elif port.blocked and found & ~select.POLLIN:

@@ -31,6 +31,8 @@ FRAMES = 1
 """Frames on the port."""
 MORE = 2
 """Not to wait: there is more to do."""
+LATER = 3
+"""For `wait` seconds: the limit is reached."""
 
 
 class Receiver:
@@ -46,6 +48,7 @@ class Receiver:
         self._spare: deque[Chain] = deque()
         self._held = b""
         self.dropped = 0
+        self.wait = 0.0
         self.forget()
 
     def forget(self) -> None:
@@ -67,7 +70,7 @@ class Receiver:
         self._held = held
 
     def serve(self) -> int:
-        """Deliver what is there, up to a batch; NOTHING, FRAMES or MORE."""
+        """Deliver what is there, up to a batch; NOTHING, FRAMES, MORE or LATER."""
         device, slot = self._device, self._slot
         with slot.lock:
             queue = slot.queue
@@ -90,6 +93,7 @@ class Receiver:
             self._held = b""
             return MORE if port.read([self._spill]) else FRAMES
         merge, need = device.mergeable, device.receive_size
+        limit = None if device.limits is None or not device.limits.rx.active else device.limits.rx
         for _ in range(BATCH):
             if self._held:
                 if not self._gather(queue, len(self._held) if merge else 1):
@@ -102,9 +106,15 @@ class Receiver:
                     if queue.rearm():
                         continue
                     return NOTHING
+                if limit is not None:
+                    self.wait = limit.ready()
+                    if self.wait:
+                        return LATER
                 size = port.read([*self._views[:VIEWS_MAX], self._spill])
                 if not size:
                     return FRAMES
+                if limit is not None:
+                    limit.spend(size - n.HEADER_SIZE)
             self._deliver(queue, size)
         return MORE
 

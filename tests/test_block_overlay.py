@@ -162,6 +162,8 @@ def test_what_was_written_can_be_forgotten(overlay: Overlay) -> None:
             overlay.write([memoryview(data)], chance.randrange(SIZE // 512 - 200) * 512)
         overlay.write_zeroes(SIZE - 8192, 8192, unmap=True)
         assert content(overlay, 0, SIZE) != before
+        assert not overlay.empty
         overlay.clear()
+        assert overlay.empty
         assert content(overlay, 0, SIZE) == before
         overlay.clear()

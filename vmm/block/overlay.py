@@ -185,9 +185,14 @@ class Overlay:
     def flush(self) -> None:
         """Nothing of it outlives the machine."""
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was written."""
+        return not any(self._written)
+
     def clear(self) -> None:
         """Forget what was written. While nobody reads or writes."""
-        if any(self._written):
+        if not self.empty:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, self.size)
             self._written[:] = bytes(len(self._written))

@@ -54,6 +54,10 @@ class Backend:
         so that neither a vCPU nor `close` waits for it for ever."""
         self._ending = True
 
+    def revive(self) -> None:
+        """Take `end` back."""
+        self._ending = False
+
     def close(self) -> None:
         """End both directions; a write that waits gives up."""
         self._closed = True

@@ -90,6 +90,11 @@ class Console:
         """The machine is about to stop: do not let its vCPUs wait for a stuck reader."""
         self.backend.end()
 
+    def revive(self) -> None:
+        """After `end`, and `close` of the tail: there will be more output."""
+        self.backend.revive()
+        self.tail.reopen()
+
     def close(self) -> None:
         """Give the terminal back and end the thread; what was put out stays in `tail`."""
         self.end()

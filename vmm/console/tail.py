@@ -74,6 +74,11 @@ class ConsoleTail:
         with self._lock:
             self._wake()
 
+    def reopen(self) -> None:
+        """Take `close` back."""
+        with self._lock:
+            self._closed = False
+
     def bytes(self) -> bytes:
         """The last output, at most the limit."""
         with self._lock:

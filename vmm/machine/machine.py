@@ -6,11 +6,11 @@ import threading
 import time
 from _collections import deque  # type: ignore[import-not-found]  # `collections` is slow to load
 
-from vmm import layout
 from vmm.config import MachineConfig
-from vmm.errors import HostError, StateError, UsageError, VmmError
-from vmm.kvm import Kvm, constants
+from vmm.errors import HostError, StateError, VmmError
+from vmm.kvm import constants
 from vmm.machine import exits
+from vmm.machine.begin import begin
 from vmm.machine.exits import MachineExit
 from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
 from vmm.memory import GuestMemory
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
+    from vmm.snapshot.checkpoint import Checkpoint
     from vmm.virtio.balloon import Balloon
     from vmm.virtio.device import VirtioDevice
 
@@ -83,6 +84,8 @@ class Machine:
         self._threads: list[VcpuThread] = []
         self._watchdog: threading.Timer | None = None
         self._vcpus: list[Vcpu] = []
+        self._checkpoint: Checkpoint | None = None
+        self._clones = 0
         try:
             self._build()
         except BaseException:
@@ -93,29 +96,14 @@ class Machine:
 
     def _build(self) -> None:
         config = self.config
-        kvm = self.kvm = Kvm(config.device)
-        self._closers.append(kvm.close)
-        limit = kvm.check_extension(constants.CAP_MAX_VCPUS)
-        if config.cpus > limit:
-            raise UsageError(f"--cpus {config.cpus} is more than this KVM allows ({limit})")
-        if not kvm.check_extension(constants.CAP_IMMEDIATE_EXIT):
-            raise HostError("this KVM lacks KVM_CAP_IMMEDIATE_EXIT; Linux 4.12 or later is needed")
         origin = self._origin
+        self.kvm, self.vm = kvm, vm = begin(config) if origin is None else origin.begin(config)
+        self._closers += [kvm.close, vm.close]
         if origin is None:
             self.memory = GuestMemory(config.memory, config.backing)
         else:
             self.memory = origin.map_memory(config)
-        self._closers.append(self.memory.close)
-        vm = self.vm = kvm.create_vm()
-        self._closers.append(vm.close)
-        vm.set_tss_addr(layout.TSS)
-        vm.set_identity_map_addr(layout.IDENTITY_MAP)
-        # Early, and memory slots late: registering the interrupt controllers starts a grace period
-        # in KVM (8 ms at 250 Hz), which a memory slot waits for. Meanwhile modules and the kernel
-        # are loaded.
-        vm.create_irqchip()
-        if vm.check_extension(constants.CAP_EXIT_ON_EMULATION_FAILURE):
-            vm.enable_cap(constants.CAP_EXIT_ON_EMULATION_FAILURE, 1)
+        self._closers.insert(1, self.memory.close)  # after the VM: then nobody maps it any more
         from vmm.machine.platform import Platform
 
         self.platform = Platform(self, vm)
@@ -166,6 +154,9 @@ class Machine:
             # First: its console thread may still raise interrupts, and holds a vCPU's mapping.
             self._close_platform()
             self._close_platform = None
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+            self._checkpoint = None
         while self._closers:
             self._closers.pop()()
 
@@ -361,6 +352,11 @@ class Machine:
         """Whether its vCPUs have ever run."""
         return bool(self.started_at)
 
+    @property
+    def in_vcpu_thread(self) -> bool:
+        """Whether the caller is in a vCPU's thread: a device's handler, an event's listener."""
+        return any(thread.is_current for thread in self._threads)
+
     def wait_parked(self) -> None:
         """Wait until no vCPU runs: a device or a panic pauses a machine without waiting."""
         if self._state == PAUSED:
@@ -424,6 +420,59 @@ class Machine:
         self._join()
         assert self.exit is not None
         return self.exit
+
+    # --- points to go back to, and copies ---------------------------------------------------------
+
+    def checkpoint(self, *, disks: str = "rollback") -> None:
+        """Remember this moment for `rollback`; it takes the place of an earlier one.
+
+        From created, running (parked meanwhile) or paused. See docs/clones.md.
+
+        Args:
+            disks: `rollback`: disks go back too, which takes an overlay (`snapshot`) over each that
+                is written to; `keep`: disks stay as they are then.
+
+        Raises:
+            StateError: it is stopped or closed, or has something that cannot go back.
+        """
+        from vmm.snapshot.checkpoint import Checkpoint, still
+
+        with still(self, "checkpoint"):
+            self._checkpoint = Checkpoint(self, self._checkpoint, disks)
+
+    def rollback(self) -> None:
+        """Be again what it was at the checkpoint, in place: memory, vCPUs, devices, disks, clocks.
+
+        It goes on running, or stays paused. If it has stopped, it is paused afterwards, so that
+        `resume` has it go on: a guest may end, or crash, again and again.
+
+        Raises:
+            StateError: there is no checkpoint, or the machine is closed.
+        """
+        from vmm.snapshot.checkpoint import still
+
+        if self._checkpoint is None:
+            raise StateError("rollback: there is no checkpoint; call checkpoint() first")
+        if self._state == STOPPED:
+            self._revive()
+        with still(self, "rollback"):
+            self._checkpoint.roll_back()
+
+    def _revive(self) -> None:
+        """From stopped to paused, with new threads, which park."""
+        self._join()
+        if self._watchdog is not None:
+            self._watchdog.join()
+            self._watchdog = None
+        with self._lock:
+            self.exit = None
+            self._ended.clear()
+            self._state = PAUSED
+            self.platform.revive()
+            for thread in self._threads:
+                thread.renew()
+                thread.start()
+            self._watch()
 
     # --- called by vCPU threads and devices -----------------------------------------------------
 

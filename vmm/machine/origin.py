@@ -5,12 +5,19 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.config import MachineConfig
+    from vmm.kvm import Kvm, Vm
     from vmm.machine.machine import Machine
     from vmm.memory import GuestMemory
 
 
 class Origin:
     """Given to `Machine`, it stands for the kernel."""
+
+    def begin(self, config: MachineConfig) -> tuple[Kvm, Vm]:
+        """The VM's first half, see `vmm.machine.begin`; it may have been begun before."""
+        from vmm.machine.begin import begin
+
+        return begin(config)
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
         """The guest's RAM, which the machine closes."""

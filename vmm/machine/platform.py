@@ -238,6 +238,10 @@ class Platform:
         """The machine ends: nothing may hold a vCPU up."""
         self.console.end()
 
+    def revive(self) -> None:
+        """The machine has not ended after all."""
+        self.console.revive()
+
     def close(self) -> None:
         """Give back what the devices hold, and the terminal."""
         if self._coalescing is not None:

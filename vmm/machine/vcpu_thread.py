@@ -62,12 +62,17 @@ class VcpuThread:
         self._ring: CoalescedRing | None = None
         self._polled_port = -1
         self._poll: Callable[[], int] = _no_answer
-        self._want = PAUSED
-        self._parked = False
         self._cond = threading.Condition(threading.Lock())
-        self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.number}", daemon=True)
+        self.renew()
 
     # --- for other threads ------------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Have a thread that has not started: at first, and when the former has ended."""
+        self._want = PAUSED
+        self._parked = False
+        name = f"vcpu{self.vcpu.number}"
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     def start(self) -> None:
         """Start the thread, parked."""

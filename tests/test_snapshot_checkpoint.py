@@ -1,0 +1,427 @@
+"""vmm/snapshot/checkpoint.py: a machine goes back to a point, whoever has changed it since."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.bare import MIB, DriverOn, bare_machine, until
+from tests.support.guests import DATA
+from tests.support.virtio_driver import BUFFERS
+from tests.test_kvm_vcpu_state import COUNTING, FLAG
+from tests.test_snapshot_capture import counter, steps_are_right
+from tests.test_virtio_blk import request
+from vmm import Machine, StateError, UsageError
+from vmm.devices.device import Device
+from vmm.machine import exits
+from vmm.virtio import blk
+from vmm.virtio.rng import Entropy
+
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(180)]
+
+START = {"rdi": 0, "rsi": 1}
+PATTERN = 0x100000
+"""Where guests and tests write patterns; two MiB of RAM are left then."""
+
+PAINTS = f"""
+    mov $0x5a5a5a5a, %rax       # two pages in every three of a MiB
+    mov ${PATTERN}, %rdi
+1:  stosq
+    add $4088, %rdi
+    stosq
+    add $8184, %rdi
+    inc %rax
+    cmp ${PATTERN + MIB - 16384}, %rdi
+    jb 1b
+    movb $1, DATA
+2:  cmpb $0, {FLAG}
+    je 2b
+    done 3
+"""
+
+
+def ram(machine: Machine) -> list[bytes]:
+    return [bytes(region.data) for region in machine.memory.regions]
+
+
+def registers(machine: Machine) -> dict[str, int]:
+    regs, sregs = machine.vcpus[0].get_regs(), machine.vcpus[0].get_sregs()
+    names = ("rax", "rdi", "rsi", "rsp", "rip", "rflags")
+    return {**{name: getattr(regs, name) for name in names}, "cr3": sregs.cr3, "cr0": sregs.cr0}
+
+
+def running(machine: Machine) -> Machine:
+    machine.start()
+    until(lambda: counter(machine) > 0)
+    return machine
+
+
+# --- memory and vCPUs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "memfd"])
+def test_guest_and_host_writes_are_undone_page_for_page(backing: str) -> None:
+    with bare_machine(PAINTS, "user", backing=backing) as m:
+        m.memory.write(PATTERN, random.Random(1).randbytes(MIB))
+        m.checkpoint()
+        before, regs = ram(m), registers(m)
+        reader, writer = os.pipe()
+        for turn in range(10):
+            (m.start if turn == 0 else m.resume)()
+            until(lambda: m.memory.read_u8(DATA) == 1, "the guest has painted")
+            assert m.memory.read_u32(PATTERN) == 0x5A5A5A5A
+            m.memory.write(PATTERN + MIB + turn * 4096 - 10, b"a program's, over two pages")
+            os.write(writer, bytes(3 * 4096))
+            os.readv(reader, [m.memory.view(PATTERN + 50000, 3 * 4096)])  # as devices do
+            m.pause()
+            assert ram(m) != before
+            m.rollback()
+            assert m.state == "paused"
+            assert ram(m) == before
+            assert registers(m) == regs
+        os.close(reader)
+        os.close(writer)
+        m.memory.write_u8(FLAG, 1)
+        m.resume()
+        assert m.wait(60).status == 3
+
+
+@pytest.mark.parametrize("mode", ["long", "user"])
+def test_a_running_machine_goes_on_from_the_point(mode: str) -> None:
+    """Its steps and its registers are of one moment, every time."""
+    with bare_machine(COUNTING, mode, regs=START) as m:
+        m.memory.write(DATA + 0x200, bytes(range(16)))  # for an SSE register
+        running(m)
+        m.checkpoint()
+        assert m.state == "running"
+        steps = counter(m)
+        for _ in range(5):
+            until(lambda: counter(m) > steps + 100)
+            m.rollback()
+            assert m.state == "running"
+            until(lambda: counter(m) > steps)
+        m.memory.write_u8(FLAG, 1)
+        assert m.wait(60).status == 9
+        steps_are_right(m, steps)
+
+
+def test_two_processors() -> None:
+    from tests.test_snapshot_capture import AP, AP_CODE, AP_COUNTER, WAKES_AP
+
+    with bare_machine(WAKES_AP, cpus=2) as m:
+        m.memory.write(AP_CODE, AP)
+        running(m)
+        m.pause()
+        m.checkpoint()
+        for _ in range(3):
+            m.resume()
+            m.memory.write_u8(FLAG, 1)
+            until(lambda: m.memory.read_u32(AP_COUNTER) > 0, "the second processor runs")
+            m.pause()
+            m.rollback()
+            assert m.memory.read_u32(AP_COUNTER) == 0
+        m.memory.write_u8(FLAG, 1)
+        m.memory.write_u8(FLAG + 1, 1)
+        m.resume()
+        assert m.wait(60).status == 5
+
+
+def test_a_newer_checkpoint_takes_the_olders_place() -> None:
+    with running(bare_machine(COUNTING, regs=START)) as m:
+        m.pause()
+        for turn in range(4):
+            m.memory.write(PATTERN, bytes([turn]) * 5000)
+            m.checkpoint()
+            point = ram(m)
+            m.resume()
+            m.memory.fill(PATTERN + 3000, 5000, 0xFF)
+            steps = counter(m)
+            until(lambda: counter(m) > steps)  # noqa: B023
+            m.pause()
+            m.rollback()
+            assert ram(m) == point
+
+
+# --- a machine that has stopped -------------------------------------------------------------------
+
+FUZZED = f"""
+    movb DATA, %al
+    cmpb $0x42, %al
+    je 1f
+    out %al, $0xf4
+1:  movb $1, {PATTERN}
+    cmpb $0x42, DATA+1
+    jne 2f
+    ud2
+2:  jmp 2b
+"""
+
+
+def test_a_guest_ends_or_crashes_again_and_again() -> None:
+    """The loop of docs/clones.md: each input from the same point."""
+    with bare_machine(FUZZED) as m:
+        m.checkpoint()
+        events: list[str] = []
+        m.subscribe(lambda event: events.append(event.name))
+        m.start()
+        assert m.wait(60).status == 0
+        for data, kind in ((b"\x07", exits.EXIT_PORT), (b"BB", exits.TRIPLE_FAULT)) * 3:
+            m.rollback()
+            assert (m.state, m.exit, m.memory.read_u8(PATTERN)) == ("paused", None, 0)
+            m.memory.write(DATA, data)
+            m.resume()
+            ended = m.wait(60)
+            assert ended.kind == kind
+            assert ended.kind != exits.EXIT_PORT or ended.status == 7
+        m.rollback()
+        m.memory.write(DATA, b"B.")  # neither: it goes on
+        m.resume()
+        until(lambda: m.memory.read_u8(PATTERN) == 1)
+        m.stop()
+        m.rollback()
+        m.memory.write(DATA, b"\x05")
+        m.resume()
+        assert m.wait(60).status == 5
+    assert events.count("stopped") == 9
+
+
+def test_the_console_and_the_time_limit_work_after_the_end(tmp_path: Path) -> None:
+    code = tiny.prints(b"ready\n") + tiny.exits(4)
+    from vmm import MachineConfig
+
+    config = MachineConfig(tiny.kernel(tmp_path, code), memory=16 * MIB, timeout=100)
+    with Machine(config) as m:
+        m.checkpoint()
+        m.start()
+        for _ in range(3):
+            assert m.console.wait_for("ready", timeout=60) == "ready"
+            assert m.wait(60).status == 4
+            m.rollback()
+            m.resume()
+        assert m.wait(60).status == 4
+    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def positions(driver: DriverOn) -> list[dict[str, object]]:
+    """What the driver knows of its rings, which a guest would have in its memory."""
+    rings = [{**vars(ring)} for ring in driver.rings]
+    return [
+        copy.deepcopy({name: value for name, value in ring.items() if name != "memory"})
+        for ring in rings
+    ]
+
+
+def back(driver: DriverOn, known: list[dict[str, object]]) -> None:
+    for ring, values in zip(driver.rings, known, strict=True):
+        vars(ring).update(copy.deepcopy(values))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_what_a_device_wrote_is_undone(packed: bool) -> None:
+    """Buffers filled by another thread, rings and indices; the queue works each time."""
+    m = running(bare_machine(COUNTING, regs=START, devices=[Entropy], memory=4 * MIB))
+    with DriverOn(m, packed=packed) as driver:
+        ring = driver.rings[0]
+        m.pause()
+        m.checkpoint()
+        before, known = ram(m), positions(driver)
+        for _ in range(5):
+            m.resume()
+            ring.add([(BUFFERS, 9000, True)])
+            driver.kick()
+            until(lambda: bool(m.memory.read_u64(BUFFERS + 8192)))
+            until(lambda: [(0, 9000)] == [(0, size) for _, size in ring.used()])
+            m.pause()
+            m.rollback()
+            assert ram(m) == before
+            back(driver, known)
+
+
+def test_a_request_that_waited_at_the_point_is_answered_each_time() -> None:
+    with running(bare_machine(COUNTING, regs=START, devices=[Entropy])) as m:
+        driver = DriverOn(m)
+        m.pause()
+        driver.rings[0].add([(BUFFERS, 64, True)])  # available, and nobody was told
+        m.checkpoint()
+        known = positions(driver)
+        for _ in range(3):
+            m.rollback()
+            back(driver, known)
+            assert m.memory.read(BUFFERS, 64) == bytes(64)
+            m.resume()
+            until(lambda: bool(driver.rings[0].used()), "answered when it goes on")
+            assert m.memory.read(BUFFERS, 64) != bytes(64)
+            m.pause()
+
+
+def test_a_driver_that_came_later_is_gone() -> None:
+    with running(bare_machine(COUNTING, regs=START, devices=[Entropy])) as m:
+        m.checkpoint()
+        for _ in range(2):
+            driver = DriverOn(m)
+            driver.rings[0].add([(BUFFERS, 64, True)])
+            driver.kick()
+            until(lambda: bool(driver.rings[0].used()))  # noqa: B023
+            m.rollback()
+            assert driver.device.status == 0
+            assert driver.device.slots[0].queue is None
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(random.Random(1).randbytes(MIB))
+    return path
+
+
+class Disk:
+    """Sectors of the disk a driver drives."""
+
+    def __init__(self, driver: DriverOn) -> None:
+        self.driver = driver
+
+    def read(self, number: int) -> bytes:
+        status, data = request(self.driver, blk.T_IN, number, into=512)
+        assert status == blk.S_OK
+        return data
+
+    def write(self, number: int, data: bytes) -> None:
+        assert request(self.driver, blk.T_OUT, number, out=data)[0] == blk.S_OK
+
+
+def test_disks_go_back_too(image: Path) -> None:
+    was = image.read_bytes()
+    m = running(bare_machine(COUNTING, regs=START, drives=[f"{image},snapshot"]))
+    with DriverOn(m) as driver:
+        disk = Disk(driver)
+        disk.write(3, b"before".ljust(512))
+        m.checkpoint()
+        for turn in range(3):
+            known = positions(driver)
+            assert disk.read(3) == b"before".ljust(512)
+            assert disk.read(200) == was[200 * 512 :][:512]
+            disk.write(3, bytes([turn]) * 512)
+            disk.write(200, bytes([turn]) * 512)
+            assert disk.read(200) == bytes([turn]) * 512
+            m.pause()
+            m.rollback()
+            m.resume()
+            back(driver, known)
+        disk.write(7, b"later".ljust(512))
+        m.checkpoint()
+        known = positions(driver)
+        disk.write(7, b"gone".ljust(512))
+        m.rollback()
+        back(driver, known)
+        assert disk.read(7) == b"later".ljust(512)
+        assert disk.read(3) == b"before".ljust(512)
+    assert image.read_bytes() == was
+
+
+def test_disks_can_be_kept(image: Path) -> None:
+    m = running(bare_machine(COUNTING, regs=START, drives=[str(image)]))
+    with DriverOn(m) as driver:
+        disk = Disk(driver)
+        m.checkpoint(disks="keep")
+        known = positions(driver)
+        disk.write(3, b"stays".ljust(512))
+        m.rollback()
+        back(driver, known)
+        assert disk.read(3) == b"stays".ljust(512)
+    assert image.read_bytes()[3 * 512 :].startswith(b"stays")
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_overlay_is_refused(image: Path) -> None:
+    with bare_machine(COUNTING, drives=[str(image)]) as m:
+        with pytest.raises(StateError, match=r"checkpoint: blk0: .*disk.img is written to; .*snap"):
+            m.checkpoint()
+        with pytest.raises(StateError, match="there is no checkpoint"):
+            m.rollback()
+    with bare_machine(COUNTING, drives=[f"{image},readonly"]) as m:
+        m.checkpoint()
+
+
+def test_wrong_uses() -> None:
+    with bare_machine(COUNTING) as m:
+        with pytest.raises(UsageError, match="disks='both' is not one of rollback, keep"):
+            m.checkpoint(disks="both")
+        with pytest.raises(StateError, match="rollback: there is no checkpoint; call checkpoint"):
+            m.rollback()
+        m.start()
+        m.checkpoint()
+        m.stop()
+        with pytest.raises(StateError, match="checkpoint: the machine is stopped, not created"):
+            m.checkpoint()
+        m.rollback()  # that of before is still there
+        assert m.state == "paused"
+    with pytest.raises(StateError, match="checkpoint: the machine is closed"):
+        m.checkpoint()
+    with pytest.raises(StateError, match="rollback: there is no checkpoint"):
+        m.rollback()
+
+
+class Calls(Device):
+    """A register that calls a function in the vCPU's thread."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__("calls")
+        self.function = function
+        self.raised: list[str] = []
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        try:
+            self.function()
+        except StateError as err:
+            self.raised.append(str(err))
+
+
+@pytest.mark.parametrize("call", ["checkpoint", "rollback"])
+def test_a_vcpus_thread_cannot_wait_for_itself(call: str) -> None:
+    with bare_machine("out %al, $0x80\ndone 1") as m:
+        m.checkpoint()
+        device = Calls(getattr(m, call))
+        m.platform.pio.add(0x80, 1, device)
+        m.start()
+        assert m.wait(60).status == 1
+        assert device.raised == [
+            f"{call}: called in a vCPU's own thread, which cannot wait for itself; call it in "
+            "another"
+        ]
+
+
+# --- nothing is left ------------------------------------------------------------------------------
+
+
+def mappings() -> list[str]:
+    """Of guest memory over a base."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line]
+
+
+def test_nothing_is_left(image: Path) -> None:
+    threads = threading.active_count()
+    before, maps = tiny.descriptors(), mappings()
+    with running(bare_machine(COUNTING, regs=START, drives=[f"{image},snapshot"])) as m:
+        for _ in range(3):
+            m.checkpoint()
+            m.rollback()
+        during = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            m.checkpoint()
+            m.rollback()
+        assert len(os.listdir("/proc/self/fd")) == during
+    assert tiny.descriptors() == before
+    assert mappings() == maps
+    assert threading.active_count() == threads

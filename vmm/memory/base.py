@@ -41,12 +41,13 @@ class Base:
         ours: nobody else knows the files: they may be written to while one memory uses them.
     """
 
-    __slots__ = ("_lock", "_ours", "_users", "fds", "offsets")
+    __slots__ = ("_lock", "_ours", "_users", "_views", "fds", "offsets")
 
     def __init__(self, fds: list[int], offsets: list[int] | None = None, *, ours: bool) -> None:
         self.fds = fds
         self.offsets = offsets or [0] * len(fds)
         self._ours = ours
+        self._views: dict[int, mmap.mmap] = {}
         self._users = 1
         self._lock = allocate_lock()
 
@@ -65,6 +66,19 @@ class Base:
         except (OSError, ValueError) as err:
             raise HostError(f"memory: cannot map {size} bytes of a base: {err}") from err
 
+    def view(self, number: int, size: int) -> memoryview:
+        """Region `number` as it is in the base, to be read and then released."""
+        view = self._views.get(number)
+        if view is None:
+            view = self._views[number] = mmap.mmap(
+                self.fds[number],
+                size,
+                flags=mmap.MAP_SHARED,
+                prot=mmap.PROT_READ,
+                offset=self.offsets[number],
+            )
+        return memoryview(view)
+
     def share(self) -> Base:
         """One user more."""
         with self._lock:
@@ -78,6 +92,9 @@ class Base:
             fds: list[int] = []
             if not self._users:
                 fds, self.fds = self.fds, []
+                for view in self._views.values():
+                    view.close()
+                self._views.clear()
         for fd in fds:
             os.close(fd)
 
@@ -142,10 +159,13 @@ def roll_back(memory: GuestMemory, pagemap: Pagemap) -> int:
     base = memory.base
     assert base is not None
     found = private_runs(memory, pagemap)
-    pages = sum(size for runs in found for _, size in runs) // PAGE_SIZE
+    pages = sum([size for runs in found for _, size in runs]) // PAGE_SIZE
     for number, (region, runs) in enumerate(zip(memory.regions, found, strict=True)):
         if pages <= COPY_PAGES:
-            _read(base.fds[number], base.offsets[number], region, runs)
+            with base.view(number, region.size) as view:
+                data = region.data
+                for offset, size in runs:
+                    data[offset : offset + size] = view[offset : offset + size]
         else:
             _give_up(region, runs)
     return pages
@@ -202,15 +222,6 @@ def _write(fd: int, region: Region, offset: int, size: int) -> None:
     end = offset + size
     while offset < end:
         offset += os.pwrite(fd, region.data[offset:end], offset)
-
-
-def _read(fd: int, begin: int, region: Region, runs: Runs) -> None:
-    """Copy `runs` of the base over the region's pages."""
-    data = region.data
-    for offset, size in runs:
-        end = offset + size
-        while offset < end:
-            offset += os.preadv(fd, [data[offset:end]], begin + offset)
 
 
 def _give_up(region: Region, runs: Runs) -> None:

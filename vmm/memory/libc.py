@@ -1,12 +1,13 @@
-"""What Python's mmap and os modules lack, from the C library (cffi, ABI mode); loaded when used."""
+"""What Python's mmap and os modules lack, from the C library.
+
+By ctypes, and loaded when used: cffi would parse declarations for tens of milliseconds.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
-from typing import Any
-
-from cffi import FFI
 
 SYS_PROCESS_MADVISE = 440
 MAP_FIXED = 0x10
@@ -14,19 +15,20 @@ IOV_MAX = 1024
 IOVEC = struct.Struct("<QQ")
 """struct iovec: base and length."""
 
-_ffi = FFI()
-_ffi.cdef(
-    "void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);"
-    "long syscall(long number, ...);"
-)
-_libc: Any = _ffi.dlopen(None)
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+)  # fmt: skip
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
 
 
 def map_over(address: int, size: int, prot: int, flags: int, fd: int, offset: int = 0) -> None:
     """mmap(2) with MAP_FIXED: what is mapped at `address` is replaced at once. Raises OSError."""
-    at = _ffi.cast("void *", address)
-    if _libc.mmap(at, size, prot, flags | MAP_FIXED, fd, offset) != at:
-        raise OSError(_ffi.errno, os.strerror(_ffi.errno))
+    if _mmap(address, size, prot, flags | MAP_FIXED, fd, offset) != address:
+        _fail()
 
 
 def advise_many(vector: bytes, advice: int) -> None:
@@ -36,16 +38,20 @@ def advise_many(vector: bytes, advice: int) -> None:
     """
     pidfd = os.pidfd_open(os.getpid())
     try:
-        number, count = _ffi.cast("long", pidfd), len(vector) // IOVEC.size
-        done = _libc.syscall(
-            _ffi.cast("long", SYS_PROCESS_MADVISE),
-            number,
-            _ffi.from_buffer(vector),
-            _ffi.cast("size_t", count),
-            _ffi.cast("int", advice),
-            _ffi.cast("unsigned int", 0),
+        done = _syscall(
+            ctypes.c_long(SYS_PROCESS_MADVISE),
+            ctypes.c_long(pidfd),
+            ctypes.c_char_p(vector),
+            ctypes.c_size_t(len(vector) // IOVEC.size),
+            ctypes.c_long(advice),
+            ctypes.c_long(0),
         )
         if done < 0:
-            raise OSError(_ffi.errno, os.strerror(_ffi.errno))
+            _fail()
     finally:
         os.close(pidfd)
+
+
+def _fail() -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))

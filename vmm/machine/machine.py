@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from _collections import deque  # type: ignore[import-not-found]  # `collections` is slow to load
 
 from vmm.config import MachineConfig
 from vmm.errors import HostError, StateError, VmmError
@@ -12,6 +11,7 @@ from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.begin import begin
 from vmm.machine.exits import MachineExit
+from vmm.machine.program import ProgramCalls
 from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
 from vmm.memory import GuestMemory
 
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
     from vmm.boot import BootState
     from vmm.console.tail import ConsoleTail, Pattern
-    from vmm.events import Event
     from vmm.kvm.vcpu import Vcpu
-    from vmm.machine.binding import Read, Write
-    from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
     from vmm.snapshot.checkpoint import Checkpoint
@@ -36,7 +33,7 @@ CREATED = "created"
 CLOSED = "closed"
 
 
-class Machine:
+class Machine(ProgramCalls):
     """One virtual machine; a context manager that leaves nothing behind.
 
     States: `created` (everything is built, nothing ran), `running`, `paused`, `stopped` (`exit`
@@ -70,9 +67,7 @@ class Machine:
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
         self.paused_for = ""
-        self._listener: Callable[[str], None] | None = None
-        self._notes: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=100)
-        self._hub: EventHub | None = None
+        self._prepare_events()
         self.started_at = 0.0
         self.boot: BootState | None = None
         self._state = CREATED
@@ -146,8 +141,7 @@ class Machine:
             self._watchdog.join()
         self._close_all()
         self._state = CLOSED
-        if self._hub is not None:
-            self._hub.close()
+        self._close_events()
 
     def _close_all(self) -> None:
         if self._close_platform is not None:
@@ -159,99 +153,6 @@ class Machine:
             self._checkpoint = None
         while self._closers:
             self._closers.pop()()
-
-    # --- events ---------------------------------------------------------------------------------
-
-    @property
-    def event_log(self) -> list[Event]:
-        """The last events (up to 1000, without console lines), oldest first."""
-        return self._events.log()
-
-    def events(self, *kinds: type[Event], history: bool = False) -> EventStream:
-        """The events from now on, of these kinds (or of all), for `async for` or `for`.
-
-        It ends when the machine stops. With `history`, those in the log come first.
-        """
-        return self._events.stream(kinds, history)
-
-    def subscribe(
-        self, listener: Callable[[Event], object], *kinds: type[Event]
-    ) -> Callable[[], None]:
-        """Have `listener` called with each event of these kinds (or of all); what is returned ends
-        that.
-
-        It is called in the thread the event happens in (a vCPU's, a device's), perhaps in two at
-        once, and must not wait for the machine. What it raises ends the machine, with a report.
-        """
-        return self._events.subscribe(listener, kinds)
-
-    def emit(self, event: Event) -> None:
-        """Log `event` and tell those who listen; from any thread."""
-        self._events.emit(event)
-
-    @property
-    def _events(self) -> EventHub:
-        with self._lock:
-            if self._hub is None:
-                from vmm.machine.event_hub import EventHub
-
-                self._hub = EventHub(
-                    self._notes, self.console, self.platform.flush, self.monitor_failed
-                )
-                if self._state == CLOSED:
-                    self._hub.close()
-            return self._hub
-
-    def listen(self, listener: Callable[[str], None] | None) -> None:
-        """For `vmm run`, which loads nothing more: have `listener` called with the names of what
-        happens to the machine, or nobody (None).
-
-        It is called in the thread the event happens in and must not block. Once this has returned,
-        the former listener is not called.
-        """
-        with self._lock:
-            self._listener = listener
-
-    def _tell(self, event: str, *arguments: object) -> None:
-        with self._lock:
-            if self._listener is not None:
-                self._listener(event)
-            hub = self._hub
-            if hub is None:
-                self._notes.append((time.monotonic(), event, arguments))
-                return
-        from vmm.machine.event_hub import make
-
-        hub.emit(make(event, arguments))
-
-    # --- functions of the program -----------------------------------------------------------------
-
-    def bind_port(
-        self, port: int, size: int = 1, *, read: Read | None = None, write: Write | None = None
-    ) -> Callable[[], None]:
-        """Have functions answer at ports `port` to `port + size - 1`, until what is returned is
-        called. Created or paused.
-
-        `read(offset, size)` returns what the guest reads, an int of `size` bytes (1, 2 or 4);
-        `write(offset, size, value)` takes what it writes; the offset counts from `port`. Without
-        `read` it reads all ones, without `write` writes do nothing. They are called on the vCPU's
-        thread, which waits; what they raise ends the machine, with a report.
-
-        Raises:
-            UsageError: something else is there, named.
-            StateError: the machine is running, stopped or closed.
-        """
-        from vmm.machine.binding import bind
-
-        return bind(self, "port", port, size, read, write)
-
-    def bind_mmio(
-        self, gpa: int, size: int, *, read: Read | None = None, write: Write | None = None
-    ) -> Callable[[], None]:
-        """As `bind_port`, at guest physical addresses without RAM; accesses of 1 to 8 bytes."""
-        from vmm.machine.binding import bind
-
-        return bind(self, "mmio", gpa, size, read, write)
 
     # --- life cycle ---------------------------------------------------------------------------
 

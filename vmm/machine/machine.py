@@ -359,6 +359,24 @@ class Machine(ProgramCalls):
         with still(self, "rollback"):
             self._checkpoint.roll_back()
 
+    def clone(self, count: int = 1) -> list[Machine]:
+        """Copies of the machine as it is now, each a `Machine` to be closed by the caller.
+
+        From created, running (parked meanwhile) or paused. Copies of a running machine run, others
+        wait for `start`. Memory is shared until somebody writes to it. See docs/clones.md for what
+        each has for its own.
+
+        Raises:
+            StateError: it is stopped or closed, or has something there can be only one of.
+        """
+        from vmm.snapshot.clone import clone
+
+        with self._lock:
+            first = self._clones + 1
+            self._clones += max(count, 0)
+        numbers = range(first, first + count)
+        return clone(self, numbers, checkpoint=self._checkpoint is not None)
+
     def _revive(self) -> None:
         """From stopped to paused, with new threads, which park."""
         self._join()

@@ -13,6 +13,7 @@ from vmm.errors import StateError, UsageError
 from vmm.memory import base as bases
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import STATES, apply, capture, quiesced
+from vmm.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,13 +112,15 @@ def overlaid_disks(machine: Machine, call: str) -> list[Block]:
     Raises:
         StateError: one is not.
     """
-    from vmm.block.overlay import Overlay
-    from vmm.virtio.blk import Block
-
     virtio = machine.platform.virtio
     devices = [transport.device for transport in virtio.transports] if virtio is not None else []
-    found = []
+    found: list[Block] = []
     for device in devices:
+        if device.ID != spec.ID_BLOCK:
+            continue
+        from vmm.block.overlay import Overlay
+        from vmm.virtio.blk import Block
+
         if not isinstance(device, Block) or device.image.readonly:
             continue
         if not isinstance(device.image, Overlay):

@@ -285,6 +285,11 @@ class Nic(VirtioDevice):
         self.config[:6] = mac
         self.filter.mac = mac
 
+    def show_own_mac(self) -> None:
+        """Offer this card's own address to a driver that was restored with another's. One that is
+        at work keeps, and gets frames for, the other until it is told, or starts anew."""
+        self.config[:6] = self._mac
+
     def set_pairs(self, pairs: int) -> bool:
         """Use the first `pairs` queue pairs; whether there are that many."""
         if not 1 <= pairs <= self._max_pairs:

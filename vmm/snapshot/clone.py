@@ -1,0 +1,131 @@
+"""Many running copies of one machine, in this process: `Machine.clone`.
+
+The guest's memory becomes a base that all map privately (`vmm.memory.base`), overlays of disks are
+kept still under one overlay more for each. The rest is a machine of its own: VM, devices, threads.
+VMs are begun ahead: the first memory slot of each waits for a grace period (`vmm.machine.begin`).
+"""
+
+from __future__ import annotations
+
+from vmm.errors import UsageError
+from vmm.machine.begin import begin
+from vmm.machine.machine import Machine
+from vmm.machine.origin import Origin
+from vmm.memory import GuestMemory
+from vmm.memory import base as bases
+from vmm.memory.pagemap import Pagemap
+from vmm.snapshot.capture import apply, capture, quiesced
+from vmm.snapshot.checkpoint import freeze, overlaid_disks, still
+from vmm.snapshot.identity import own_config
+from vmm.virtio import spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.block.frozen import Frozen
+    from vmm.config import MachineConfig
+    from vmm.kvm import Kvm, Vm
+    from vmm.virtio.blk import Block
+    from vmm.virtio.device import VirtioDevice
+    from vmm.virtio.net import Nic
+
+AHEAD = 64
+"""VMs begun before the one that is finished; each takes two descriptors."""
+
+
+def clone(machine: Machine, numbers: Sequence[int], *, checkpoint: bool) -> list[Machine]:
+    """See `Machine.clone`; `numbers` are the copies', `checkpoint`: the machine has one."""
+    if not numbers:
+        raise UsageError("clone: 0 copies; at least 1")
+    configs = [own_config(machine.config, number) for number in numbers]
+    running = machine.state == "running"
+    source = Source(machine, checkpoint)
+    begun: list[tuple[Kvm, Vm]] = []
+    made: list[Machine] = []
+    try:
+        for place, config in enumerate(configs):
+            for each in configs[place + len(begun) : place + AHEAD]:
+                begun.append(begin(each))
+            made.append(Machine(config, origin=Copy(source, begun.pop(0))))
+        if running:
+            for each_made in made:
+                each_made.start()
+    except BaseException:
+        for each_made in made:
+            each_made.close()
+        for kvm, vm in begun:
+            vm.close()
+            kvm.close()
+        raise
+    finally:
+        source.close()
+    return made
+
+
+class Source:
+    """What `machine` is at one moment; it goes on.
+
+    Attributes:
+        state: all but memory and disks.
+        base: memory.
+        disks: what those with an overlay hold, by the device's place.
+    """
+
+    def __init__(self, machine: Machine, checkpoint: bool) -> None:
+        pagemap = Pagemap()
+        try:
+            with still(machine, "clone"), quiesced(machine):
+                disks = overlaid_disks(machine, "clone")
+                self.state = capture(machine)
+                if checkpoint:  # it goes on needing the base that is there
+                    self.base = bases.copy(machine.memory, pagemap)
+                else:
+                    self.base = bases.settle(machine.memory, pagemap).share()
+                places = {id(device): place for place, device in enumerate(_devices(machine))}
+                self.disks: dict[int, Frozen] = {
+                    places[id(device)]: freeze(device) for device in disks
+                }
+        finally:
+            pagemap.close()
+
+    def close(self) -> None:
+        """Each copy has its share."""
+        self.base.release()
+        for frozen in self.disks.values():
+            frozen.close()
+
+
+class Copy(Origin):
+    """One copy of `source`, over a VM that was begun."""
+
+    def __init__(self, source: Source, begun: tuple[Kvm, Vm]) -> None:
+        self._source = source
+        self._begun = begun
+
+    def begin(self, config: MachineConfig) -> tuple[Kvm, Vm]:
+        return self._begun
+
+    def map_memory(self, config: MachineConfig) -> GuestMemory:
+        return GuestMemory(config.memory, base=self._source.base)
+
+    def apply(self, machine: Machine) -> None:
+        apply(machine, self._source.state)
+        for place, device in enumerate(_devices(machine)):
+            if place in self._source.disks:
+                _put_on(device, self._source.disks[place])  # type: ignore[arg-type]
+            elif device.ID == spec.ID_NET:
+                nic: Nic = device  # type: ignore[assignment]
+                nic.show_own_mac()
+
+
+def _devices(machine: Machine) -> list[VirtioDevice]:
+    virtio = machine.platform.virtio
+    return [transport.device for transport in virtio.transports] if virtio is not None else []
+
+
+def _put_on(device: Block, frozen: Frozen) -> None:
+    from vmm.block.overlay import Overlay
+
+    old, device.image = device.image, Overlay(frozen.share())
+    old.close()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmm.config import MachineConfig
     from vmm.console.tail import ConsoleClosed
     from vmm.errors import (
+        AgentError,
         BootError,
         GuestMemoryError,
         HostError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine, MachineExit
 
 __all__ = [
+    "AgentError",
     "AsyncMachine",
     "BootError",
     "ConsoleClosed",

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from vmm.agent.root import Root
     from vmm.block.drive import Drive
     from vmm.net.config import Net
     from vmm.virtio.console_config import PortConfig
@@ -62,6 +63,11 @@ class MachineConfig:
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
         transport: how virtio devices are reached: `mmio`, or `pci` on a host bridge.
+        agent: whether the guest gets the agent that `Machine.run` needs (docs/exec.md).
+        root: a directory or an image with a file system, which the agent mounts at / of the guest
+            and which stays as it is; implies `agent`.
+        modules: the kernel's lib/modules/VERSION, where the agent's are taken from; None: where
+            packages put it, beside the kernel.
         devices: virtio devices of one's own: functions (or classes) that make one.
         trace: told of unclaimed ports and addresses, one line each.
 
@@ -71,6 +77,7 @@ class MachineConfig:
 
     __slots__ = (
         "acpi",
+        "agent",
         "append",
         "backing",
         "balloon",
@@ -85,10 +92,12 @@ class MachineConfig:
         "initrds",
         "kernel",
         "memory",
+        "modules",
         "nets",
         "on_panic",
         "ports",
         "rng",
+        "root",
         "shares",
         "timeout",
         "trace",
@@ -121,6 +130,9 @@ class MachineConfig:
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
         transport: str = "mmio",
+        agent: bool = False,
+        root: str | None = None,
+        modules: str | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         trace: bool = False,
     ) -> None:
@@ -139,6 +151,9 @@ class MachineConfig:
         self.device = device
         self.drives = self._drives(drives)
         self.shares = self._shares(shares)
+        self.root = None if root is None else str(root)
+        self.agent = agent or root is not None
+        self.modules = None if modules is None else str(modules)
         self.backing = backing or self.default_backing
         self.nets = self._nets(nets)
         self.rng = self._rng(rng)
@@ -249,6 +264,12 @@ class MachineConfig:
             raise UsageError("KERNEL is an empty name; give the path of a bzImage or vmlinux")
         if self.initrds and self.kernel is None:
             raise UsageError("--initrd needs a kernel")
+        if self.agent and self.kernel is None:
+            raise UsageError("agent: it goes in with a kernel, and there is none")
+        if self.modules is not None:
+            from vmm.agent.modules import check_tree
+
+            check_tree(self.modules)
         for characters, name in (("\0", "NUL character"), ("\r\n", "line break")):
             if any(character in self.append for character in characters):
                 raise UsageError(
@@ -293,7 +314,18 @@ class MachineConfig:
     def default_backing(self) -> str:
         """`backing` where none is given."""
         external = any(drive.external for drive in self.drives)
-        return "memfd" if self.shares or external else "anonymous"
+        root = self.root_parts
+        shares = self.shares or (root is not None and root.share is not None)
+        return "memfd" if shares or external else "anonymous"
+
+    @property
+    def root_parts(self) -> Root | None:
+        """What `root` takes: a share or a drive, modules. UsageError where it cannot be."""
+        if self.root is None:
+            return None
+        from vmm.agent.root import Root
+
+        return Root(self.root)
 
     @property
     def hvc(self) -> bool:
@@ -320,7 +352,12 @@ class MachineConfig:
         words = [self.default_cmdline] if self.default_append else []
         if self.append:
             words.append(self.append)
-        return " ".join(words)
+        line = " ".join(words)
+        if self.agent:
+            from vmm.agent.archive import command_line
+
+            return command_line(line)
+        return line
 
 
 def host_memory() -> int:

@@ -188,7 +188,7 @@ def _convert(key: str, value: object, base: str) -> object:
         return _part(key, value, base)
     if key in ("memory", "balloon") and isinstance(value, str):
         return parse_size(value, f"{key}:")
-    if key in ("kernel", "device"):
+    if key in ("kernel", "device", "root", "modules"):
         return _join(base, str(value))
     if key == "initrds":
         assert isinstance(value, (list, tuple))

@@ -139,6 +139,9 @@ PROPERTIES: dict[str, Schema] = {
     "vsock": _part("--vsock", VSOCK, ["cid", "path"]),
     "shares": _list("host directories by virtio-fs", _part("--fs", SHARE, ["path", "tag"])),
     "transport": _text("what virtio devices are on", "mmio", enum=list(TRANSPORTS)),
+    "agent": _flag("whether commands can be run in the guest (docs/exec.md)"),
+    "root": _text("a directory or image that is the guest's root file system, and is not changed"),
+    "modules": _text("the kernel's lib/modules/VERSION; by default beside the kernel"),
     "device": _text("the KVM device", "/dev/kvm"),
     "trace": _flag("tell of unclaimed ports and addresses"),
 }  # fmt: skip

@@ -18,6 +18,8 @@ EXIT_PANIC = 120
 EXIT_TRIPLE_FAULT = 121
 EXIT_EMULATION = 122
 EXIT_TIMEOUT = 124
+EXIT_AGENT = 125
+"""The guest's agent does not answer, or not as it should."""
 EXIT_INTERRUPTED = 130
 
 
@@ -52,6 +54,12 @@ class GuestMemoryError(VmmError):
         super().__init__(f"GPA {gpa:#x}+{size:#x} {what}")
         self.gpa = gpa
         self.size = size
+
+
+class AgentError(VmmError):
+    """The agent in the guest cannot be reached, or broke the rules; exit status 125."""
+
+    exit_status = EXIT_AGENT
 
 
 class HostError(VmmError):

@@ -14,8 +14,25 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
 
+class Blob:
+    """An initrd in memory, used as an InputFile is."""
+
+    __slots__ = ("_data", "size")
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` on."""
+        view[:] = memoryview(self._data)[offset : offset + len(view)]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
 class Initrds:
-    """Open initrd files. A context manager.
+    """Initrds: open files, and archives in memory (bytes). A context manager.
 
     Each starts on a 4-byte boundary, as the kernel's cpio reader expects of concatenated archives
     (Documentation/driver-api/early-userspace/buffer-format.rst).
@@ -26,11 +43,12 @@ class Initrds:
 
     __slots__ = ("_files", "size")
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._files: list[InputFile] = []
+    def __init__(self, given: Sequence[str | bytes]) -> None:
+        self._files: list[InputFile | Blob] = []
         try:
-            for path in paths:
-                self._files.append(InputFile(path, "--initrd"))
+            for one in given:
+                made = Blob(one) if isinstance(one, bytes) else InputFile(one, "--initrd")
+                self._files.append(made)
         except BaseException:
             self.close()
             raise

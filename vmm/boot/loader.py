@@ -42,7 +42,7 @@ CMDLINE_SIZE = 2047
 def load(
     memory: GuestMemory,
     kernel: str,
-    initrds: Sequence[str],
+    initrds: Sequence[str | bytes],
     cmdline: str,
     *,
     mode: str = "auto",
@@ -53,7 +53,7 @@ def load(
 
     Args:
         kernel: path of a bzImage or an ELF vmlinux.
-        initrds: paths, concatenated.
+        initrds: paths, or archives in memory, concatenated.
         cmdline: the whole kernel command line.
         mode: `auto`, `bzimage` (its own decompressor), `elf64` or `pvh`; the last two unpack the
             vmlinux of a bzImage.

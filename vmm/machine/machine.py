@@ -11,6 +11,7 @@ from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.begin import begin
 from vmm.machine.exits import MachineExit
+from vmm.machine.guest_calls import GuestCalls
 from vmm.machine.program import ProgramCalls
 from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
 from vmm.memory import GuestMemory
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
+    from vmm.agent.link import Link
     from vmm.boot import BootState
     from vmm.console.tail import ConsoleTail, Pattern
     from vmm.kvm.vcpu import Vcpu
@@ -33,7 +35,7 @@ CREATED = "created"
 CLOSED = "closed"
 
 
-class Machine(ProgramCalls):
+class Machine(ProgramCalls, GuestCalls):
     """One virtual machine; a context manager that leaves nothing behind.
 
     States: `created` (everything is built, nothing ran), `running`, `paused`, `stopped` (`exit`
@@ -296,6 +298,14 @@ class Machine(ProgramCalls):
             self.stop()
         return self.wait()
 
+    def _agent(self) -> Link:
+        agent = self.platform.agent
+        if agent is None:
+            raise StateError("this machine has no agent in the guest; make it with agent=True")
+        if self._state in (CREATED, CLOSED):
+            raise StateError(f"the guest's agent: the machine is {self._state}, not running")
+        return agent
+
     def resize_console(self, cols: int, rows: int) -> None:
         """Tell a virtio console (`hvc`) its size in characters."""
         self.platform.resize(cols, rows)
@@ -402,7 +412,7 @@ class Machine(ProgramCalls):
                 return
             self.exit = reason
             self._state = STOPPED
-            self.platform.end()
+            self.platform.end(reason.message)
             for thread in self._threads:
                 thread.request(STOPPED)
             if self._watchdog is not None:

@@ -24,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.agent.link import Link
     from vmm.boot import BootState
     from vmm.kvm import CpuidEntry, Kvm, Vm
     from vmm.machine.machine import Machine
@@ -58,6 +59,7 @@ class Platform:
         self.hvc: VirtioConsole | None = None
         self.balloon: Balloon | None = None
         self.vmgenid = False
+        self.agent: Link | None = None
         self.pio = AddressSpace("port", 16)
         self.mmio = AddressSpace("mmio", 64)
         if machine.config.trace:
@@ -94,7 +96,7 @@ class Platform:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
         disks = config.drives or config.shares
-        talk = config.vsock or config.hvc or config.ports
+        talk = config.vsock or config.hvc or config.ports or config.agent
         memory = config.balloon is not None
         if config.transport == "pci":
             from vmm.machine.virtio_pci import PciDevices
@@ -106,7 +108,12 @@ class Platform:
             self.virtio = MmioDevices(self.machine, self.mmio)
         else:
             return
-        for number, drive in enumerate(config.drives):
+        drives, shares = config.drives, config.shares
+        root = config.root_parts
+        if root is not None:
+            drives += (root.drive,) if root.drive is not None else ()
+            shares += (root.share,) if root.share is not None else ()
+        for number, drive in enumerate(drives):
             self.virtio.add(drive.open(number))
         for number, net in enumerate(config.nets):
             nic = net.open(number)
@@ -124,12 +131,29 @@ class Platform:
 
             self.balloon = Balloon(size=config.balloon)
             self.virtio.add(self.balloon)
-        if config.vsock:
-            self.virtio.add(config.vsock.open())
-        for share in config.shares:
+        if config.vsock or config.agent:
+            self._add_vsock(self.virtio)
+        for share in shares:
             self.virtio.add(share.open())
         for make in config.devices:
             self.virtio.add(make())
+
+    def _add_vsock(self, virtio: VirtioDevices) -> None:
+        """The socket device, and the way to the agent over it."""
+        from vmm.virtio.vsock import Vsock
+        from vmm.virtio.vsock_host import VsockHost
+
+        config = self.machine.config
+        device = config.vsock.open() if config.vsock else Vsock(3, VsockHost(None))
+        virtio.add(device)
+        if config.agent:
+            from vmm.agent.link import Link
+
+            self.agent = Link(device, self._console_bytes)
+
+    def _console_bytes(self) -> bytes:
+        self.flush()
+        return self.console.tail.bytes()
 
     def _virtio_console(self) -> VirtioConsole:
         """Port 0 on the machine's console, where it is asked for; named ports."""
@@ -206,7 +230,12 @@ class Platform:
             self.vmgenid = True
             rsdp = tables.rsdp
             blobs += tables.blobs
-        state = load(memory, kernel, config.initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
+        initrds: list[str | bytes] = [*config.initrds]
+        if config.agent:
+            from vmm.agent import archive
+
+            initrds.append(archive.build(config))
+        state = load(memory, kernel, initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
         for gpa, blob in blobs:
             memory.write(gpa, blob)
         return state
@@ -234,13 +263,17 @@ class Platform:
         if self.virtio is not None:
             self.virtio.resumed()
 
-    def end(self) -> None:
-        """The machine ends: nothing may hold a vCPU up."""
+    def end(self, why: str) -> None:
+        """The machine ends: nothing may hold a vCPU up, nobody waits for the guest any more."""
         self.console.end()
+        if self.agent is not None:
+            self.agent.end(why)
 
     def revive(self) -> None:
         """The machine has not ended after all."""
         self.console.revive()
+        if self.agent is not None:
+            self.agent.revive()
 
     def close(self) -> None:
         """Give back what the devices hold, and the terminal."""

@@ -2,7 +2,8 @@
 
 A program connects to PREFIX, writes `CONNECT port\\n`, reads `OK hostport\\n`, and is connected to
 that port of the guest; a connection that is closed instead was refused. A guest that connects to
-port P of CID 2 reaches the program that listens on PREFIX_P.
+port P of CID 2 reaches the program that listens on PREFIX_P. This process itself can do both
+without a name in the file system: `dial`, and `bind`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from vmm.virtio.vsock_packet import OP_RESPONSE, PORT_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.virtio.vsock import Vsock
     from vmm.virtio.vsock_stream import Stream
 
@@ -32,16 +35,23 @@ TRIES = 100
 class VsockHost:
     """Listens on `path` from construction to `close`; a socket nobody listens on is replaced.
 
+    Without a path only this process reaches the guest, and is reached.
+
     Raises:
         UsageError: the socket cannot be made there, or another monitor has it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | None) -> None:
         self.path = path
         self._clients: dict[socket.socket, bytes] = {}
+        self._bound: dict[int, Callable[[socket.socket, int], None]] = {}
+        self._direct: set[Stream] = set()
         self._device: Vsock | None = None
-        check_path(path)
-        self._listener, self._identity = unix.listen(path, f"--vsock path={path}")
+        self._listener: socket.socket | None = None
+        self._identity = unix.NOBODY
+        if path is not None:
+            check_path(path)
+            self._listener, self._identity = unix.listen(path, f"--vsock path={path}")
 
     def attach(self, device: Vsock) -> None:
         """Serve `device`."""
@@ -49,12 +59,13 @@ class VsockHost:
 
     def start(self) -> None:
         """Take clients: the guest has a driver. On the loop."""
-        if self._device is not None:
+        if self._device is not None and self._listener is not None:
             self._device.watch(self._listener, self._accept)
 
     def stop(self) -> None:
         """Leave clients waiting: the guest's driver is gone."""
-        if self._device is not None:
+        self._direct.clear()
+        if self._device is not None and self._listener is not None:
             self._device.watch(self._listener, None)
         for sock in list(self._clients):
             self._leave(sock)
@@ -63,15 +74,59 @@ class VsockHost:
     def close(self) -> None:
         """Remove the socket, unless another has taken its place; harmless twice."""
         self.stop()
-        self._listener.close()
-        unix.remove(self.path, self._identity)
-        self._identity = unix.NOBODY
+        if self._listener is not None and self.path is not None:
+            self._listener.close()
+            unix.remove(self.path, self._identity)
+            self._identity = unix.NOBODY
+
+    # --- this process -----------------------------------------------------------------------------
+
+    def dial(self, port: int) -> socket.socket:
+        """Connect to the guest's `port`, from any thread; returns at once, with a blocking socket.
+
+        What is written waits for the guest to accept. A connection that it refuses, or cannot take
+        (its driver is gone), ends.
+        """
+        ours, theirs = socket.socketpair()
+        device = self._device
+        if device is None:
+            theirs.close()
+            return ours
+        theirs.setblocking(False)
+        done = False
+
+        def dial() -> None:
+            nonlocal done
+            stream = device.dial(port, theirs)
+            if stream is not None:
+                done = True
+                self._direct.add(stream)
+                device.later(ANSWER_WITHIN, lambda: self._answered_yet(stream))
+
+        def call() -> None:
+            device.locked(dial)
+            if not done:
+                theirs.close()
+
+        device.call(call)
+        return ours
+
+    def bind(self, port: int, function: Callable[[socket.socket, int], None] | None) -> None:
+        """Have `function` called when the guest connects to `port` of CID 2; None: no more.
+
+        It gets a blocking socket, its own from then on, and the guest's port. It is called on the
+        device's loop, with its lock, and must not block. It comes before a listener on PREFIX_port.
+        """
+        if function is None:
+            self._bound.pop(port, None)
+        else:
+            self._bound[port] = function
 
     # --- a program connects to the guest ----------------------------------------------------------
 
     def _accept(self) -> None:
         device = self._device
-        assert device is not None
+        assert device is not None and self._listener is not None
         try:
             sock = self._listener.accept()[0]
         except BlockingIOError:
@@ -119,11 +174,16 @@ class VsockHost:
             device.later(ANSWER_WITHIN, lambda: self._answered_yet(stream))
 
     def _answered_yet(self, stream: Stream) -> None:
+        self._direct.discard(stream)
         if not stream.open and not stream.gone:
             stream.reset()
 
     def answered(self, stream: Stream) -> None:
         """The guest has accepted what a program asked for."""
+        if stream in self._direct:
+            self._direct.discard(stream)
+            stream.accepted()
+            return
         line = b"OK %d\n" % stream.host_port
         try:
             if stream.sock is not None and stream.sock.send(line) == len(line):
@@ -139,6 +199,22 @@ class VsockHost:
         """Connect `stream` to who listens on its port, or refuse it."""
         device = self._device
         if stream.gone or device is None:
+            return
+        function = self._bound.get(stream.host_port)
+        if function is not None:
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError:  # descriptors have run out
+                stream.reset()
+                return
+            theirs.setblocking(False)
+            stream.sock = theirs
+            device.reply(stream, OP_RESPONSE)
+            stream.accepted()
+            function(ours, stream.guest_port)
+            return
+        if self.path is None:
+            stream.reset()
             return
         sock = None
         try:

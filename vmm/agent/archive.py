@@ -1,0 +1,73 @@
+"""The agent's initrd: its program, modules it needs, and what it is to do (vmm/agent/init.c)."""
+
+from __future__ import annotations
+
+from vmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.config import MachineConfig
+
+RDINIT = "/.vmm/init"
+DEFAULT_INIT = "/init"
+
+
+def build(config: MachineConfig) -> bytes:
+    """The archive for a machine so configured.
+
+    Raises:
+        UsageError: its kernel lacks what the agent needs.
+        HostError: the agent cannot be compiled.
+    """
+    from vmm.agent import binary
+    from vmm.agent.modules import collect, find_tree
+    from vmm.initramfs import Initramfs
+
+    ram = Initramfs()
+    ram.dir(".vmm", 0o700)
+    ram.file(RDINIT, source=binary.program(), mode=0o755)
+    ram.node(".vmm/null", "c", 1, 3, mode=0o666)
+    lines = []
+    root = config.root_parts
+    tree = config.modules or (find_tree(config.kernel) if config.kernel else None)
+    if tree is not None:
+        bus = "virtio_pci" if config.transport == "pci" else "virtio_mmio"
+        wanted = [bus, "vmw_vsock_virtio_transport"]
+        optional = []
+        if root is not None:
+            wanted += root.wanted
+            optional.append("crc32c_generic")  # file systems ask for it by another name
+        for number, module in enumerate(collect(tree, wanted, optional)):
+            path = f"/.vmm/modules/{number:02}.ko"
+            ram.file(path, data=module)
+            lines.append(f"module {path}")
+    init = parameter(config.append, "rdinit")
+    if root is not None:
+        lines += root.lines
+        init = parameter(config.append, "init")
+    elif init is None:
+        init = DEFAULT_INIT
+    if init is not None:
+        if "\n" in init or not init.startswith("/"):
+            raise UsageError(f"--append: init {init!r} is not a path that begins with /")
+        lines.append(f"init {init}")
+    ram.file(".vmm/config", data="".join(f"{line}\n" for line in lines))
+    return ram.bytes()
+
+
+def command_line(line: str) -> str:
+    """A kernel command line with the agent as the first program."""
+    words, dashes, arguments = f" {line} ".partition(" -- ")
+    return f"{words.strip()} rdinit={RDINIT}" + (f" -- {arguments.strip()}" if dashes else "")
+
+
+def parameter(cmdline: str, name: str) -> str | None:
+    """The last NAME=VALUE on a kernel command line, before the `--` of init's own arguments."""
+    found = None
+    for word in cmdline.split():
+        if word == "--":
+            break
+        key, equals, value = word.partition("=")
+        if key == name and equals:
+            found = value
+    return found

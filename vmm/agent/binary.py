@@ -1,0 +1,81 @@
+"""The agent's program for the guest: shipped with the package, or compiled on first use.
+
+It needs no C library, so any C compiler for x86-64 with Linux's headers will do.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmm.errors import HostError
+
+COMPILERS = ("cc", "gcc", "clang", "musl-gcc")
+FLAGS = (
+    *("-std=gnu11", "-Os", "-ffreestanding", "-fno-builtin", "-nostdlib", "-static", "-no-pie"),
+    *("-fno-pie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-s"),
+    *("-Wall", "-Wextra", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,norelro"),
+)
+SHIPPED = "vmm-agent"
+"""The file beside the sources that hatch_build.py makes where there is a compiler."""
+HERE = os.path.dirname(__file__)
+
+
+def sources() -> list[str]:
+    """The paths of the C files, in order."""
+    return [os.path.join(HERE, name) for name in sorted(os.listdir(HERE)) if name.endswith(".c")]
+
+
+def program() -> str:
+    """The path of the agent's program. Raises HostError where there is none and no compiler."""
+    key = fingerprint()
+    for directory in (HERE, _cache()):
+        path = os.path.join(directory, f"{SHIPPED}-{key}")
+        if os.path.exists(path):
+            return path
+    os.makedirs(_cache(), exist_ok=True)
+    build(path)
+    return path
+
+
+def fingerprint() -> str:
+    """What tells one version of the sources from another."""
+    from hashlib import sha256
+
+    found = sha256(" ".join(FLAGS).encode())
+    for name in sorted(os.listdir(HERE)):
+        if name.endswith((".c", ".h")):
+            with open(os.path.join(HERE, name), "rb") as file:
+                found.update(file.read())
+    return found.hexdigest()[:16]
+
+
+def build(path: str) -> None:
+    """Compile it to `path`, which appears when it is whole. Raises HostError."""
+    import shutil
+    import subprocess
+
+    chosen = os.environ.get("CC")
+    compiler = next(filter(None, map(shutil.which, [chosen] if chosen else COMPILERS)), None)
+    if compiler is None:
+        raise HostError(
+            "no C compiler for the guest's agent; apt-get install gcc libc6-dev, or set CC"
+        )
+    unfinished = f"{path}.{os.getpid()}"
+    command = [compiler, *FLAGS, "-o", unfinished, *sources()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+            raise HostError(f"{compiler} cannot compile the guest's agent: {said.strip()}")
+        os.rename(unfinished, path)
+    except OSError as err:
+        raise HostError(f"{path}: {err.strerror}") from err
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
+def _cache() -> str:
+    from vmm.agent import cache
+
+    return cache.directory()

@@ -1,0 +1,340 @@
+/* Process 1, before the guest's own init: inserts modules, mounts a root file system where one was
+ * asked for, starts the agent, and goes on as the init of the guest.
+ *
+ * /.vmm/config says what to do, a word and its arguments a line:
+ *
+ *     module PATH                 insert it
+ *     init PATH                   the guest's init; without this line, there is none
+ *     root virtiofs TAG           mount this at /
+ *     root SERIAL TYPE            the virtio disk of that serial number, with that file system
+ *     overlay                     what is written to it goes to memory
+ */
+#include "agent.h"
+#include <net/if.h>
+
+#define CONFIG_MAX (64 << 10)
+#define PATIENCE 10000 /* milliseconds for a disk to appear */
+
+static int proc = -1;
+static const char *guest_init, *root_kind, *root_name;
+static int overlay;
+static char config[CONFIG_MAX];
+
+static _Noreturn void give_up(const char *text, const char *more, long error)
+{
+    say(text, more, error);
+    sys_exit(1); /* the kernel panics: that is news the host gets */
+}
+
+static void insert(const char *path)
+{
+    int fd = sys_open(path, O_RDONLY);
+    long error = fd < 0 ? fd : SYS3(finit_module, fd, "", 0);
+
+    if (error && error != -EEXIST)
+        say("cannot insert module", path, error);
+    if (fd >= 0)
+        sys_close(fd);
+}
+
+static void read_config(void)
+{
+    int fd = sys_open("/.vmm/config", O_RDONLY);
+    long size = fd < 0 ? fd : sys_read(fd, config, sizeof config - 1);
+
+    if (size < 0)
+        give_up("cannot read /.vmm/config", 0, size);
+    sys_close(fd);
+    for (char *line = config, *end; *line; line = end) {
+        const char *rest;
+        for (end = line; *end && *end != '\n'; end++)
+            ;
+        if (*end)
+            *end++ = 0;
+        if ((rest = after(line, "module "))) {
+            insert(rest);
+        } else if ((rest = after(line, "init "))) {
+            guest_init = rest;
+        } else if ((rest = after(line, "root "))) {
+            char *blank = (char *)rest;
+            while (*blank && *blank != ' ')
+                blank++;
+            if (*blank)
+                *blank++ = 0;
+            root_kind = rest;
+            root_name = blank;
+        } else if (!strcmp(line, "overlay")) {
+            overlay = 1;
+        }
+    }
+}
+
+/* A /proc of our own, seen nowhere. */
+static void open_proc(void)
+{
+    sys_mkdir("/.vmm/proc", 0700);
+    if (sys_mount("proc", "/.vmm/proc", "proc", 0, 0))
+        return;
+    proc = (int)SYS4(openat, AT_FDCWD, "/.vmm/proc", O_RDONLY | O_DIRECTORY, 0); /* inherited */
+    SYS2(umount2, "/.vmm/proc", MNT_DETACH);
+}
+
+/* --- the root file system a host asked for --- */
+
+/* The /dev of the virtio disk with this serial number. */
+static int find_disk(const char *serial, char *path, size_t size)
+{
+    char file[64], found[32], letter[2] = {0};
+
+    for (int waited = 0; waited < PATIENCE; waited += 20) {
+        for (letter[0] = 'a'; letter[0] <= 'z'; letter[0]++) {
+            join(file, sizeof file, "/.vmm/sys/block/vd", letter, "/serial", (char *)0);
+            int fd = sys_open(file, O_RDONLY);
+            long got = fd < 0 ? 0 : sys_read(fd, found, sizeof found - 1);
+            if (fd >= 0)
+                sys_close(fd);
+            found[got > 0 ? got : 0] = 0;
+            if (!strcmp(found, serial)) {
+                join(path, size, "/.vmm/dev/vd", letter, (char *)0);
+                return 0;
+            }
+        }
+        sys_sleep(20);
+    }
+    return -ENODEV;
+}
+
+static void mount_or_give_up(
+    const char *source, const char *target, const char *type, unsigned long flags, const char *data)
+{
+    int error;
+
+    sys_mkdir(target, 0755);
+    error = sys_mount(source, target, type, flags, data);
+    if (error)
+        give_up("cannot mount the root file system: mount -t", type, error);
+}
+
+/* What every program expects; a root file system without the directories does without. */
+static void furnish(void)
+{
+    static const struct {
+        const char *target, *type, *data;
+    } mounts[] = {
+        {"proc", "proc", 0},          {"sys", "sysfs", 0},
+        {"dev", "devtmpfs", 0},       {"dev/pts", "devpts", "mode=620,ptmxmode=666"},
+        {"dev/shm", "tmpfs", "mode=1777"}, {"run", "tmpfs", "mode=755"},
+        {"tmp", "tmpfs", "mode=1777"},
+    };
+    static const char *links[][2] = {
+        {"/proc/self/fd", "dev/fd"},
+        {"/proc/self/fd/0", "dev/stdin"},
+        {"/proc/self/fd/1", "dev/stdout"},
+        {"/proc/self/fd/2", "dev/stderr"},
+    };
+    struct ifreq loopback = {.ifr_name = "lo"};
+    int fd;
+
+    for (size_t n = 0; n < sizeof mounts / sizeof *mounts; n++) {
+        sys_mkdir(mounts[n].target, 0755);
+        sys_mount(mounts[n].type, mounts[n].target, mounts[n].type, 0, mounts[n].data);
+    }
+    for (size_t n = 0; n < sizeof links / sizeof *links; n++)
+        SYS3(symlinkat, links[n][0], AT_FDCWD, links[n][1]);
+    SYS2(sethostname, "vmm", 3);
+    fd = (int)SYS3(socket, AF_INET, SOCK_DGRAM, 0);
+    if (fd >= 0) {
+        loopback.ifr_flags = IFF_UP | IFF_RUNNING;
+        sys_ioctl(fd, 0x8914 /* SIOCSIFFLAGS */, &loopback);
+        sys_close(fd);
+    }
+}
+
+/* Mount it at /.vmm/root and make it this directory. */
+static void mount_asked_root(void)
+{
+    const char *target = overlay ? "/.vmm/lower" : "/.vmm/root";
+    char disk[64];
+    int error;
+
+    if (!strcmp(root_kind, "virtiofs")) {
+        mount_or_give_up(root_name, target, "virtiofs", MS_RDONLY, 0);
+    } else {
+        mount_or_give_up("sys", "/.vmm/sys", "sysfs", 0, 0);
+        mount_or_give_up("dev", "/.vmm/dev", "devtmpfs", 0, 0);
+        error = find_disk(root_kind, disk, sizeof disk);
+        if (error)
+            give_up("the disk of the root file system does not appear", 0, error);
+        mount_or_give_up(disk, target, root_name, overlay ? MS_RDONLY : 0, 0);
+        SYS2(umount2, "/.vmm/dev", MNT_DETACH);
+        SYS2(umount2, "/.vmm/sys", MNT_DETACH);
+    }
+    if (overlay) {
+        mount_or_give_up("over", "/.vmm/over", "tmpfs", 0, "mode=755");
+        sys_mkdir("/.vmm/over/upper", 0755);
+        sys_mkdir("/.vmm/over/work", 0755);
+        mount_or_give_up("root", "/.vmm/root", "overlay", 0,
+            "lowerdir=/.vmm/lower,upperdir=/.vmm/over/upper,workdir=/.vmm/over/work");
+    }
+    sys_chdir("/.vmm/root");
+    furnish();
+}
+
+/* --- the root file system the kernel would have mounted --- */
+
+static char words[4096];
+
+/* The value of the last NAME=VALUE (or NAME) of the kernel's command line; NULL without. */
+static const char *parameter(const char *name)
+{
+    const char *found = 0;
+    size_t size = strlen(name);
+
+    for (const char *word = words; *word; word += strlen(word) + 1) {
+        if (!strcmp(word, "--"))
+            break;
+        if (after(word, name) && (word[size] == '=' || !word[size]))
+            found = word + size + (word[size] == '=');
+    }
+    return found;
+}
+
+static void read_command_line(void)
+{
+    int fd = proc < 0 ? proc : sys_openat(proc, "cmdline", O_RDONLY, 0);
+    long size = fd < 0 ? 0 : sys_read(fd, words, sizeof words - 2);
+
+    for (long at = 0; at < size; at++)
+        if (words[at] == ' ' || words[at] == '\n')
+            words[at] = 0;
+    /* Blanks in a row would look like the end. */
+    long to = 0;
+    for (long at = 0; at < size; at++)
+        if (words[at] || (to && words[to - 1]))
+            words[to++] = words[at];
+    words[to] = words[to + 1] = 0;
+    if (fd >= 0)
+        sys_close(fd);
+}
+
+/* Try `types` (parted by commas), or all that /proc/filesystems has for disks. */
+static int try_types(const char *source, const char *types, unsigned long flags, const char *data)
+{
+    static char list[4096];
+    int fd, error = -ENODEV;
+
+    if (types) {
+        join(list, sizeof list, types, ",", (char *)0);
+    } else {
+        fd = sys_openat(proc, "filesystems", O_RDONLY, 0);
+        long size = fd < 0 ? 0 : sys_read(fd, list, sizeof list - 1);
+        list[size > 0 ? size : 0] = 0;
+        sys_close(fd);
+    }
+    for (char *word = list, *end; *word; word = end + 1) {
+        for (end = word; *end && *end != ',' && *end != '\n'; end++)
+            ;
+        if (!*end)
+            break;
+        *end = 0;
+        if (after(word, "nodev"))
+            continue;
+        while (*word == '\t')
+            word++;
+        error = sys_mount(source, "/.vmm/root", word, flags, data);
+        if (!error || (error != -EINVAL && error != -ENODEV))
+            break;
+    }
+    return error;
+}
+
+static void mount_kernels_root(void)
+{
+    const char *root = parameter("root"), *types = parameter("rootfstype");
+    const char *data = parameter("rootflags");
+    unsigned long flags = parameter("rw") ? 0 : MS_RDONLY;
+    char device[256];
+    int error, wait = parameter("rootwait") ? 1 << 30 : PATIENCE;
+
+    if (!root)
+        give_up("there is no /init in the initrd, and no root= on the command line", 0, 0);
+    sys_mkdir("/.vmm/root", 0755);
+    if (after(root, "/dev/")) {
+        mount_or_give_up("dev", "/.vmm/dev", "devtmpfs", 0, 0);
+        join(device, sizeof device, "/.vmm", root, (char *)0);
+        for (int waited = 0; waited < wait && !sys_exists(device); waited += 20)
+            sys_sleep(20);
+        error = try_types(device, types, flags, data);
+        if (error == -EACCES || error == -EROFS) /* a read-only disk */
+            error = try_types(device, types, flags | MS_RDONLY, data);
+        SYS2(umount2, "/.vmm/dev", MNT_DETACH);
+    } else if (types) {
+        error = try_types(root, types, flags, data);
+    } else {
+        give_up("root= is not /dev/NAME (or a tag, with rootfstype=); an initrd may know", root, 0);
+    }
+    if (error)
+        give_up("cannot mount root=", root, error);
+    sys_chdir("/.vmm/root");
+    sys_mount("devtmpfs", "dev", "devtmpfs", 0, "mode=0755"); /* as CONFIG_DEVTMPFS_MOUNT */
+    guest_init = parameter("init");
+}
+
+/* --- together --- */
+
+static void start_agent(int program, char **envp)
+{
+    char digits[21];
+    char *argv[] = {"@vmm-agent", "agent", (char *)decimal(digits, proc), 0};
+
+    /* The @: systemd leaves such processes alone when it leaves an initrd. */
+    if (!sys_fork()) {
+        SYS5(execveat, program, "", argv, envp, AT_EMPTY_PATH);
+        say("cannot start", 0, 0);
+        sys_exit(1);
+    }
+    if (proc >= 0)
+        sys_close(proc);
+}
+
+static void become(const char *path, char **argv, char **envp)
+{
+    argv[0] = (char *)path;
+    sys_execve(path, argv, envp);
+}
+
+_Noreturn void init(char **argv, char **envp)
+{
+    static const char *usual[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
+    int program = sys_open("/.vmm/init", O_PATH), kernels_root;
+
+    read_config();
+    open_proc();
+    kernels_root = !root_kind && guest_init && !sys_exists(guest_init);
+    if (kernels_root && strcmp(guest_init, "/init"))
+        say("the initrd has no", guest_init, 0);
+    if (kernels_root) {
+        read_command_line();
+        mount_kernels_root();
+    } else if (root_kind) {
+        mount_asked_root();
+    }
+    if (kernels_root || root_kind) {
+        sys_mount(".", "/", 0, MS_MOVE, 0);
+        sys_chroot(".");
+        sys_chdir("/");
+    }
+    start_agent(program, envp);
+    if (guest_init) {
+        become(guest_init, argv, envp);
+        if (kernels_root)
+            give_up("cannot execute init=", guest_init, 0);
+    }
+    for (size_t n = 0; kernels_root && n < sizeof usual / sizeof *usual; n++)
+        become(usual[n], argv, envp);
+    if (guest_init || kernels_root)
+        give_up("cannot execute", guest_init ? guest_init : "any init", 0);
+    for (;;) /* the agent is all there is; orphans come here */
+        if (SYS4(wait4, -1, 0, 0, 0) < 0)
+            sys_sleep(1000);
+}

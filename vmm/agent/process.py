@@ -1,0 +1,395 @@
+"""A command in the guest, as `subprocess` has one on the host: `GuestProcess` and `run`."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from subprocess import DEVNULL, PIPE, STDOUT
+from typing import Protocol
+
+from vmm.agent import wire
+from vmm.agent.connection import Connection
+from vmm.agent.wire import ERR, IN, OUT, Session
+from vmm.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from socket import socket
+    from typing import IO, Any, Self
+
+    Word = str | bytes | os.PathLike[str]
+    Args = str | bytes | os.PathLike[str] | Sequence[Word]
+
+KILL_WITHIN = 10.0
+"""Seconds waited, after a kill, for the news of it."""
+
+
+class Dialer(Protocol):
+    """Where connections come from (vmm.agent.link.Link)."""
+
+    def connect(self) -> socket:
+        """A new one; AgentError."""
+
+    def why_lost(self) -> str:
+        """Why one has ended."""
+
+
+def words(args: Args, shell: bool = False) -> list[Word]:
+    """`args` as a list; a string is the program, or with `shell` what sh -c gets."""
+    if isinstance(args, (str, bytes, os.PathLike)):
+        return ["/bin/sh", "-c", args] if shell else [args]
+    listed = list(args)
+    if not listed:
+        raise ValueError("no command given")
+    return ["/bin/sh", "-c", *listed] if shell else listed
+
+
+def flags_of(stdin: int, stdout: int, stderr: int, tty: bool) -> int:
+    """The request's flags; ValueError for what a stream cannot be."""
+    for name, given, possible in (
+        ("stdin", stdin, (PIPE, DEVNULL)),
+        ("stdout", stdout, (PIPE, DEVNULL)),
+        ("stderr", stderr, (PIPE, DEVNULL, STDOUT)),
+    ):
+        if given not in possible:
+            raise ValueError(f"{name}={given!r} is not PIPE or DEVNULL (or STDOUT, for stderr)")
+    if tty:
+        return wire.TERMINAL
+    flags = wire.NULL_IN if stdin == DEVNULL else 0
+    flags |= wire.NULL_OUT if stdout == DEVNULL else 0
+    flags |= wire.NULL_ERR if stderr == DEVNULL else 0
+    return flags | (wire.ERR_TO_OUT if stderr == STDOUT else 0)
+
+
+class GuestProcess:
+    """A running command; use it as subprocess.Popen. A context manager, which waits at its end.
+
+    Args:
+        link: the way to the agent, which is there.
+        args: the command and its arguments.
+        stdin, stdout, stderr: PIPE or DEVNULL; stderr also STDOUT.
+        env: added to the guest's usual variables (PATH, HOME, USER, ...); None takes one out.
+        cwd: its directory; `/` otherwise.
+        text, encoding, errors: strings instead of bytes.
+        tty: it gets a terminal of its own; its output all comes by stdout.
+        size: the terminal's rows and columns.
+
+    Attributes:
+        args, pid, returncode, stdin, stdout, stderr: as Popen's.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: it cannot be executed, as Popen's.
+        AgentError: the agent cannot be reached.
+    """
+
+    def __init__(
+        self,
+        link: Dialer,
+        args: Args,
+        *,
+        stdin: int = PIPE,
+        stdout: int = PIPE,
+        stderr: int = PIPE,
+        env: Mapping[str, str | None] | None = None,
+        cwd: Word | None = None,
+        shell: bool = False,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+        tty: bool = False,
+        size: tuple[int, int] = (24, 80),
+        bufsize: int = -1,
+    ) -> None:
+        self.args = args
+        argv = words(args, shell)
+        flags = flags_of(stdin, stdout, stderr, tty)
+        first = wire.request(
+            wire.EXECUTE, argv, directory=cwd or "", environment=wire.environment(env),
+            flags=flags, size=size,
+        )  # fmt: skip
+        self.returncode: int | None = None
+        self._collected = [bytearray(), bytearray(), bytearray()]
+        self._input_done = 0
+        session = Session(wire.EXECUTE, flags)
+        session.out += first
+        self._connection = Connection(link.connect(), session, link.why_lost)
+        self._session = session
+        try:
+            self._connection.send()
+            self._connection.wait_for(lambda: bool(session.pid or session.failed), None)
+            failure = session.failure(argv, cwd)
+            if failure is not None:
+                raise failure
+        except BaseException:
+            self._connection.close()
+            raise
+        self.pid = session.pid
+        self._text = bool(text or encoding or errors)
+        self._encoding, self._errors = encoding or "utf-8", errors or "strict"
+        self.stdin: IO[Any] | None = None if session.refused else self._file(IN, bufsize)
+        self.stdout: IO[Any] | None = None if session.ended[OUT] else self._file(OUT, bufsize)
+        self.stderr: IO[Any] | None = None if session.ended[ERR] else self._file(ERR, bufsize)
+
+    def _file(self, stream: int, bufsize: int) -> IO[Any]:
+        raw = _Writer(self._connection) if stream == IN else _Reader(self._connection, stream)
+        if bufsize == 0 and not self._text:
+            return raw  # type: ignore[return-value]
+        size = bufsize if bufsize > 1 else io.DEFAULT_BUFFER_SIZE
+        buffered = io.BufferedWriter(raw, size) if stream == IN else io.BufferedReader(raw, size)
+        if not self._text:
+            return buffered
+        line = bufsize == 1 and stream == IN
+        return io.TextIOWrapper(
+            buffered, encoding=self._encoding, errors=self._errors, line_buffering=line
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        try:
+            if kind is not None and self.returncode is None:
+                self.kill()
+                self.wait(KILL_WITHIN)
+            for file in (self.stdin, self.stdout, self.stderr):
+                if file is not None:
+                    file.close()
+            if kind is None:
+                self.wait()
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<GuestProcess: returncode: {self.returncode} args: {self.args!r}>"
+
+    # --- its end ----------------------------------------------------------------------------------
+
+    def poll(self) -> int | None:
+        """The return code, if it has ended."""
+        self._ended(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; the return code. Raises subprocess.TimeoutExpired, AgentError."""
+        if not self._ended(timeout):
+            raise subprocess.TimeoutExpired(self._named(), timeout or 0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def _ended(self, timeout: float | None) -> bool:
+        if self.returncode is None:
+            session = self._session
+            until = None if timeout is None else time.monotonic() + timeout
+            if not self._connection.wait_for(lambda: session.returncode is not None, until):
+                return False
+            self.returncode = session.returncode
+        return True
+
+    def send_signal(self, sig: int, *, group: bool = False) -> None:
+        """Send a signal to the process, or to its process group; nothing once it has ended.
+
+        A group, which all it starts belongs to, gets it even then: what it left behind.
+        """
+        if group or self.poll() is None:
+            self._connection.do(lambda: self._session.signal(int(sig), group))
+
+    def terminate(self) -> None:
+        """SIGTERM to the process."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to its process group: nothing it started in it is left."""
+        self.send_signal(signal.SIGKILL, group=True)
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does on a terminal: SIGINT to its process group."""
+        self.send_signal(signal.SIGINT, group=True)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal (`tty`) a new size."""
+        self._connection.do(lambda: self._session.resize(rows, columns))
+
+    def close(self) -> None:
+        """Hang up. A command that still runs gets a SIGHUP, its output is lost. Harmless twice."""
+        self._connection.close()
+
+    # --- everything at once -----------------------------------------------------------------------
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Give it all of `input`, wait for the end of its output and its own; (stdout, stderr).
+
+        None stands for what is no pipe. After a TimeoutExpired it may be called again.
+        """
+        if self._text and isinstance(input, str):
+            input = input.encode(self._encoding, self._errors)
+        data = memoryview(input if input is not None else b"").cast("B")
+        until = None if timeout is None else time.monotonic() + timeout
+        if self.stdin is not None and not self.stdin.closed and not self._input_done:
+            with suppress(BrokenPipeError):
+                self.stdin.flush()
+        done = self._exchange(data, until)
+        out = self._decoded(OUT) if self.stdout is not None else None
+        err = self._decoded(ERR) if self.stderr is not None else None
+        if not done:
+            raw = [bytes(part) for part in self._collected]
+            raise subprocess.TimeoutExpired(
+                self._named(), timeout or 0, raw[OUT] if self.stdout else None,
+                raw[ERR] if self.stderr else None,
+            )  # fmt: skip
+        return out, err
+
+    def _exchange(self, data: memoryview, until: float | None) -> bool:
+        session, connection = self._session, self._connection
+
+        def write() -> None:
+            if not session.refused and self.stdin is not None and not self.stdin.closed:
+                if self._input_done < len(data):
+                    self._input_done += session.write(data[self._input_done :])
+                if self._input_done >= len(data):
+                    session.end_input()
+
+        def something() -> bool:
+            if session.complete or session.available(OUT) or session.available(ERR):
+                return True
+            left = self._input_done < len(data) and not session.refused
+            return left and session.room > 0 and self.stdin is not None
+
+        while True:
+            connection.do(write, until)
+            for stream in (OUT, ERR):
+                self._collected[stream] += connection.take(stream)
+            if session.complete:
+                self.returncode = session.returncode
+                return True
+            if not connection.wait_for(something, until):
+                return False
+
+    def _decoded(self, stream: int) -> bytes | str:
+        data = bytes(self._collected[stream])
+        if not self._text:
+            return data
+        text = data.decode(self._encoding, self._errors)
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _named(self) -> Any:
+        return self.args
+
+
+class _Reader(io.RawIOBase):
+    """The command's output."""
+
+    def __init__(self, connection: Connection, stream: int) -> None:
+        self._connection = connection
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        session, stream = self._connection.session, self._stream
+        view = memoryview(buffer).cast("B")
+        self._connection.wait_for(
+            lambda: bool(session.available(stream)) or session.ended[stream], None
+        )
+        data = self._connection.take(stream, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            session, stream = self._connection.session, self._stream
+            if not session.ended[stream] and self._connection.error is None:
+                self._connection.do(lambda: session.drop(stream))
+        super().close()
+
+
+class _Writer(io.RawIOBase):
+    """The command's input."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        session, done = self._connection.session, 0
+        view = memoryview(data).cast("B")
+
+        def write() -> None:
+            nonlocal done
+            done = session.write(view)
+
+        self._connection.wait_for(lambda: session.room > 0 or session.refused, None)
+        self._connection.do(write)
+        return done
+
+    def close(self) -> None:
+        if not self.closed and self._connection.error is None:
+            self._connection.do(self._connection.session.end_input)
+        super().close()
+
+
+def run(
+    link: Dialer,
+    args: Args,
+    *,
+    input: Any = None,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """Run a command to its end; as subprocess.run with capture_output.
+
+    Args:
+        input: what it reads; None: nothing, /dev/null.
+        timeout: seconds, after which its process group is killed.
+        check: raise CalledProcessError where it ends with another status than 0.
+        options: see GuestProcess.
+
+    Raises:
+        subprocess.TimeoutExpired, subprocess.CalledProcessError: with the output so far.
+        AgentError: the agent cannot be reached, or the machine ended.
+    """
+    if isinstance(input, str):
+        options["text"] = True
+    if input is None:
+        options.setdefault("stdin", DEVNULL)
+    process = GuestProcess(link, args, **options)
+    try:
+        out, err = process.communicate(input, timeout)
+    except subprocess.TimeoutExpired as late:
+        late.output, late.stderr = _kill(process)
+        raise
+    except BaseException:
+        if process._connection.error is None:
+            process.kill()
+        raise
+    finally:
+        process.close()
+    done = subprocess.CompletedProcess(args, process.returncode or 0, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _kill(process: GuestProcess) -> tuple[bytes | None, bytes | None]:
+    """Kill it, and wait for that; the output there was."""
+    process.kill()
+    until = time.monotonic() + KILL_WITHIN
+    session = process._session
+    try:
+        process._connection.wait_for(lambda: session.returncode is not None, until)
+        # What it wrote last comes before its end; who escaped from the group may hold the pipes.
+        for stream in (OUT, ERR):
+            process._collected[stream] += process._connection.take(stream)
+    except AgentError:
+        pass
+    out = bytes(process._collected[OUT]) if process.stdout is not None else None
+    err = bytes(process._collected[ERR]) if process.stderr is not None else None
+    return out, err

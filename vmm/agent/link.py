@@ -121,7 +121,7 @@ class Link:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def revive(self) -> None:
-        """The machine has not ended after all; the agent calls when it finds its connections gone."""
+        """The machine has not ended after all; the agent calls again where its call was cut."""
         with self._changed:
             self._ended = ""
             self._ready = self._hello is not None

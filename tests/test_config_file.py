@@ -12,6 +12,7 @@ import pytest
 
 from vmm import MachineConfig, UsageError
 from vmm.block.drive import Drive
+from vmm.block.vhost_user import VhostUserBlk
 from vmm.config_file import configure
 from vmm.config_schema import SCHEMA
 from vmm.net.config import Net
@@ -34,7 +35,8 @@ balloon = "64M"
 vsock = { cid = 3, path = "v.sock" }
 ports = ["name=a,socket=a.sock", { name = "b", file = "b.log" }]
 drives = ["root.img,snapshot", "odd,,name.img"]
-shares = ["shared,tag=s"]
+shares = ["shared,tag=s", { path = "shared", tag = "r", readonly = true }]
+vhost_user_blks = ["one.sock,queues=2", { socket = "two.sock", readonly = true }]
 
 [[nets]]
 kind = "user"
@@ -79,7 +81,14 @@ def expected(place: Path) -> MachineConfig:
             PortConfig("b", file=f"{place}/b.log"),
         ],
         drives=[Drive(f"{place}/root.img", snapshot=True), Drive(f"{place}/odd,name.img")],
-        shares=[Share(f"{place}/shared", tag="s")],
+        shares=[
+            Share(f"{place}/shared", tag="s"),
+            Share(f"{place}/shared", tag="r", readonly=True),
+        ],
+        vhost_user_blks=[
+            VhostUserBlk(f"{place}/one.sock", queues=2),
+            VhostUserBlk(f"{place}/two.sock", readonly=True),
+        ],
         nets=[
             Net("user", forward=["tcp:8080:80"], pcap=f"{place}/net.pcap"),
             Net("socket", f"{place}/switch.sock"),

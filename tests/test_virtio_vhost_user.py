@@ -44,7 +44,9 @@ class External(Driver):
         return done[0]
 
 
-def blocks(driver: External, kind: int, sector: int, data: bytes | int) -> bytes:
+def blocks(
+    driver: External, kind: int, sector: int, data: bytes | int, queue: int = 0
+) -> bytes:
     memory, write = driver.memory, isinstance(data, int)
     size = data if isinstance(data, int) else len(data)
     memory.write(BUFFERS, struct.pack("<IIQ", kind, 0, sector))
@@ -52,9 +54,9 @@ def blocks(driver: External, kind: int, sector: int, data: bytes | int) -> bytes
     if not isinstance(data, int):
         memory.write(BUFFERS + 0x1000, data)
     middle = [(BUFFERS + 0x1000, size, write)] if size else []
-    driver.rings[0].add([(BUFFERS, 16, False), *middle, (BUFFERS + 0x100, 1, True)])
-    driver.kick(0)
-    driver.wait(0)
+    driver.rings[queue].add([(BUFFERS, 16, False), *middle, (BUFFERS + 0x100, 1, True)])
+    driver.kick(queue)
+    driver.wait(queue)
     assert memory.read_u8(BUFFERS + 0x100) == blk.S_OK
     return memory.read(BUFFERS + 0x1000, size) if write else b""
 
@@ -196,7 +198,8 @@ def test_a_directory(tmp_path: Path) -> None:
         ("{},tag=", "no tag"),
         ("{},tag=" + "x" * 37, "longer than 36 bytes"),
         ("{}/none,tag=x", "no such directory"),
-        ("{},readonly,tag=x", "'readonly' is not tag=NAME"),
+        ("{},readonly=yes,tag=x", "'readonly=yes' is not tag=NAME or readonly"),
+        ("{},ro,tag=x", "'ro' is not tag=NAME or readonly"),
     ],
 )
 def test_shares_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vmm.agent.root import Root
     from vmm.block.drive import Drive
+    from vmm.block.vhost_user import VhostUserBlk
     from vmm.net.config import Net
     from vmm.virtio.console_config import PortConfig
     from vmm.virtio.device import VirtioDevice
@@ -62,6 +63,8 @@ class MachineConfig:
         balloon: bytes a memory balloon starts with (0: empty), or None for no balloon.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
+        vhost_user_blks: disks other processes serve, each as text (`SOCKET`) or a
+            `vmm.block.vhost_user.VhostUserBlk`.
         transport: how virtio devices are reached: `mmio`, or `pci` on a host bridge.
         agent: whether the guest gets the agent that `Machine.run` needs (docs/exec.md).
         root: a directory or an image with a file system, which the agent mounts at / of the guest
@@ -102,6 +105,7 @@ class MachineConfig:
         "timeout",
         "trace",
         "transport",
+        "vhost_user_blks",
         "vsock",
     )
 
@@ -129,6 +133,7 @@ class MachineConfig:
         balloon: int | None = None,
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
+        vhost_user_blks: Sequence[str | VhostUserBlk] = (),
         transport: str = "mmio",
         agent: bool = False,
         root: str | None = None,
@@ -151,6 +156,7 @@ class MachineConfig:
         self.device = device
         self.drives = self._drives(drives)
         self.shares = self._shares(shares)
+        self.vhost_user_blks = self._vhost_user_blks(vhost_user_blks)
         self.root = None if root is None else str(root)
         self.agent = agent or root is not None
         self.modules = None if modules is None else str(modules)
@@ -180,6 +186,14 @@ class MachineConfig:
         from vmm.virtio.fs import Share
 
         return tuple(Share.parse(share) if isinstance(share, str) else share for share in shares)
+
+    @staticmethod
+    def _vhost_user_blks(disks: Sequence[str | VhostUserBlk]) -> tuple[VhostUserBlk, ...]:
+        if not disks:
+            return ()
+        from vmm.block.vhost_user import VhostUserBlk
+
+        return tuple(VhostUserBlk.parse(disk) if isinstance(disk, str) else disk for disk in disks)
 
     @staticmethod
     def _nets(nets: Sequence[str | Net]) -> tuple[Net, ...]:
@@ -315,7 +329,7 @@ class MachineConfig:
         """`backing` where none is given."""
         external = any(drive.external for drive in self.drives)
         root = self.root_parts
-        shares = self.shares or (root is not None and root.share is not None)
+        shares = self.shares or self.vhost_user_blks or (root is not None and root.share is not None)
         return "memfd" if shares or external else "anonymous"
 
     @property

@@ -22,6 +22,7 @@ KEYS = {
     "--net": "nets",
     "--port": "ports",
     "--fs": "shares",
+    "--vhost-user-blk": "vhost_user_blks",
     "--no-acpi": "acpi",
     "--verbose": "trace",
     "KERNEL": "kernel",
@@ -207,12 +208,13 @@ def _join(base: str, path: str) -> str:
     return os.path.join(base, path) if base and path else path
 
 
-PARTS = ("drives", "nets", "ports", "shares")
+PARTS = ("drives", "nets", "ports", "shares", "vhost_user_blks")
 PATHS = {
     "drives": ("path",),
     "nets": ("pcap",),
     "ports": ("socket", "file"),
     "shares": ("path",),
+    "vhost_user_blks": ("socket",),
     "vsock": ("path",),
 }
 
@@ -235,6 +237,10 @@ def part_class(key: str) -> type:
         from vmm.virtio.vsock_config import VsockConfig
 
         return VsockConfig
+    if key == "vhost_user_blks":
+        from vmm.block.vhost_user import VhostUserBlk
+
+        return VhostUserBlk
     from vmm.virtio.fs import Share
 
     return Share

@@ -104,7 +104,16 @@ VSOCK = {
     "cid": _number("the guest's address", CID_MIN, CID_MAX),
     "path": _text("the UNIX socket programs connect to; with _PORT, those the guest reaches"),
 }
-SHARE = {"path": _text("the directory"), "tag": _text("what the guest mounts")}
+SHARE = {
+    "path": _text("the directory"),
+    "tag": _text("what the guest mounts"),
+    "readonly": _flag("nothing in it changes"),
+}
+VHOST_USER_BLK = {
+    "socket": _text("the UNIX socket the back end listens on"),
+    "queues": _number("request queues", 1, QUEUES_MAX, 1),
+    "readonly": _flag("refuse a back end that lets the guest write"),
+}
 
 PROPERTIES: dict[str, Schema] = {
     "kernel": _text("a bzImage or ELF vmlinux"),
@@ -138,6 +147,9 @@ PROPERTIES: dict[str, Schema] = {
     "balloon": _size("what a memory balloon starts with"),
     "vsock": _part("--vsock", VSOCK, ["cid", "path"]),
     "shares": _list("host directories by virtio-fs", _part("--fs", SHARE, ["path", "tag"])),
+    "vhost_user_blks": _list(
+        "disks other processes serve", _part("--vhost-user-blk", VHOST_USER_BLK, ["socket"])
+    ),
     "transport": _text("what virtio devices are on", "mmio", enum=list(TRANSPORTS)),
     "agent": _flag("whether commands can be run in the guest (docs/exec.md)"),
     "root": _text("a directory or image that is the guest's root file system, and is not changed"),

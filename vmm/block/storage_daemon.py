@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 CONFIG_BYTES = 60
 """struct virtio_blk_config up to write zeroes (virtio 1.2, section 5.2.4)."""
+NUM_QUEUES = 34
+"""Offset of `num_queues` in it."""
 QUEUE_SIZE = 128
 FREE_WITHIN = 2.0
 """Seconds to wait for an image in use: a killed monitor's daemon is about to let it go."""
 
 
-class StorageDaemonDisk(VhostUserDevice):
+class ExternalDisk(VhostUserDevice):
     """A disk another process serves."""
 
     ID = spec.ID_BLOCK
 
-    def __init__(self, name: str, connection: Connection, queues: int, child: Child | None) -> None:
+    def __init__(
+        self, name: str, connection: Connection, queues: int, child: Child | None = None
+    ) -> None:
         super().__init__(name, connection, (QUEUE_SIZE,) * queues, config=CONFIG_BYTES, child=child)
+        self.config[NUM_QUEUES : NUM_QUEUES + 2] = queues.to_bytes(2, "little")
 
 
 def command(drive: Drive, fd: int) -> list[str]:
@@ -59,7 +64,7 @@ def command(drive: Drive, fd: int) -> list[str]:
     ]  # fmt: skip
 
 
-def open_disk(drive: Drive, name: str) -> StorageDaemonDisk:
+def open_disk(drive: Drive, name: str) -> ExternalDisk:
     """Start a daemon on the drive's image. Raises HostError with what it says."""
     from vmm.child import Child, find
 
@@ -75,7 +80,7 @@ def open_disk(drive: Drive, name: str) -> StorageDaemonDisk:
     connection = None
     try:
         connection = listener.connect("qemu-storage-daemon")
-        return StorageDaemonDisk(name, connection, drive.queues, child)
+        return ExternalDisk(name, connection, drive.queues, child)
     except BaseException as err:
         if connection is not None:
             connection.close()

@@ -93,10 +93,17 @@ PARSER = Parser(
             help="a virtio entropy device, giving BYTES a second at most",
         ),
         Option(
+            "--vhost-user-blk",
+            metavar="SOCKET",
+            repeat=True,
+            help="a disk that a vhost-user back end serves on SOCKET, then ,queues=N ,readonly",
+        ),
+        Option(
             "--fs",
             metavar="DIR,tag=TAG",
             repeat=True,
-            help="a host directory by virtio-fs (virtiofsd): mount -t virtiofs TAG /mnt",
+            help="a host directory by virtio-fs (virtiofsd), then ,readonly: "
+            "mount -t virtiofs TAG /mnt",
         ),
         Option(
             "--balloon",
@@ -137,6 +144,7 @@ LISTS = (
     ("--net", "nets"),
     ("--port", "ports"),
     ("--fs", "shares"),
+    ("--vhost-user-blk", "vhost_user_blks"),
 )
 TEXTS = (
     ("--cpu", "cpu"),

@@ -95,7 +95,7 @@ class Platform:
     def add_virtio(self) -> None:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
-        disks = config.drives or config.shares
+        disks = config.drives or config.shares or config.vhost_user_blks
         talk = config.vsock or config.hvc or config.ports or config.agent
         memory = config.balloon is not None
         if config.transport == "pci":
@@ -115,6 +115,8 @@ class Platform:
             shares += (root.share,) if root.share is not None else ()
         for number, drive in enumerate(drives):
             self.virtio.add(drive.open(number))
+        for number, disk in enumerate(config.vhost_user_blks):
+            self.virtio.add(disk.open(number))
         for number, net in enumerate(config.nets):
             nic = net.open(number)
             if nic is not None:

@@ -24,13 +24,18 @@ _CONFIG = struct.Struct("<36sI")
 
 
 class Share:
-    """`--fs DIR,tag=TAG`: a directory, checked before anything is started."""
+    """`--fs DIR,tag=TAG[,readonly]`: a directory, checked before anything is started.
 
-    __slots__ = ("path", "tag")
+    With `readonly` nothing in it changes, whatever the guest does: virtiofsd is told so, where it
+    has an option for it, or serves a read-only mount of its own (see vmm.virtio.fs_readonly).
+    """
 
-    def __init__(self, path: str, *, tag: str) -> None:
+    __slots__ = ("path", "readonly", "tag")
+
+    def __init__(self, path: str, *, tag: str, readonly: bool = False) -> None:
         self.path = str(path)
         self.tag = tag
+        self.readonly = readonly
         if not tag:
             raise UsageError(f"--fs {path}: no tag; say --fs {path},tag=NAME")
         if len(tag.encode()) > TAG_BYTES:
@@ -53,13 +58,16 @@ class Share:
     def parse(cls, text: str) -> Self:
         """From the command line. A comma in the path is written twice."""
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
-        tag = ""
+        tag, readonly = "", False
         for word in words[1:]:
             key, _, value = word.partition("=")
-            if key != "tag":
-                raise UsageError(f"--fs {text}: {word!r} is not tag=NAME")
-            tag = value
-        return cls(words[0], tag=tag)
+            if key == "readonly" and value in ("", "on", "off"):
+                readonly = value != "off"
+            elif key == "tag":
+                tag = value
+            else:
+                raise UsageError(f"--fs {text}: {word!r} is not tag=NAME or readonly")
+        return cls(words[0], tag=tag, readonly=readonly)
 
     def open(self) -> VirtioFs:
         """The device, with its virtiofsd running. Raises HostError."""
@@ -74,7 +82,10 @@ class Share:
                 options = ["-o", f"source={source}", "-o", "log_level=err", f"--fd={fd}"]
             else:
                 options = ["--shared-dir", self.path, "--log-level", "error", f"--fd={fd}"]
-            child = Child([program, *options], pass_fds=[fd])
+            command = [program, *options]
+            if self.readonly:
+                command = self._readonly(command)
+            child = Child(command, pass_fds=[fd])
         except BaseException:
             listener.close()
             raise
@@ -90,6 +101,26 @@ class Share:
             if isinstance(err, BackEndGone):
                 raise HostError(f"--fs {self.path}: virtiofsd: {said or err}") from err
             raise
+
+    def _readonly(self, command: list[str]) -> list[str]:
+        """A command that serves it read-only."""
+        program = command[0]
+        if program != VIRTIOFSD[1] and "--readonly" in _help(program):
+            return [*command, "--readonly"]
+        import sys
+
+        from vmm.virtio import fs_readonly
+
+        return [sys.executable, "-I", fs_readonly.__file__, os.path.realpath(self.path), *command]
+
+
+def _help(program: str) -> str:
+    import subprocess
+
+    done = subprocess.run(
+        [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
 
 
 class VirtioFs(VhostUserDevice):

@@ -66,6 +66,10 @@ class VhostUserDevice(VirtioDevice):
         connection.set_u64(wire.SET_PROTOCOL_FEATURES, protocol)
         connection.ack = bool(protocol >> wire.PROTOCOL_F_REPLY_ACK & 1)
         connection.set_owner()
+        if len(self.QUEUES) > 1 and protocol >> wire.PROTOCOL_F_MQ & 1:
+            most = connection.get_u64(wire.GET_QUEUE_NUM)
+            if most < len(self.QUEUES):
+                raise HostError(f"{connection.name} has {most} queues, not {len(self.QUEUES)}")
         if not offered >> spec.F_VERSION_1 & 1:
             raise HostError(f"{connection.name} serves legacy devices only (no VERSION_1)")
         super().__init__(name)

@@ -1,0 +1,41 @@
+"""A qemu-storage-daemon of a test's own that serves a raw image by vhost-user-blk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+
+class BlkBackend:
+    """It listens on `socket`; `start` and `kill` as often as one likes."""
+
+    def __init__(
+        self, image: Path, socket: Path, *, queues: int = 1, writable: bool = True
+    ) -> None:
+        self.image, self.socket, self.queues, self.writable = image, socket, queues, writable
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        node = f"driver=file,node-name=disk,filename={self.image},discard=unmap"
+        writable = "on" if self.writable else "off"
+        self.process = subprocess.Popen(
+            ["qemu-storage-daemon",
+             "--blockdev", f"{node},read-only={'off' if self.writable else 'on'}",
+             "--export", f"type=vhost-user-blk,id=e,node-name=disk,writable={writable},"
+             f"addr.type=unix,addr.path={self.socket},num-queues={self.queues}"]
+        )  # fmt: skip
+        limit = time.monotonic() + 30
+        while not os.path.exists(self.socket):
+            assert self.process.poll() is None and time.monotonic() < limit
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """At once, as by the host's OOM killer; its socket stays, and nobody listens on it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            self.socket.unlink(missing_ok=True)

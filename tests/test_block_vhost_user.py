@@ -1,0 +1,121 @@
+"""vmm/block/vhost_user.py: --vhost-user-blk, with a real qemu-storage-daemon behind it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.blk_backend import BlkBackend
+from tests.test_virtio_vhost_user import External, blocks
+from vmm import MachineConfig
+from vmm.block.vhost_user import VhostUserBlk
+from vmm.errors import HostError, UsageError
+from vmm.virtio import blk, mmio
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+@pytest.fixture
+def serve(tmp_path: Path, image: Path) -> Iterator[Callable[..., BlkBackend]]:
+    made: list[BlkBackend] = []
+
+    def start(**how: object) -> BlkBackend:
+        made.append(BlkBackend(image, tmp_path / f"{len(made)}.sock", **how))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.kill()
+
+
+def test_a_disk(serve: Callable[..., BlkBackend], image: Path) -> None:
+    with External(VhostUserBlk(str(serve().socket)).open(3)) as driver:
+        assert driver.device.name == "vhost-user-blk3"
+        assert driver.read(mmio.CONFIG) == MIB // 512
+        assert blocks(driver, blk.T_IN, 8, 4096) == image.read_bytes()[4096:8192]
+        blocks(driver, blk.T_OUT, 8, b"y" * 4096)
+        blocks(driver, blk.T_FLUSH, 0, 0)
+        assert image.read_bytes()[4096:8192] == b"y" * 4096
+        assert not driver.features >> blk.F_RO & 1
+
+
+def test_queues(serve: Callable[..., BlkBackend], image: Path) -> None:
+    backend = serve(queues=4)
+    with External(VhostUserBlk(str(backend.socket), queues=3).open(0)) as driver:
+        assert driver.read(mmio.CONFIG + 34, 2) == 3
+        for index in range(3):
+            assert blocks(driver, blk.T_IN, 1, 512, index) == image.read_bytes()[512:1024]
+    with pytest.raises(HostError, match=r"^--vhost-user-blk .*0.sock: .* has 4 queues, not 5$"):
+        VhostUserBlk(str(backend.socket), queues=5).open(0)
+
+
+def test_readonly(serve: Callable[..., BlkBackend]) -> None:
+    """It is the back end that writes or not: only its word is good enough."""
+    with pytest.raises(UsageError, match="readonly, but the back end serves it writable; start"):
+        VhostUserBlk(str(serve().socket), readonly=True).open(0)
+    disk = VhostUserBlk(str(serve(writable=False).socket), readonly=True).open(0)
+    with External(disk) as driver:
+        assert driver.features >> blk.F_RO & 1
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--vhost-user-blk .*x: cannot connect.*No such file"):
+        VhostUserBlk(str(tmp_path / "x")).open(0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x"))
+        with pytest.raises(UsageError, match="Connection refused"):
+            VhostUserBlk(str(tmp_path / "x")).open(0)
+
+
+def test_somebody_else_listens(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x"))
+        listener.listen()
+        import threading
+
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(HostError, match=r"^--vhost-user-blk .*x: .*(closed|reset|pipe)"):
+            VhostUserBlk(str(tmp_path / "x")).open(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("/run/a.sock", VhostUserBlk("/run/a.sock")),
+        ("a,,b,queues=4,readonly", VhostUserBlk("a,b", queues=4, readonly=True)),
+        ("a,readonly=off", VhostUserBlk("a")),
+    ],
+)
+def test_what_is_said(text: str, disk: VhostUserBlk) -> None:
+    config = MachineConfig(vhost_user_blks=[text])
+    assert config.vhost_user_blks == (disk,)
+    assert config.backing == "memfd"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "--vhost-user-blk: no socket; say --vhost-user-blk /run/disk.sock"),
+        ("x,queues=0", "--vhost-user-blk x: queues=0 is not from 1 to 16"),
+        ("x,queues=17", "--vhost-user-blk x: queues=17 is not from 1 to 16"),
+        ("x,queues=two", "--vhost-user-blk x,queues=two: queues=two is not from 1 to 16"),
+        ("x,ro", "--vhost-user-blk x,ro: 'ro' is not queues=N or readonly"),
+        ("x,readonly=yes", "'readonly=yes' is not queues=N or readonly"),
+        ("x" * 108, "108 bytes are too long for a socket's name"),
+    ],
+)
+def test_what_cannot_be(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        VhostUserBlk.parse(text)
+    assert says in str(caught.value)

@@ -72,6 +72,7 @@ class MachineConfig:
         modules: the kernel's lib/modules/VERSION, where the agent's are taken from; None: where
             packages put it, beside the kernel.
         devices: virtio devices of one's own: functions (or classes) that make one.
+        fault_seed: what faults leave to chance follows from it, see `Machine.faults`.
         trace: told of unclaimed ports and addresses, one line each.
 
     Raises:
@@ -92,6 +93,7 @@ class MachineConfig:
         "device",
         "devices",
         "drives",
+        "fault_seed",
         "initrds",
         "kernel",
         "memory",
@@ -139,6 +141,7 @@ class MachineConfig:
         root: str | None = None,
         modules: str | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
+        fault_seed: int = 0,
         trace: bool = False,
     ) -> None:
         self.kernel = None if kernel is None else str(kernel)
@@ -168,6 +171,7 @@ class MachineConfig:
         self.vsock = self._vsock(vsock)
         self.transport = transport
         self.devices = tuple(devices)
+        self.fault_seed = fault_seed
         self.trace = trace
         self._check()
 
@@ -262,6 +266,8 @@ class MachineConfig:
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is not a number from 1 to {MAX_CPUS}")
+        if not isinstance(self.fault_seed, int):
+            raise UsageError(f"fault_seed={self.fault_seed!r} is not an integer")
         if self.boot not in BOOT_MODES:
             raise UsageError(f"--boot {self.boot!r} is not one of {', '.join(BOOT_MODES)}")
         if self.transport not in TRANSPORTS:

@@ -155,6 +155,11 @@ PROPERTIES: dict[str, Schema] = {
     "root": _text("a directory or image that is the guest's root file system, and is not changed"),
     "modules": _text("the kernel's lib/modules/VERSION; by default beside the kernel"),
     "device": _text("the KVM device", "/dev/kvm"),
+    "fault_seed": {
+        "type": "integer",
+        "description": "what faults a program sets leave to chance follows from it",
+        "default": 0,
+    },
     "trace": _flag("tell of unclaimed ports and addresses"),
 }  # fmt: skip
 

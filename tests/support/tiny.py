@@ -26,7 +26,14 @@ HALT = b"\xf4\xeb\xfd"  # 1: hlt; jmp 1b
 SPIN = b"\xeb\xfe"  # 1: jmp 1b
 TRIPLE_FAULT = b"\x0f\x0b"  # ud2
 POPCNT = b"\xf3\x0f\xb8\xc0"  # popcnt eax, eax: PVM cannot emulate it
-COUNTING = b"\xff\x05" + struct.pack("<I", COUNTER) + b"\xeb\xf8"  # 1: inc [COUNTER]; jmp 1b
+
+
+def counting(place: int) -> bytes:
+    """1: inc [place]; jmp 1b."""
+    return b"\xff\x05" + struct.pack("<I", place) + b"\xeb\xf8"
+
+
+COUNTING = counting(COUNTER)
 
 
 def out(port: int, value: int) -> bytes:

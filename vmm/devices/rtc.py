@@ -100,6 +100,11 @@ class Rtc(ByteDevice):
             elif index not in (REG_C, REG_D):
                 self._cmos[index] = value
 
+    def jump(self, seconds: int) -> None:
+        """Have the clock go so far ahead, or back."""
+        with self._lock:
+            self._offset = max(-MAX_OFFSET, min(MAX_OFFSET, self._offset + seconds))
+
     def _write_b(self, value: int) -> None:
         """SET stops the clock for a new time to be written; clearing it starts it from there."""
         was = self._cmos[REG_B]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmm.agent.link import Link
     from vmm.boot import BootState
     from vmm.console.tail import ConsoleTail, Pattern
+    from vmm.faults import Faults
     from vmm.kvm.vcpu import Vcpu
     from vmm.machine.origin import Origin
     from vmm.machine.platform import Platform
@@ -83,6 +84,7 @@ class Machine(ProgramCalls, GuestCalls):
         self._vcpus: list[Vcpu] = []
         self._checkpoint: Checkpoint | None = None
         self._clones = 0
+        self._faults: Faults | None = None
         try:
             self._build()
         except BaseException:
@@ -141,6 +143,8 @@ class Machine(ProgramCalls, GuestCalls):
             self.stop()
         if self._watchdog is not None:
             self._watchdog.join()
+        if self._faults is not None:
+            self._faults.close()
         self._close_all()
         self._state = CLOSED
         self._close_events()
@@ -186,6 +190,21 @@ class Machine(ProgramCalls, GuestCalls):
         if balloon is None:
             raise StateError("this machine has no balloon; make it with balloon=0")
         return balloon
+
+    @property
+    def faults(self) -> Faults:
+        """Faults of its disks, networks, clocks and vCPUs, set and cleared while it runs."""
+        with self._lock:
+            if self._faults is None:
+                from vmm.faults import Faults
+
+                self._faults = Faults(self)
+            return self._faults
+
+    @property
+    def vcpu_threads(self) -> tuple[VcpuThread, ...]:
+        """The threads that run `vcpus`."""
+        return tuple(self._threads)
 
     @property
     def console(self) -> ConsoleTail:

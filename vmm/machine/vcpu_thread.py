@@ -62,6 +62,7 @@ class VcpuThread:
         self._ring: CoalescedRing | None = None
         self._polled_port = -1
         self._poll: Callable[[], int] = _no_answer
+        self._stalls = 0
         self._cond = threading.Condition(threading.Lock())
         self.renew()
 
@@ -106,6 +107,18 @@ class VcpuThread:
             self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
             if ident != threading.get_ident() and self._thread.is_alive():
                 _signal.pthread_kill(ident, KICK_SIGNAL)
+
+    def stall(self, stalled: bool) -> None:
+        """Keep this vCPU from running whatever is requested, or no longer (as often as it was
+        stalled); does not wait."""
+        with self._cond:
+            self._stalls += 1 if stalled else -1
+            self._cond.notify_all()
+            ident = self._thread.ident
+            if stalled and not self._parked and ident not in (None, threading.get_ident()):
+                self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
+                if self._thread.is_alive():
+                    _signal.pthread_kill(ident, KICK_SIGNAL)
 
     def resumed(self) -> None:
         """Tell the guest's kvmclock of the pause, if it uses that (KVM_KVMCLOCK_CTRL)."""
@@ -154,16 +167,19 @@ class VcpuThread:
         while _signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
             pass
         with self._cond:
-            if self._want == RUNNING:
-                self.vcpu.run_map[_IMMEDIATE_EXIT] = 0
-                return True
-            if self._want == PAUSED:
+            if self._held():
                 self._parked = True
                 self._cond.notify_all()
-                while self._want == PAUSED:
+                while self._held():
                     self._cond.wait()
                 self._parked = False
+            if self._want == RUNNING:
+                self.vcpu.run_map[_IMMEDIATE_EXIT] = 0
             return self._want == RUNNING
+
+    def _held(self) -> bool:
+        """Whether to stay parked."""
+        return self._want == PAUSED or (self._stalls > 0 and self._want != STOPPED)
 
     def _run(self) -> None:
         """Run until a request interrupts KVM_RUN."""

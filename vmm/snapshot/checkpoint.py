@@ -110,7 +110,7 @@ def overlaid_disks(machine: Machine, call: str) -> list[Block]:
     """The disks that are written to, all of them on overlays.
 
     Raises:
-        StateError: one is not.
+        StateError: one is not, or has faults.
     """
     virtio = machine.platform.virtio
     devices = [transport.device for transport in virtio.transports] if virtio is not None else []
@@ -123,6 +123,11 @@ def overlaid_disks(machine: Machine, call: str) -> list[Block]:
 
         if not isinstance(device, Block) or device.image.readonly:
             continue
+        if device.faults is not None:
+            raise StateError(
+                f"{call}: {device.name} has faults set, or a volatile cache; clear() and durable() "
+                "end them"
+            )
         if not isinstance(device.image, Overlay):
             ways = "give the drive `snapshot`"
             if call == "checkpoint":

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
     from vmm.block.overlay import Overlay
     from vmm.block.raw import RawImage
+    from vmm.faults.disk_layer import DiskLayer
+    from vmm.faults.volatile import FaultyImage
     from vmm.virtio.limit import Limit
     from vmm.virtio.queue import Chain
     from vmm.virtio.throttle import Throttle
 
-    Image = RawImage | Overlay
+    Image = RawImage | Overlay | FaultyImage
 
 SECTOR = 512
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -105,6 +107,8 @@ class Block(VirtioDevice):
         self._pending = 0
         self._pending_lock = allocate_lock()
         self._idle = allocate_lock()
+        self.faults: DiskLayer | None = None
+        """Takes part in requests while there are any; `image` is then one that only workers use."""
 
     # --- limits -------------------------------------------------------------------------------
 
@@ -253,6 +257,9 @@ class Block(VirtioDevice):
         return self._later(index, chain, status, name, ranges[0][0], 1, work)
 
     def _failed(self, status: memoryview, what: str, offset: int, err: OSError) -> int:
+        if getattr(err, "injected", False):
+            status[0] = S_UNSUPP if err.errno == errno.EOPNOTSUPP else S_IOERR
+            return 1
         status[0] = S_IOERR
         self.complain(f"{self.image.path}: {what} at byte {offset}: {err.strerror or err}")
         return 1
@@ -272,6 +279,9 @@ class Block(VirtioDevice):
         """Have a worker do it and give the chain back; None, as `request` answers then."""
         queue = self.slots[index].queue
         assert queue is not None
+        hold = None
+        if self.faults is not None:
+            work, hold = self.faults.plan(what, offset, chain, work)
 
         def job() -> None:
             try:
@@ -286,18 +296,26 @@ class Block(VirtioDevice):
             self.finish(index, queue, chain, count)
 
         with self._pending_lock:
-            self._put([job])
+            self._put([job], hold)
         return None
 
-    def _put(self, jobs: list[Callable[[], None]]) -> None:
-        """Give jobs to the workers; under `_pending_lock`."""
+    def _put(
+        self,
+        jobs: list[Callable[[], None]],
+        hold: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        """Give jobs to the workers, or to `hold`, for `enqueue` later; under `_pending_lock`."""
         for job in jobs:
             if not self._pending:
                 self._idle.acquire()
             self._pending += 1
             if len(self._workers) < min(self._pending, WORKERS):
                 self._start_worker()
-            self._jobs.put(job)
+            (hold or self._jobs.put)(job)
+
+    def enqueue(self, job: Callable[[], None]) -> None:
+        """A job that was held goes on; from any thread."""
+        self._jobs.put(job)
 
     def _start_worker(self) -> None:
         import threading
@@ -352,6 +370,8 @@ class Block(VirtioDevice):
     # --- life ---------------------------------------------------------------------------------
 
     def drain(self) -> None:
+        if self.faults is not None:
+            self.faults.hurry()
         with self._idle:
             pass
 
@@ -371,6 +391,11 @@ class Block(VirtioDevice):
         if offset == WRITEBACK and len(data) == 1 and self.has(F_CONFIG_WCE):
             self.config[WRITEBACK] = data[0] & 1
             self._writeback = bool(data[0] & 1)
+
+    def halt(self) -> None:
+        """Take no more requests, for good; on return none is under way."""
+        with self.control:
+            self._silence()
 
     def close(self) -> None:
         """End the workers and close the image."""

@@ -1,0 +1,338 @@
+"""vmm.faults.machine: power cuts, clocks, vCPUs and memory, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.disk_guest import DiskRequests
+from tests.support.tiny import COUNTER
+from vmm import Machine, MachineConfig, StateError, UsageError
+from vmm.faults import FaultEvent
+from vmm.kvm import constants
+from vmm.machine import exits
+from vmm.virtio import blk
+
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
+
+MIB = 1 << 20
+SECTOR = 512
+
+Make = Callable[..., Machine]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Make:
+    """Makes machines that run the code given; the test closes them (`with`)."""
+
+    def make(code: bytes = tiny.SPIN, **options: object) -> Machine:
+        values: dict[str, object] = {"memory": 32 * MIB, **options}
+        return Machine(MachineConfig(tiny.kernel(tmp_path, code), **values))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+# --- power ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["none", "all", "some"])
+def test_power_cut(machine: Make, disk: Path, keep: str) -> None:
+    with machine(drives=[str(disk)], fault_seed=5) as m:
+        m.start()
+        m.faults.volatile()
+        guest = DiskRequests(m, 0)
+        for sector in range(8):
+            assert guest.put(sector, b"a" * SECTOR) == blk.S_OK
+        assert guest.flush() == blk.S_OK
+        for sector in range(4, 12):
+            assert guest.put(sector, b"b" * SECTOR) == blk.S_OK
+        [cut] = m.faults.power_cut(keep)
+        assert (m.state, m.exit and m.exit.kind) == ("stopped", exits.STOPPED)
+        assert cut.lost + cut.kept == 8
+        with pytest.raises(StateError, match="power_cut: the machine is stopped, not running"):
+            m.faults.power_cut()
+        [event] = [each for each in m.faults.log if each.kind == "power cut"]
+        assert event in m.event_log
+        assert event.details == {"lost": cut.lost, "kept": cut.kept, "torn": 0}
+    content = [disk.read_bytes()[at : at + 1] for at in range(0, 12 * SECTOR, SECTOR)]
+    if keep == "none":
+        assert content == [b"a"] * 8 + [b"\0"] * 4
+    elif keep == "all":
+        assert content == [b"a"] * 4 + [b"b"] * 8
+    else:
+        assert content[:4] == [b"a"] * 4
+        assert content[4:].count(b"b") == cut.kept
+        assert 0 < cut.kept < 8
+    with machine(drives=[str(disk)]) as m:  # nobody has it any more
+        m.start()
+        assert DiskRequests(m, 0).get(0) == b"a" * SECTOR
+
+
+def test_power_cut_with_requests_under_way(machine: Make, disk: Path) -> None:
+    with machine(drives=[str(disk)]) as m:
+        m.start()
+        m.faults.volatile()
+        guest = DiskRequests(m, 0)
+        m.faults.disk(0).latency(100_000)
+        for sector in range(10):
+            guest.submit(blk.T_OUT, sector, out=b"x" * SECTOR)
+        while m.faults.active[0].count < 10:  # a thread of the device's takes them
+            time.sleep(0.001)
+        m.faults.power_cut()
+    assert disk.read_bytes() == bytes(MIB)
+
+
+@pytest.mark.parametrize("when", ["running", "paused"])
+def test_close_while_requests_wait(machine: Make, disk: Path, when: str) -> None:
+    before = tiny.descriptors()
+    threads = threading.active_count()
+    with machine(drives=[str(disk)]) as m:
+        m.start()
+        guest = DiskRequests(m, 0)
+        m.faults.disk(0).gone(silent=True)
+        m.faults.disk(0).latency(100_000)
+        for sector in range(10):
+            guest.submit(blk.T_IN, sector, into=SECTOR)
+        if when == "paused":
+            m.pause()
+            m.faults.disk(0).fail()
+            m.resume()
+            m.pause()
+    assert m.faults.active == ()
+    with pytest.raises(StateError, match="faults of blk0: the machine is closed"):
+        m.faults.disk(0).fail()
+    assert tiny.descriptors() == before
+    assert threading.active_count() == threads
+
+
+def test_faults_are_events(machine: Make, disk: Path) -> None:
+    with machine(drives=[str(disk)]) as m:
+        m.start()
+        heard: list[str] = []
+        m.subscribe(lambda event: heard.append(str(event)), FaultEvent)
+        with m.faults.disk(0).fail(on="write", nth=1):
+            assert DiskRequests(m, 0).put(3, bytes(SECTOR)) == blk.S_IOERR
+        assert heard == [
+            "fault: blk0 fail set: on=write, errno=EIO, nth=1",
+            "fault: blk0 fail struck: request=1, what=write, sector=3",
+            "fault: blk0 fail cleared: struck=1",
+        ]
+        assert [each for each in m.event_log if isinstance(each, FaultEvent)] == m.faults.log
+        assert m.faults.log[1].to_dict()["device"] == "blk0"
+
+
+def test_the_seed(machine: Make, disk: Path) -> None:
+    found = []
+    for seed in (3, 3, 4):
+        with machine(drives=[str(disk)], fault_seed=seed) as m:
+            m.start()
+            guest = DiskRequests(m, 0)
+            with m.faults.disk(0).fail(on="read", probability=0.5) as fault:
+                for sector in range(40):
+                    guest.request(blk.T_IN, sector, into=SECTOR)
+            m.faults.seed(seed)
+            with m.faults.disk(0).fail(on="read", probability=0.5) as again:
+                for sector in range(40):
+                    guest.request(blk.T_IN, sector, into=SECTOR)
+            assert list(fault.log) == list(again.log)
+            found.append(list(fault.log))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_checkpoint_wants_no_faults(machine: Make, disk: Path) -> None:
+    with machine(drives=[f"{disk},snapshot"]) as m:
+        m.start()
+        guest = DiskRequests(m, 0)
+        m.faults.volatile()
+        m.pause()
+        with pytest.raises(StateError, match="checkpoint: blk0 has faults set, or a volatile"):
+            m.checkpoint()
+        m.faults.disk(0).durable()
+        m.checkpoint()
+        m.resume()
+        # It is on another image now.
+        with m.faults.disk(0).drop():
+            assert guest.put(1, b"x" * SECTOR) == blk.S_OK
+        assert guest.put(2, b"x" * SECTOR) == blk.S_OK
+        assert guest.get(1, 2 * SECTOR) == bytes(SECTOR) + b"x" * SECTOR
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["created", "running", "paused"])
+def test_clock_jump(machine: Make, state: str) -> None:
+    with machine() as m:
+        if state != "created":
+            m.start()
+        if state == "paused":
+            m.pause()
+        before, rtc = m.vm.get_clock().clock, m.platform.rtc.save()["offset"]
+        m.faults.clock_jump(5000)
+        assert before + 5000e9 <= m.vm.get_clock().clock < before + 5600e9
+        assert m.platform.rtc.save()["offset"] == rtc + 5000  # type: ignore[operator]
+        m.faults.clock_jump(-3000.5, rtc=False)
+        assert before + 1999e9 <= m.vm.get_clock().clock < before + 2600e9
+        m.faults.clock_jump(-100, kvmclock=False)
+        assert m.platform.rtc.save()["offset"] == rtc + 4900  # type: ignore[operator]
+        assert [event.details["by"] for event in m.faults.log] == [5000, -3000.5, -100]
+        with pytest.raises(UsageError, match=r"-100000 s is before kvmclock began, \d+.\d+ s ago"):
+            m.faults.clock_jump(-100_000)
+        with pytest.raises(UsageError, match="clock_jump: 'x' is not seconds, a century at most"):
+            m.faults.clock_jump("x")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="inf is not seconds"):
+            m.faults.clock_jump(float("inf"))
+    with pytest.raises(StateError, match="clock_jump: the machine is closed"):
+        m.faults.clock_jump(1)
+
+
+# --- vCPUs ----------------------------------------------------------------------------------------
+
+
+def two_that_count(machine: Make) -> Machine:
+    """Two vCPUs that count, each in a place of its own."""
+    m = machine(tiny.COUNTING + tiny.counting(COUNTER + 4), cpus=2)
+    first, second = m.vcpus
+    sregs = first.get_sregs()
+    sregs.apic_base = second.get_sregs().apic_base
+    second.set_sregs(sregs)
+    regs = first.get_regs()
+    regs.rip = tiny.ENTRY + len(tiny.COUNTING)
+    second.set_regs(regs)
+    second.set_mp_state(constants.MP_STATE_RUNNABLE)
+    m.start()
+    return m
+
+
+def counts(m: Machine) -> tuple[int, int]:
+    return m.memory.read_u32(COUNTER), m.memory.read_u32(COUNTER + 4)
+
+
+def goes_on(m: Machine, number: int) -> None:
+    """vCPU `number` counts on."""
+    before = counts(m)[number]
+    while counts(m)[number] == before:
+        time.sleep(0.001)
+
+
+def test_a_vcpu_stalls_while_the_other_goes_on(machine: Make) -> None:
+    with two_that_count(machine) as m:
+        goes_on(m, 0)
+        goes_on(m, 1)
+        with m.faults.stall(1) as fault:
+            stalled = counts(m)[1]
+            goes_on(m, 0)
+            with m.faults.stall(1):
+                pass
+            m.pause()
+            m.resume()
+            goes_on(m, 0)
+            assert counts(m)[1] == stalled
+            assert m.faults.active == (fault,)
+        goes_on(m, 1)
+        with m.faults.stall(0), m.faults.stall(1):
+            before = counts(m)
+            time.sleep(0.02)
+            assert counts(m) == before
+        goes_on(m, 0)
+        goes_on(m, 1)
+
+
+def test_a_stall_ends_by_itself(machine: Make) -> None:
+    with two_that_count(machine) as m:
+        fault = m.faults.stall(0, 0.05)
+        goes_on(m, 0)
+        while fault.active:  # it is, before the vCPU goes on, but for a moment
+            time.sleep(0.001)
+        assert [event.what for event in m.faults.log] == ["set", "struck", "cleared"]
+
+
+@pytest.mark.parametrize("end", ["stop", "close", "clear while paused"])
+def test_the_end_of_a_machine_with_a_stalled_vcpu(machine: Make, end: str) -> None:
+    with two_that_count(machine) as m:
+        fault = m.faults.stall(1)
+        if end == "stop":
+            m.stop()
+        elif end == "clear while paused":
+            m.pause()
+            before = counts(m)
+            fault.clear()
+            time.sleep(0.02)
+            assert counts(m) == before
+            m.resume()
+            goes_on(m, 1)
+
+
+def test_wrong_stalls(machine: Make) -> None:
+    with machine(cpus=2) as m:
+        with pytest.raises(StateError, match="stall: the machine is created, not running"):
+            m.faults.stall(0)
+        for vcpu in (-1, 2, "0"):
+            with pytest.raises(UsageError, match="is not one of 2, from 0 on"):
+                m.faults.stall(vcpu)  # type: ignore[arg-type]
+        m.start()
+        with pytest.raises(UsageError, match="duration=-1 is not seconds"):
+            m.faults.stall(0, -1)
+        assert m.faults.active == ()
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_memory_pressure(machine: Make) -> None:
+    with machine(balloon=2 * MIB) as m:
+        assert m.balloon.wanted == 2 * MIB
+        with m.faults.memory_pressure(8 * MIB):
+            assert m.balloon.wanted == 10 * MIB
+            with m.faults.memory_pressure(4 * MIB) as more:
+                assert m.balloon.wanted == 14 * MIB
+        assert not more.active
+        assert m.balloon.wanted == 2 * MIB
+        fault = m.faults.memory_pressure(MIB, duration=0)
+        while fault.active:
+            time.sleep(0.001)
+        assert m.balloon.wanted == 2 * MIB
+        for size in (0, -1, 31 * MIB, 1.5):
+            with pytest.raises(UsageError, match="is not bytes, up to the 31457280 there are"):
+                m.faults.memory_pressure(size)  # type: ignore[arg-type]
+
+
+# --- wrong use ------------------------------------------------------------------------------------
+
+
+def test_what_a_machine_does_not_have(machine: Make, disk: Path) -> None:
+    with machine() as m:
+        with pytest.raises(UsageError, match=r"faults.disk\(0\): the machine has 0 of them"):
+            m.faults.disk(0)
+        with pytest.raises(UsageError, match="power_cut: the machine has no drives"):
+            m.faults.power_cut()
+        with pytest.raises(StateError, match="this machine has no balloon"):
+            m.faults.memory_pressure(MIB)
+    with machine(drives=[f"{disk},readonly"]) as m:
+        with pytest.raises(UsageError, match=r"disk\(1\): the machine has 1 of them, from 0 on"):
+            m.faults.disk(1)
+        with pytest.raises(UsageError, match="the disk is readonly: nothing is written"):
+            m.faults.disk(0).volatile()
+        assert m.faults.disk(0) is m.faults.disk(0)
+    with machine(drives=[str(disk)]) as m:
+        m.start()
+        with pytest.raises(StateError, match=r"disk\(0\).unflushed: nobody knows what a power cut"):
+            m.faults.power_cut()
+        assert m.state == "running"
+
+
+def test_a_seed_that_is_none() -> None:
+    with pytest.raises(UsageError, match="fault_seed='x' is not an integer"):
+        MachineConfig(fault_seed="x")  # type: ignore[arg-type]

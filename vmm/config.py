@@ -335,7 +335,8 @@ class MachineConfig:
         """`backing` where none is given."""
         external = any(drive.external for drive in self.drives)
         root = self.root_parts
-        shares = self.shares or self.vhost_user_blks or (root is not None and root.share is not None)
+        external = external or bool(self.vhost_user_blks)
+        shares = self.shares or (root is not None and root.share is not None)
         return "memfd" if shares or external else "anonymous"
 
     @property

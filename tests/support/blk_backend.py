@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -28,9 +27,15 @@ class BlkBackend:
              f"addr.type=unix,addr.path={self.socket},num-queues={self.queues}"]
         )  # fmt: skip
         limit = time.monotonic() + 30
-        while not os.path.exists(self.socket):
+        while not self.listens():
             assert self.process.poll() is None and time.monotonic() < limit
             time.sleep(0.005)
+
+    def listens(self) -> bool:
+        """Whether somebody listens on its socket: __SO_ACCEPTCON; connecting would be the one
+        connection it takes."""
+        rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()]
+        return any(row[-1] == str(self.socket) and row[3] == "00010000" for row in rows)
 
     def kill(self) -> None:
         """At once, as by the host's OOM killer; its socket stays, and nobody listens on it."""

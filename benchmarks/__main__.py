@@ -1,6 +1,7 @@
 """`python -m benchmarks [ROW ...]`: measure, print one table, keep the samples as JSON.
 
-Rows, by letter or name: a start, b create, c exits, d boot, e memory, f blk. Without one: all.
+Rows, by letter or name: a start, b create, c exits, d boot, e memory, f blk, g net. Without one:
+all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from benchmarks import output
 from benchmarks.series import Series
 from vmm.errors import UsageError, VmmError
 
-ROWS = {"a": "start", "b": "create", "c": "exits", "d": "boot", "e": "memory", "f": "blk"}
+ROWS = {
+    "a": "start",
+    "b": "create",
+    "c": "exits",
+    "d": "boot",
+    "e": "memory",
+    "f": "blk",
+    "g": "net",
+}
 
 
 def main(arguments: Sequence[str]) -> int:

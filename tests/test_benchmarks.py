@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import bare, blk, exits, guests, native, output, start
+from benchmarks import bare, blk, exits, guests, native, net, output, start
 from benchmarks.series import Series, interleave
 from vmm.errors import HostError
 
@@ -155,3 +156,21 @@ def test_the_bench_guest_runs_under_qemu(tmp_path: Path) -> None:
     command = blk.qemu("mmio", str(image), "threads")
     (answer,) = bare.run(command, [blk.job("4 KiB random read, QD1", "mmio", 10)])
     assert answer["requests"]
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+@pytest.mark.parametrize("bus", ["mmio", "pci"])
+def test_the_bench_guest_sends_and_receives_frames(bus: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a network namespace")
+    with net.Network() as network:
+        jobs = [net.job(name, bus, 10) for name in net.JOBS]
+        for job, answer in zip(jobs, net.run(net.vmm(bus), jobs, network), strict=True):
+            assert answer["frames"] >= job["depth"]
+        assert (
+            network.name in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+        )
+    assert (
+        network.name not in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+    )

@@ -170,6 +170,29 @@ class AsyncMachine:
         """See `Machine.resume`."""
         await in_thread(self.machine.resume)
 
+    async def checkpoint(self, *, disks: str = "rollback") -> None:
+        """See `Machine.checkpoint`."""
+        await in_thread(lambda: self.machine.checkpoint(disks=disks))
+
+    async def rollback(self) -> None:
+        """See `Machine.rollback`."""
+        await in_thread(self.machine.rollback)
+
+    async def clone(self, count: int = 1) -> list[AsyncMachine]:
+        """See `Machine.clone`."""
+        made: list[AsyncMachine] = []
+
+        def clone() -> None:
+            made.extend(AsyncMachine(machine) for machine in self.machine.clone(count))
+
+        try:
+            await in_thread(clone)
+        except asyncio.CancelledError:
+            for machine in made:
+                await machine.close()
+            raise
+        return made
+
     async def stop(self) -> MachineExit:
         """See `Machine.stop`."""
         return await in_thread(self.machine.stop)

@@ -46,7 +46,7 @@ class Region:
         try:
             self.map.close()
         except BufferError:
-            if self.kind == "anonymous":
+            if self.kind not in ("memfd", "hugetlbfs"):
                 self.map.madvise(mmap.MADV_DONTNEED)
             return False
         return True

@@ -193,6 +193,17 @@ class AsyncMachine:
             raise
         return made
 
+    async def snapshot(
+        self, path: str, *, base: str | None = None, disks: str = "copy", track: bool = False
+    ) -> None:
+        """See `Machine.snapshot`."""
+        machine = self.machine
+
+        def save() -> None:
+            machine.snapshot(path, base=base, disks=disks, track=track)
+
+        await in_thread(save)
+
     async def stop(self) -> MachineExit:
         """See `Machine.stop`."""
         return await in_thread(self.machine.stop)

@@ -177,6 +177,11 @@ def resolve(
     return list(table.values())
 
 
+def offered(supported: Iterable[CpuidEntry], *, tsc_deadline: bool) -> int:
+    """The set of features a guest can have here; arguments as of `resolve`."""
+    return _supported({(entry.function, entry.index): entry for entry in supported}, tsc_deadline)
+
+
 def _supported(table: Table, tsc_deadline: bool) -> int:
     """The set of features the host's table and we can offer."""
     able = features.read(table) | features.flags(_ASSUMED) | features.flags(_FREE)

@@ -59,13 +59,14 @@ class Machine(ProgramCalls, GuestCalls):
         platform: its devices.
         exit: why it stopped, or None.
         on_error: told in a line of what goes wrong with a device while the machine goes on.
+        origin: what it comes from, if it did not boot.
         restored: a state was put into it, so that to start it is to go on.
         paused_for: why a device had it paused, until it goes on; else an empty string.
     """
 
     def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
         self.config = config
-        self._origin = origin
+        self.origin = origin
         self.restored = False
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
@@ -95,7 +96,7 @@ class Machine(ProgramCalls, GuestCalls):
 
     def _build(self) -> None:
         config = self.config
-        origin = self._origin
+        origin = self.origin
         self.kvm, self.vm = kvm, vm = begin(config) if origin is None else origin.begin(config)
         self._closers += [kvm.close, vm.close]
         if origin is None:
@@ -284,6 +285,61 @@ class Machine(ProgramCalls, GuestCalls):
         if self._state == PAUSED:
             for thread in self._threads:
                 thread.wait_parked()
+
+    def snapshot(
+        self, path: str, *, base: str | None = None, disks: str = "copy", track: bool = False
+    ) -> None:
+        """Keep the machine as it is now in a new directory `path`; from created, running (it pauses
+        meanwhile) or paused.
+
+        The directory appears when it is complete. See docs/snapshots.md.
+
+        Args:
+            base: an earlier snapshot: only memory that differs from it is kept, and both are needed
+                to restore.
+            disks: `copy` puts the disks' contents into the snapshot (by reflink where the file
+                system can), `keep` leaves the images where they are.
+            track: memory becomes a private mapping of the snapshot, so that the next one, based on
+                this, need not compare all of it.
+
+        Raises:
+            UsageError: `path` is there, or an argument cannot be.
+            StateError: the machine is in another state, or has a device that cannot be saved.
+            HostError: it cannot be written.
+        """
+        from vmm.snapshot.store import save
+
+        running = self._state == RUNNING
+        if running:
+            self.pause()
+        try:
+            save(self, str(path), base=base, disk=disks, track=track)
+        finally:
+            if running and self._state == PAUSED:
+                self.resume()
+
+    @classmethod
+    def restore(
+        cls, path: str, *, verify: bool = False, disks: str = "overlay", **changed: object
+    ) -> Machine:
+        """A machine that goes on, when it is started, where the snapshot `path` was made.
+
+        Its memory is a private mapping of the snapshot's: pages are read when they are used.
+
+        Args:
+            verify: first read all of the snapshot and compare it with its checksums.
+            disks: `overlay`: what the guest writes goes with the machine, and the snapshot may be
+                restored again; `write`: it goes into the snapshot's disks.
+            changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
+                `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
+
+        Raises:
+            SnapshotError: the snapshot is damaged, newer, or of another kind of host; or the
+                machine would be another than it was.
+        """
+        from vmm.snapshot.restore import restore
+
+        return restore(str(path), verify=verify, disk=disks, **changed)
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""

@@ -1,0 +1,91 @@
+"""A machine out of a snapshot."""
+
+from __future__ import annotations
+
+from vmm.config import MachineConfig
+from vmm.errors import KvmError, SnapshotError, UsageError
+from vmm.kvm import Kvm
+from vmm.machine import Machine
+from vmm.snapshot import disks, host
+from vmm.snapshot.capture import apply
+from vmm.snapshot.memory import map_layers
+from vmm.snapshot.origin import Restored
+from vmm.snapshot.store import Snapshot, close_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmm.memory import GuestMemory
+
+FIXED = ("memory", "cpus", "cpu", "transport", "acpi", "kernel", "initrds", "append", "boot")
+"""What a restored machine cannot have otherwise than it had."""
+
+
+class FromFiles(Restored):
+    """Memory is a private mapping of the snapshot's files: a page is read when it is first used."""
+
+    def __init__(self, snapshot: Snapshot, state: dict[str, Any]) -> None:
+        super().__init__(snapshot.checksum)
+        self._snapshot = snapshot
+        self._state = state
+
+    def map_memory(self, config: MachineConfig) -> GuestMemory:
+        layers = self._snapshot.layers()
+        try:
+            memory = map_layers(layers, self._snapshot.memory_size)
+        finally:
+            close_all(layers)
+        self.mapped(memory)
+        return memory
+
+    def apply(self, machine: Machine) -> None:
+        try:
+            apply(machine, self._state)
+        except (KeyError, ValueError, TypeError) as err:
+            raise SnapshotError(
+                f"{self._snapshot.path}: its state does not fit this machine: {err}"
+            ) from err
+        except KvmError as err:
+            raise SnapshotError(
+                f"{self._snapshot.path}: this host's KVM does not take its state: {err}"
+            ) from err
+
+
+def restore(
+    path: str, *, verify: bool = False, disk: str = "overlay", **changed: object
+) -> Machine:
+    """See `Machine.restore`."""
+    if disk not in disks.USES:
+        raise UsageError(f"restore: disks={disk} is not one of {', '.join(disks.USES)}")
+    with Snapshot(path) as snapshot:
+        if verify:
+            snapshot.verify()
+        config = configure(snapshot, disk, changed)
+        with Kvm(config.device) as kvm:
+            told = snapshot.manifest
+            host.check(kvm, told["host"], told["guest"]["features"].split(), snapshot.path)
+        return Machine(config, origin=FromFiles(snapshot, snapshot.state()))
+
+
+def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> MachineConfig:
+    """The machine's configuration, with what is given otherwise. Raises UsageError."""
+    fixed = sorted(changed.keys() & set(FIXED))
+    if fixed:
+        raise UsageError(f"restore: {', '.join(fixed)}: a restored machine has what it had")
+    from vmm.config_file import keywords
+
+    told = snapshot.manifest
+    where = told["directory"]
+    data = dict(told["config"])
+    data.pop("timeout", None)
+    try:
+        made_with = keywords({"drives": data.pop("drives", [])}, where)["drives"]
+        given = {**keywords(data, where), **changed}
+    except UsageError as err:
+        raise SnapshotError(f"{snapshot.path}: its configuration: {err}") from None
+    if "drives" not in changed:
+        assert isinstance(made_with, list)
+        disks.check(snapshot.path, told["disks"])
+        given["drives"] = disks.drives(snapshot.path, told["disks"], made_with, disk)
+    return MachineConfig(**given)

@@ -110,9 +110,16 @@ static void put_file(int dir, const char *name, const struct entry *entry)
     sys_close(fd);
 }
 
-static void put_link(int dir, const char *name, const struct entry *entry)
+/* Times of what is not opened. */
+static void stamp(int dir, const char *name, const struct entry *entry)
 {
     long times[4] = {entry->seconds, entry->nanoseconds, entry->seconds, entry->nanoseconds};
+
+    SYS4(utimensat, dir, name, times, AT_SYMLINK_NOFOLLOW);
+}
+
+static void put_link(int dir, const char *name, const struct entry *entry)
+{
     int error;
 
     if (!entry->size || entry->size >= 4096)
@@ -123,7 +130,7 @@ static void put_link(int dir, const char *name, const struct entry *entry)
     error = (int)SYS3(symlinkat, data, dir, name);
     if (error)
         fail(error, name);
-    SYS4(utimensat, dir, name, times, AT_SYMLINK_NOFOLLOW);
+    stamp(dir, name, entry);
 }
 
 static void put_fifo(int dir, const char *name, const struct entry *entry)
@@ -134,6 +141,7 @@ static void put_fifo(int dir, const char *name, const struct entry *entry)
     error = (int)SYS4(mknodat, dir, name, S_IFIFO | (entry->mode & 0777), 0);
     if (error)
         fail(error, name);
+    stamp(dir, name, entry);
 }
 
 static int put_directory(int dir, const char *name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
     import subprocess
-    from typing import Any
+    from typing import Any, BinaryIO
 
     from vmm.agent.link import Link
     from vmm.agent.process import Args, GuestProcess
@@ -59,3 +60,52 @@ class GuestCalls:
         agent = self._agent()
         agent.wait()
         return GuestProcess(agent, args, **options)
+
+    def put(
+        self,
+        source: str | os.PathLike[str] | BinaryIO,
+        target: str,
+        *,
+        timeout: float | None = None,
+        mode: int | None = None,
+    ) -> None:
+        """Copy a file, or a directory with all that is in it, from the host into the guest.
+
+        Modes, times, symbolic links and FIFOs come along; owners do not, all is root's. What is
+        there already is written over, a directory is added to.
+
+        Args:
+            source: a path on the host, or an open binary file, whose data is copied.
+            target: what it is called in the guest, an absolute path; with a `/` at its end, the
+                directory it goes into. Directories above it are made.
+            timeout: seconds.
+            mode: of the file, where `source` is an open one (0644).
+
+        Raises:
+            OSError: here or in the guest something cannot be read or written; `filename` says what.
+            TimeoutError: it takes longer.
+        """
+        from vmm.agent.copy import put
+
+        agent = self._agent()
+        agent.wait()
+        put(agent, source, target, timeout=timeout, mode=mode)
+
+    def get(
+        self,
+        source: str,
+        target: str | os.PathLike[str] | BinaryIO,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Copy a file, or a directory with all that is in it, from the guest to the host.
+
+        As `put` the other way round; what arrives is the caller's, and never set-user-ID. Whatever
+        the guest sends, nothing is written but at `target` and below it. `target` may be an open
+        binary file, for a file's data.
+        """
+        from vmm.agent.copy import get
+
+        agent = self._agent()
+        agent.wait()
+        get(agent, source, target, timeout=timeout)

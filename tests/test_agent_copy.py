@@ -1,0 +1,305 @@
+"""Files and trees both ways, with the agent on this host; and what a hostile guest sends."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.host_agent import HostAgent
+from vmm.agent import tree, wire
+from vmm.agent.copy import get, put
+from vmm.errors import AgentError
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostAgent]:
+    with HostAgent(tmp_path_factory.mktemp("agent")) as running:
+        yield running
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tree with some of everything."""
+    top = tmp_path / "source"
+    (top / "a" / "b" / "c").mkdir(parents=True)
+    (top / "a" / "random").write_bytes(random.Random(1).randbytes(300_000))
+    (top / "empty").touch()
+    (top / "program").write_text("#!/bin/sh\n")
+    (top / "program").chmod(0o751)
+    (top / ("n" * 255)).write_text("a long name")
+    Path(os.fsdecode(os.fsencode(top) + b"/not UTF-8 \xff\n")).write_text("an odd one")
+    (top / "link").symlink_to("a/random")
+    (top / "a" / "dangling").symlink_to("/no/where")
+    os.mkfifo(top / "fifo", 0o640)
+    os.utime(top / "program", ns=(1, 123_456_789_012_345_678))
+    os.utime(top / "link", ns=(1, -1), follow_symlinks=False)
+    (top / "a" / "b").chmod(0o500)
+    os.utime(top / "a" / "b", ns=(1, 1_111_111_111_111_111_111))
+    return top
+
+
+def listing(top: Path) -> list[tuple[object, ...]]:
+    """All that is to be the same."""
+    found: list[tuple[object, ...]] = []
+    for directory, below, files in os.walk(top):
+        for name in [".", *below, *files]:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            content: object = None
+            if stat.S_ISREG(status.st_mode):
+                content = Path(path).read_bytes()
+            elif stat.S_ISLNK(status.st_mode):
+                content = os.readlink(path)
+            inside = os.path.relpath(path, top)
+            found.append((inside, status.st_mode, status.st_mtime_ns, content))
+    return sorted(found, key=lambda item: str(item[0]))
+
+
+def test_a_tree_there_and_back(agent: HostAgent, source: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "there" / "with parents", tmp_path / "back"
+    put(agent, source, str(there))
+    assert listing(there) == listing(source)
+    get(agent, str(there), back)
+    assert listing(back) == listing(source)
+    # Over what is there already, and into a directory under its own name.
+    (there / "link").unlink()
+    (there / "link").write_text("in the way")
+    put(agent, source, str(there))
+    get(agent, str(there), back)
+    assert listing(back) == listing(there) == listing(source)
+    get(agent, str(there), f"{tmp_path}/into/")
+    assert listing(tmp_path / "into" / "with parents") == listing(source)
+    put(agent, source, f"{tmp_path}/into/")
+    assert listing(tmp_path / "into" / "source") == listing(source)
+
+
+def test_single_files(agent: HostAgent, source: Path, tmp_path: Path) -> None:
+    put(agent, source / "link", str(tmp_path / "copy"))  # what was named is followed
+    assert (tmp_path / "copy").read_bytes() == (source / "a" / "random").read_bytes()
+    get(agent, str(source / "program"), tmp_path / "program")
+    assert (tmp_path / "program").stat().st_mode & 0o7777 == 0o751
+    put(agent, io.BytesIO(b"made up"), str(tmp_path / "made"), mode=0o600)
+    assert (tmp_path / "made").read_text() == "made up"
+    assert (tmp_path / "made").stat().st_mode & 0o7777 == 0o600
+    into = io.BytesIO()
+    get(agent, "/proc/self/status", into)  # says its size is 0
+    assert into.getvalue().startswith(b"Name:\tvmm-agent")
+
+
+def test_a_running_program_is_replaced(agent: HostAgent, tmp_path: Path) -> None:
+    program = tmp_path / "sleep"
+    program.write_bytes(Path("/bin/sleep").read_bytes())
+    program.chmod(0o755)
+    with subprocess.Popen([program, "1000"]) as running:
+        try:
+            put(agent, "/bin/true", str(program))
+            assert subprocess.run([program], check=False).returncode == 0
+        finally:
+            running.kill()
+
+
+def test_what_cannot_be_copied(agent: HostAgent, source: Path, tmp_path: Path) -> None:
+    def error(function: Callable[[], object]) -> tuple[int | None, str]:
+        with pytest.raises(OSError) as caught:
+            function()
+        return caught.value.errno, str(caught.value.filename)
+
+    nothing = str(tmp_path / "nothing")
+    assert error(lambda: put(agent, nothing, "/tmp/x")) == (errno.ENOENT, nothing)
+    assert error(lambda: get(agent, nothing, tmp_path / "x")) == (errno.ENOENT, nothing)
+    assert error(lambda: put(agent, source, "/proc/no/such")) == (errno.ENOENT, "/proc/no/")
+    number, where = error(lambda: put(agent, source, str(source / "program" / "x")))
+    assert (number, where) == (errno.ENOTDIR, f"{source}/program/")
+    number, where = error(lambda: put(agent, source / "a", str(source / "empty")))
+    assert (number, where) == (errno.ENOTDIR, f"{source}/empty")
+    assert error(lambda: get(agent, "/dev", tmp_path / "dev"))[0] == errno.EOPNOTSUPP
+    assert error(lambda: put(agent, "/dev", f"{tmp_path}/dev2"))[0] == errno.EOPNOTSUPP
+    assert error(lambda: get(agent, str(source), io.BytesIO())) == (errno.EISDIR, str(source))
+    with pytest.raises(ValueError, match="'here' is no path of a file in the guest"):
+        put(agent, source, "here")
+    with pytest.raises(ValueError, match="begins with /"):
+        get(agent, "there", tmp_path / "x")
+
+
+def test_a_full_disk_in_the_guest(agent: HostAgent) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        put(agent, io.BytesIO(bytes(1 << 20)), "/dev/full")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+def test_deep_trees(agent: HostAgent, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    path = deep
+    for _ in range(tree.DEPTH_MAX - 1):
+        path = path / "d"
+    path.mkdir(parents=True)
+    (path / "bottom").write_text("here")
+    put(agent, deep, str(tmp_path / "there"))
+    get(agent, str(tmp_path / "there"), tmp_path / "back")
+    assert listing(tmp_path / "back") == listing(deep)
+    (path / "d").mkdir()
+    with pytest.raises(OSError) as caught:
+        put(agent, deep, str(tmp_path / "there2"))
+    assert caught.value.errno == errno.ELOOP
+    with pytest.raises(OSError) as caught:
+        get(agent, str(deep), str(tmp_path / "back2"))
+    assert caught.value.errno == errno.ELOOP
+
+
+# --- a hostile guest ------------------------------------------------------------------------------
+
+
+class Hostile:
+    """A guest that sends this stream for a tree, whatever is asked."""
+
+    def __init__(self, stream: bytes, status: int = 0, more: bytes = b"") -> None:
+        self.stream = stream
+        self.status = status
+        self.more = more
+        self.threads: list[threading.Thread] = []
+
+    def connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self.threads.append(threading.Thread(target=self._serve, args=(theirs,), daemon=True))
+        self.threads[-1].start()
+        return ours
+
+    def why_lost(self) -> str:
+        return "the guest has hung up"
+
+    def _serve(self, sock: socket.socket) -> None:
+        frame = wire.FRAME.pack
+        out = frame(wire.STARTED, 0, 0, 4) + (7).to_bytes(4, "little")
+        for at in range(0, len(self.stream), wire.CHUNK):
+            part = self.stream[at : at + wire.CHUNK]
+            out += frame(wire.DATA, wire.OUT, 0, len(part)) + part
+        out += self.more
+        for stream in (wire.OUT, wire.ERR):
+            out += frame(wire.END, stream, 0, 0)
+        out += frame(wire.EXITED, 0, 0, 8) + self.status.to_bytes(4, "little") + bytes(4)
+        with sock:
+            sock.sendall(out)
+            while sock.recv(1 << 16):
+                pass
+
+
+def head(kind: int, name: bytes = b"", mode: int = 0o755, size: int = 0, **more: int) -> bytes:
+    zero, name_size = more.get("zero", 0), more.get("name_size", len(name))
+    seconds, nanoseconds = more.get("seconds", 5), more.get("nanoseconds", 0)
+    return tree.ENTRY.pack(kind, zero, name_size, mode, size, seconds, nanoseconds, 0) + name
+
+
+def file(name: bytes, data: bytes = b"evil", mode: int = 0o644) -> bytes:
+    chunk = len(data).to_bytes(4, "little") + data
+    return head(tree.REGULAR, name, mode) + chunk + (bytes(4) if data else b"")
+
+
+def link(name: bytes, target: bytes) -> bytes:
+    return head(tree.LINK, name, size=len(target)) + target
+
+
+TOP, UP, LAST = head(tree.DIRECTORY), head(tree.UP), head(tree.LAST)
+
+
+REFUSED = [
+    b"",
+    LAST,
+    UP,
+    TOP,
+    TOP + UP,
+    TOP + UP + UP,
+    TOP + UP + TOP + UP + LAST,
+    TOP + file(b"..") + UP + LAST,
+    TOP + file(b".") + UP + LAST,
+    TOP + file(b"") + UP + LAST,
+    TOP + file(b"../../evil") + UP + LAST,
+    TOP + file(b"/tmp/evil") + UP + LAST,
+    TOP + file(b"a\0b") + UP + LAST,
+    TOP + head(tree.DIRECTORY, b"..") + file(b"evil") + UP + UP + LAST,
+    TOP + head(tree.REGULAR, b"x", name_size=256) + LAST,
+    TOP + head(tree.REGULAR, b"x") + (1 << 30).to_bytes(4, "little"),
+    TOP + head(tree.REGULAR, b"x", mode=0o100644) + bytes(4) + UP + LAST,
+    TOP + head(tree.REGULAR, b"x", nanoseconds=1_000_000_000) + bytes(4) + UP + LAST,
+    TOP + head(tree.REGULAR, b"x", seconds=1 << 62) + bytes(4) + UP + LAST,
+    TOP + head(tree.REGULAR, b"x", zero=1) + bytes(4) + UP + LAST,
+    TOP + head(tree.LINK, b"x", size=0) + UP + LAST,
+    TOP + head(tree.LINK, b"x", size=1 << 40) + UP + LAST,
+    TOP + link(b"x", b"a\0b") + UP + LAST,
+    TOP + head(99, b"x") + UP + LAST,
+    TOP + (head(tree.DIRECTORY, b"d") * tree.DEPTH_MAX),
+    TOP + UP + LAST + b"more",
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_streams_that_are_refused(number: int, tmp_path: Path) -> None:
+    with pytest.raises(AgentError):
+        get(Hostile(REFUSED[number]), "/x", tmp_path / "in" / "here", timeout=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_links_lead_nowhere(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    victim = outside / "victim"
+    victim.write_text("untouched")
+    way_out = os.fsencode(outside)
+    for stream in (
+        TOP + link(b"l", way_out) + head(tree.DIRECTORY, b"l") + file(b"victim") + UP + UP + LAST,
+        TOP + head(tree.DIRECTORY, b"l") + UP + link(b"l", way_out) + UP + LAST,
+    ):
+        with pytest.raises(OSError):
+            get(Hostile(stream), "/x", tmp_path / "here", timeout=60)
+    stream = TOP + link(b"f", os.fsencode(victim)) + file(b"f") + UP + LAST
+    get(Hostile(stream), "/x", tmp_path / "there", timeout=60)
+    assert (tmp_path / "there" / "f").read_text() == "evil"
+    assert not (tmp_path / "there" / "f").is_symlink()
+    assert victim.read_text() == "untouched"
+
+
+def test_set_user_id_stays_in_the_guest(tmp_path: Path) -> None:
+    stream = TOP + file(b"su", mode=0o6755) + UP + LAST
+    get(Hostile(stream), "/x", tmp_path / "here", timeout=60)
+    assert (tmp_path / "here" / "su").stat().st_mode & 0o7777 == 0o755
+
+
+def test_random_streams(tmp_path: Path) -> None:
+    """Pieces of good streams, put together and broken at random: an error, and nothing outside."""
+    chance = random.Random(4)
+    good = [
+        TOP, UP, LAST, file(b"f"), file(b"g", b""), head(tree.DIRECTORY, b"d"), link(b"l", b".."),
+        head(tree.FIFO, b"p"),
+    ]  # fmt: skip
+    fine = 0
+    for number in range(1000):
+        stream = bytearray(TOP + b"".join(chance.choices(good, k=chance.randrange(12))))
+        stream += UP + LAST if chance.random() < 0.5 else b""
+        for _ in range(chance.choice((0, 0, 1, 3))):
+            stream[chance.randrange(len(stream))] ^= 1 << chance.randrange(8)
+        parts = [bytes(stream)]
+
+        def read(size: int, parts: list[bytes] = parts) -> bytes:
+            data, parts[0] = parts[0][:size], parts[0][size:]
+            if len(data) < size:
+                raise AgentError("ends in the middle")
+            return data
+
+        try:
+            tree.Unpacker(read, str(tmp_path / "in" / str(number % 7))).unpack()
+            fine += 1
+        except (AgentError, OSError):
+            pass
+        finally:
+            (tmp_path / "in").mkdir(exist_ok=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert fine > 10

@@ -1,0 +1,183 @@
+"""Files between host and guest: `put` and `get`.
+
+Each is a command's connection whose input or output is a stream of entries (vmm.agent.tree).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+
+from vmm.agent import wire
+from vmm.agent.connection import Connection
+from vmm.agent.tree import Unpacker, pack, pack_file
+from vmm.agent.wire import ERR, OUT, Session
+from vmm.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+    from vmm.agent.process import Dialer
+
+    Path = str | os.PathLike[str]
+
+PATH_MAX = 4096
+
+
+class Transfer:
+    """A connection on which the agent makes or reads a tree at `path` in the guest."""
+
+    def __init__(
+        self, link: Dialer, kind: int, path: str, timeout: float | None, why: str = ""
+    ) -> None:
+        flags = wire.NULL_OUT if kind == wire.PUT else wire.NULL_IN
+        self._path = path
+        self._timeout = timeout
+        self._until = None if timeout is None else time.monotonic() + timeout
+        session = self._session = Session(kind, flags)
+        session.out += wire.request(kind, [path], flags=flags)
+        self._connection = Connection(link.connect(), session, link.why_lost)
+        self._connection.send(self._until)
+
+    def close(self) -> None:
+        """Hang up; what is under way in the guest ends."""
+        self._connection.close()
+
+    def _wait(self, ready: object) -> None:
+        if not self._connection.wait_for(ready, self._until):  # type: ignore[arg-type]
+            raise TimeoutError(f"{self._path}: not done within {self._timeout:g} s")
+
+    def _send(self) -> None:
+        if not self._connection.send(self._until):
+            raise TimeoutError(f"{self._path}: not done within {self._timeout:g} s")
+
+    def write(self, data: bytes) -> bool:
+        """Send a part of the stream; False where the agent takes no more: it has failed."""
+        session, view = self._session, memoryview(data)
+        while view:
+            self._wait(lambda: session.room > 0 or session.refused or session.failed)
+            if session.refused or session.failed:
+                return False
+            view = view[session.write(view) :]
+            self._send()
+        return True
+
+    def read(self, size: int) -> bytes:
+        """So many bytes of the stream. OSError where the agent has failed."""
+        session, parts = self._session, []
+        while size:
+            self._wait(lambda: session.available(OUT) or session.ended[OUT] or session.failed)
+            data = self._connection.take(OUT, size)
+            if not data:
+                self.finish()
+                raise AgentError(f"the guest's stream of {self._path} ends in the middle")
+            parts.append(data)
+            size -= len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def finish(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            OSError: the agent could not do it, with the path in the guest.
+        """
+        session, said = self._session, b""
+        session.end_input()
+        self._send()
+        while not (session.failed or session.complete):
+            self._wait(
+                lambda: session.complete
+                or session.failed
+                or session.available(ERR)
+                or session.available(OUT)
+            )
+            if session.available(OUT):
+                break
+            said += self._connection.take(ERR)
+            if len(said) > 4 * PATH_MAX:
+                raise AgentError("the guest's agent complains at length")
+        if session.available(OUT):
+            raise AgentError(f"the guest's stream of {self._path} goes on after its end")
+        failure = session.failure([self._path], "")
+        if failure is not None:
+            raise failure
+        said += self._connection.take(ERR)
+        if session.returncode == 0:
+            return
+        if len(said) < 4:
+            raise AgentError(f"{self._path}: the guest's agent failed ({session.returncode})")
+        (number,) = struct.unpack("<i", said[:4])
+        where = os.fsdecode(said[4:])
+        raise OSError(number, f"{os.strerror(number)} (in the guest)", where)
+
+
+def put(
+    link: Dialer, source: Path | BinaryIO, target: str, *, timeout: float | None = None,
+    mode: int | None = None,
+) -> None:  # fmt: skip
+    """See `Machine.put`."""
+    stream: Iterator[bytes]
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        os.stat(path)
+        stream = pack(path)
+        target = _inside(target, path)
+    else:
+        stream = pack_file(source, 0o644 if mode is None else mode)
+    _check(target)
+    transfer = Transfer(link, wire.PUT, target, timeout)
+    try:
+        for part in _joined(stream):
+            if not transfer.write(part):
+                break
+        transfer.finish()
+    finally:
+        transfer.close()
+
+
+def get(
+    link: Dialer, source: str, target: Path | BinaryIO, *, timeout: float | None = None
+) -> None:
+    """See `Machine.get`."""
+    _check(source)
+    transfer = Transfer(link, wire.GET, source, timeout)
+    try:
+        if isinstance(target, (str, os.PathLike)):
+            path = _inside(os.fspath(target), source)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            Unpacker(transfer.read, path).unpack()
+        else:
+            Unpacker(transfer.read, source).unpack_into(target)
+        transfer.finish()
+    finally:
+        transfer.close()
+
+
+def _inside(target: str, source: str) -> str:
+    """`target`, or where it ends in a slash what `source` is called, in it."""
+    if not target.endswith("/"):
+        return target
+    return os.path.join(target, os.path.basename(os.path.normpath(source)))
+
+
+def _check(path: str) -> None:
+    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+        raise ValueError(f"{path!r} is no path of a file in the guest; it begins with /")
+    if len(os.fsencode(path)) >= PATH_MAX:
+        raise OSError(36, os.strerror(36), path)
+
+
+def _joined(stream: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer parts: each is a message to the guest."""
+    parts: list[bytes] = []
+    size = 0
+    for part in stream:
+        parts.append(part)
+        size += len(part)
+        if size >= wire.CHUNK:
+            yield b"".join(parts)
+            parts, size = [], 0
+    yield b"".join(parts)

@@ -1,0 +1,249 @@
+"""Files and directory trees as a stream of entries, this side of vmm/agent/tree.c.
+
+A name is one component, a directory is followed by what is in it and an UP, and below what was
+asked for no link is followed: a hostile guest's stream stays where the caller wants it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from contextlib import suppress
+
+from vmm.errors import AgentError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import BinaryIO
+
+ENTRY = struct.Struct("<BBHIQqII")
+"""kind, zero, name_size, mode, size, seconds, nanoseconds, zero; then the name."""
+_SIZE = struct.Struct("<I")
+DIRECTORY, REGULAR, LINK, FIFO, UP, LAST = b"dflpue"
+CHUNK = 64 << 10
+DEPTH_MAX = 256
+NAME_MAX = 255
+TARGET_MAX = 4095
+NANOSECONDS = 1_000_000_000
+_FLAGS = os.O_CLOEXEC | os.O_NOCTTY
+
+
+def entry(kind: int, name: str = "", status: os.stat_result | None = None, size: int = 0) -> bytes:
+    """One entry's head."""
+    encoded = os.fsencode(name)
+    mode, seconds, nanoseconds = 0, 0, 0
+    if status is not None:
+        mode = stat.S_IMODE(status.st_mode)
+        seconds, nanoseconds = divmod(status.st_mtime_ns, NANOSECONDS)
+    head = ENTRY.pack(kind, 0, len(encoded), mode, size, seconds, nanoseconds, 0)
+    return head + encoded
+
+
+def pack(path: str) -> Iterator[bytes]:
+    """The stream of what is at `path` on this host, which may be a link to it.
+
+    Raises:
+        OSError: something cannot be read, or carried (a device in a tree).
+    """
+    yield from _pack(path, "", 0)
+    yield entry(LAST)
+
+
+def pack_file(file: BinaryIO, mode: int = 0o644) -> Iterator[bytes]:
+    """The stream of one file whose data `file` gives, as of now."""
+    import time
+
+    seconds, nanoseconds = divmod(time.time_ns(), NANOSECONDS)
+    yield ENTRY.pack(REGULAR, 0, 0, mode, 0, seconds, nanoseconds, 0)
+    yield from _chunks(file)
+    yield entry(LAST)
+
+
+def _pack(path: str, name: str, depth: int) -> Iterator[bytes]:
+    try:
+        status = os.lstat(path) if depth else os.stat(path)
+    except FileNotFoundError:
+        if depth:
+            return  # gone since the directory was read
+        raise
+    mode = status.st_mode
+    if stat.S_ISDIR(mode):
+        if depth == DEPTH_MAX:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        yield entry(DIRECTORY, name, status)
+        with os.scandir(path) as found:
+            names = sorted(item.name for item in found)
+        for below in names:
+            yield from _pack(os.path.join(path, below), below, depth + 1)
+        yield entry(UP)
+    elif stat.S_ISLNK(mode):
+        target = os.fsencode(os.readlink(path))
+        yield entry(LINK, name, status, len(target)) + target
+    elif stat.S_ISREG(mode) or not depth:
+        with open(path, "rb", buffering=0) as file:
+            yield entry(REGULAR, name, status, status.st_size)
+            yield from _chunks(file)
+    elif stat.S_ISFIFO(mode):
+        yield entry(FIFO, name, status)
+    elif not stat.S_ISSOCK(mode):  # of sockets there is nothing to carry, as tar(1) sees it too
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while data := file.read(CHUNK):
+        yield _SIZE.pack(len(data)) + data
+    yield _SIZE.pack(0)
+
+
+class Unpacker:
+    """Makes on this host what a guest's stream says.
+
+    Args:
+        read: gives exactly so many bytes of it, or raises.
+        path: what the first entry becomes.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], path: str) -> None:
+        self._read = read
+        self._path = path
+        self._stack: list[tuple[int, tuple[int, int, int]]] = []
+        self._dir = -1
+
+    def unpack(self) -> None:
+        """Do it.
+
+        Raises:
+            AgentError: the stream is not one.
+            OSError: something cannot be made here.
+        """
+        parent, name = os.path.split(self._path)
+        self._dir = os.open(parent or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not self._next(name):
+                raise AgentError("the guest sent nothing")
+            if self._stack:
+                while self._next(None):
+                    pass
+            if self._stack or self._head()[0] != LAST:
+                raise AgentError("the guest's tree does not end where it should")
+        finally:
+            for fd in (self._dir, *(fd for fd, _ in self._stack)):
+                os.close(fd)
+
+    def unpack_into(self, file: BinaryIO) -> None:
+        """Write the one regular file there is into `file`."""
+        kind, _, _, _ = self._head()
+        if kind != REGULAR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self._path)
+        for data in self._data():
+            file.write(data)
+        if self._head()[0] != LAST:
+            raise AgentError("the guest's file does not end where it should")
+
+    # --- the stream -------------------------------------------------------------------------------
+
+    def _head(self) -> tuple[int, str, tuple[int, int, int], int]:
+        """kind, name, (mode, seconds, nanoseconds), size."""
+        kind, zero, size, mode, length, seconds, nanoseconds, more = ENTRY.unpack(
+            self._read(ENTRY.size)
+        )
+        name = self._read(size) if size <= NAME_MAX else b""
+        wrong = b"/" in name or b"\0" in name or name in (b".", b"..")
+        if size > NAME_MAX or zero or more or wrong or nanoseconds >= NANOSECONDS:
+            raise AgentError(f"the guest sent an entry that cannot be: {name!r}")
+        if mode & ~0o7777 or not -(1 << 40) < seconds < 1 << 40:
+            raise AgentError(f"the guest sent mode {mode:#o}, time {seconds} of {name!r}")
+        return kind, os.fsdecode(name), (mode, seconds, nanoseconds), length
+
+    def _data(self) -> Iterator[bytes]:
+        while True:
+            (size,) = _SIZE.unpack(self._read(4))
+            if size > CHUNK:
+                raise AgentError(f"the guest sent {size} bytes of a file at once")
+            if not size:
+                return
+            yield self._read(size)
+
+    # --- the host's files -------------------------------------------------------------------------
+
+    def _next(self, called: str | None) -> bool:
+        """Make the next entry, the first one as `called`; False after the last one of the tree."""
+        kind, name, how, size = self._head()
+        first = called is not None
+        if called is not None:
+            name = called
+        if kind == UP:
+            if not self._stack:
+                raise AgentError("the guest's tree goes up from its root")
+            _settle(self._dir, self._stack[-1][1])
+            os.close(self._dir)
+            self._dir, _ = self._stack.pop()
+            return bool(self._stack)
+        if not name or name in (".", ".."):
+            raise AgentError("the guest sent an entry without a name")
+        if kind == DIRECTORY:
+            self._directory(name, how, first)
+        elif kind == REGULAR:
+            self._file(name, how, first)
+        elif kind == LINK:
+            if not 0 < size <= TARGET_MAX:
+                raise AgentError(f"the guest sent a link {name!r} of {size} bytes")
+            target = self._read(size)
+            if b"\0" in target:
+                raise AgentError(f"the guest sent a link {name!r} with a NUL in it")
+            self._make_way(name)
+            os.symlink(target, os.fsencode(name), dir_fd=self._dir)
+            self._stamp(name, how)
+        elif kind == FIFO:
+            self._make_way(name)
+            os.mkfifo(name, how[0] & 0o777, dir_fd=self._dir)
+            self._stamp(name, how)
+        else:
+            raise AgentError(f"the guest sent an entry of kind {kind}")
+        return True
+
+    def _directory(self, name: str, how: tuple[int, int, int], first: bool) -> None:
+        if len(self._stack) == DEPTH_MAX:
+            raise AgentError(f"the guest's tree is deeper than {DEPTH_MAX}")
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self._dir)
+        follow = 0 if first else os.O_NOFOLLOW  # what the caller named may be a link
+        flags = os.O_RDONLY | os.O_DIRECTORY | _FLAGS | follow
+        fd = os.open(name, flags, dir_fd=self._dir)
+        self._stack.append((self._dir, how))
+        self._dir = fd
+
+    def _file(self, name: str, how: tuple[int, int, int], first: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | _FLAGS
+        if first:
+            flags |= os.O_TRUNC
+        else:
+            self._make_way(name)
+            flags |= os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(name, flags, 0o600, dir_fd=self._dir), "wb", buffering=0) as file:
+            for data in self._data():
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                _settle(file.fileno(), how)
+
+    def _stamp(self, name: str, how: tuple[int, int, int]) -> None:
+        """Times of what is not opened."""
+        times = (how[1] * NANOSECONDS + how[2],) * 2
+        os.utime(name, ns=times, dir_fd=self._dir, follow_symlinks=False)
+
+    def _make_way(self, name: str) -> None:
+        """Remove what is called so, whatever it is, if it is no directory."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._dir)
+
+
+def _settle(fd: int, how: tuple[int, int, int]) -> None:
+    """Mode and times; never set-user-ID, which is the guest's business, not the host's."""
+    mode, seconds, nanoseconds = how
+    os.fchmod(fd, mode & 0o1777)
+    os.utime(fd, ns=(seconds * NANOSECONDS + nanoseconds,) * 2)

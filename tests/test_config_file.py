@@ -166,7 +166,7 @@ WRONG = [
     ("nets = ['user', {kind = 'bridge'}]", "nets[1]: bridge: say which"),
     ("ports = ['name=a,file=b', 'name=a,file=c']", "ports: name=a is given twice"),
     ("vsock = {cid = 2, path = 'x'}", "vsock: cid=2 is not from 3"),
-    ("vsock = 'cid=3'", "vsock: no path"),
+    ("vsock = 'cid=3,path='", "vsock: cid=3,path=: nothing after path="),
     ("shares = [{path = 'nosuch', tag = 't'}]", "shares[0]: {}/nosuch: no such directory"),
     ("shares = ['nosuch,tag=t']", "shares[0]: {}/nosuch: no such directory"),
     # --- no TOML

@@ -23,6 +23,7 @@ GOOD: list[dict[str, Any]] = [
     {"nets": ["user", {"kind": "user", "forward": ["tcp:8080:80"]}, {"kind": "lan", "name": "x"}]},
     {"ports": [{"name": "log", "file": "log"}], "vsock": {"cid": 3, "path": "v"}},
     {"shares": [{"path": "/", "tag": "root"}, "/tmp,tag=tmp"], "vsock": "cid=3,path=v"},
+    {"vsock": {"cid": 3}},
 ]
 BAD: list[tuple[object, str]] = [
     ([], "the whole: [] is not a table"),
@@ -45,7 +46,7 @@ BAD: list[tuple[object, str]] = [
     ({"drives": [{"path": "x", "readonly": "yes"}]}, "drives[0].readonly: 'yes' is not true or"),
     ({"drives": [{"path": "x", "read-only": 1}]}, "drives[0].read-only: no such key; readonly is"),
     ({"nets": [{"kind": "user", "forward": [80]}]}, "nets[0].forward[0]: 80 is not text"),
-    ({"vsock": {"cid": 3}}, "vsock: path is missing"),
+    ({"vsock": {"path": "v"}}, "vsock: cid is missing"),
     ({"append": 10**80}, "append: 10000"),
 ]
 

@@ -43,6 +43,7 @@ done
 while [ "$(wc -l < /tmp/same)" != {PARALLEL} ]; do sleep 0.1; done
 echo "parallel done"
 vsock-pipe connect 2 2999 < /dev/null 2>&1 | sed 's/^/refused: /'
+echo "asked: $(echo question | vsock-pipe connect 2 2002)"
 read line
 cd {DRIVER}
 device=$(echo virtio*)
@@ -80,7 +81,12 @@ def machine(
         str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=280, cpus=2,
         vsock=f"cid=5,path={tmp_path}/v",
     )  # fmt: skip
+
+    def answer(sock: socket.socket) -> None:
+        sock.sendall(read_all(sock).upper())
+
     with Machine(config) as machine:
+        machine.bind_vsock(2002, answer)
         machine.start()
         yield machine
 
@@ -175,6 +181,8 @@ def test_a_guests_sockets(machine: Machine, tmp_path: Path, seed: bytes) -> None
         console.wait_for("parallel done", timeout=60)
     print(f"{PARALLEL} connections from the guest: {time.monotonic() - begin:.1f} s")
     assert "reset by peer" in console.wait_for(re.compile("refused: .*\n"), timeout=60)
+
+    assert "QUESTION" in console.wait_for(re.compile("asked: .*\n"), timeout=60)
 
     with connect(path, 1001) as held:
         machine.platform.uart.receive(b"\n")

@@ -9,6 +9,7 @@ machine is in one of its states.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 
 from vmm.errors import StateError
@@ -17,7 +18,7 @@ from vmm.machine import Machine, MachineExit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from typing import Self, TypeVar
 
     from vmm.config import MachineConfig
@@ -47,6 +48,7 @@ class AsyncMachine:
     def __init__(self, what: MachineConfig | Machine | Callable[[], Machine]) -> None:
         self._what = what
         self._machine = what if isinstance(what, Machine) else None
+        self._servers: list[_VsockServer] = []
 
     async def __aenter__(self) -> Self:
         if self._machine is None:
@@ -152,6 +154,17 @@ class AsyncMachine:
         """See `Machine.bind_mmio`; the functions are called in other threads than the loop's."""
         return self.machine.bind_mmio(gpa, size, read=read, write=write)
 
+    def bind_vsock(
+        self,
+        port: int,
+        handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]],
+    ) -> Callable[[], None]:
+        """See `Machine.bind_vsock`; but `handler(reader, writer)` is a coroutine, run as a task of
+        this loop. What still runs when the machine is closed is cancelled."""
+        server = _VsockServer(self.machine, port, handler)
+        self._servers.append(server)
+        return server.unbind
+
     def press_power_button(self) -> None:
         """See `Machine.press_power_button`."""
         self.machine.press_power_button()
@@ -211,7 +224,11 @@ class AsyncMachine:
     async def close(self) -> None:
         """See `Machine.close`."""
         if self._machine is not None:
-            await in_thread(self._machine.close)
+            try:
+                await in_thread(self._machine.close)
+            finally:
+                for server in self._servers:
+                    await server.cancel()
 
     async def wait_for(
         self, pattern: Pattern, timeout: float | None = None, since: int | None = None
@@ -247,6 +264,92 @@ class AsyncMachine:
             return await self.wait(timeout)
         except TimeoutError:
             return await self.stop()
+
+
+class _VsockServer:
+    """The connections of one port as tasks of the loop it is made on."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        port: int,
+        handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]],
+    ) -> None:
+        from vmm.machine.vsock_binding import claim
+
+        self._machine = machine
+        self._port = port
+        self._handler = handler
+        self._loop = asyncio.get_running_loop()
+        self._tasks: dict[asyncio.Task[None], socket.socket] = {}
+        self._unbound = self._closed = False
+        self._device = claim(machine, port, self._serve)
+        self._leave = machine.subscribe(lambda event: self._soon(self._end), Stopped)
+
+    def unbind(self) -> None:
+        """Take no more connections; those there are stay. On any thread."""
+        if not self._unbound:
+            self._unbound = True
+            self._device.host.bind(self._port, None)
+
+    async def cancel(self) -> None:
+        """The machine is closed: end what is left."""
+        self.unbind()
+        self._leave()
+        self._closed = True
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _soon(self, function: Callable[..., object], *arguments: object) -> bool:
+        """Have the loop call it; from any thread. False: it is closed."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            return False
+        return True
+
+    def _serve(self, sock: socket.socket) -> None:
+        """On the device's loop."""
+        if not self._soon(self._begin, sock):
+            sock.close()
+
+    def _begin(self, sock: socket.socket) -> None:
+        from vmm.machine.vsock_binding import CONNECTIONS_MAX
+
+        if self._closed or len(self._tasks) >= CONNECTIONS_MAX:
+            sock.close()
+            return
+        task = self._loop.create_task(self._run(sock))
+        self._tasks[task] = sock
+        task.add_done_callback(self._tasks.pop)
+
+    def _end(self) -> None:
+        """The machine has ended: readers come to their end."""
+        from contextlib import suppress
+
+        for sock in self._tasks.values():
+            with suppress(OSError):  # it is closed already
+                sock.shutdown(socket.SHUT_RDWR)
+
+    async def _run(self, sock: socket.socket) -> None:
+        from vmm.machine.vsock_binding import failed
+
+        sock.setblocking(False)
+        try:
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            await self._handler(reader, writer)
+            await writer.drain()
+        except Exception as err:
+            failed(self._machine, self._port, err)
+        finally:
+            writer.close()
 
 
 async def in_thread(

@@ -102,7 +102,7 @@ PORT = {
 }
 VSOCK = {
     "cid": _number("the guest's address", CID_MIN, CID_MAX),
-    "path": _text("the UNIX socket programs connect to; with _PORT, those the guest reaches"),
+    "path": _text("the UNIX socket programs connect to; with _PORT, those the guest reaches", ""),
 }
 SHARE = {
     "path": _text("the directory"),
@@ -145,7 +145,7 @@ PROPERTIES: dict[str, Schema] = {
         "named console ports", _part("--port", PORT, ["name"]), maxItems=PORTS_MAX
     ),
     "balloon": _size("what a memory balloon starts with"),
-    "vsock": _part("--vsock", VSOCK, ["cid", "path"]),
+    "vsock": _part("--vsock", VSOCK, ["cid"]),
     "shares": _list("host directories by virtio-fs", _part("--fs", SHARE, ["path", "tag"])),
     "vhost_user_blks": _list(
         "disks other processes serve", _part("--vhost-user-blk", VHOST_USER_BLK, ["socket"])

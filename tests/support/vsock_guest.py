@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from tests.support.bare import DriverOn
 from tests.support.virtio_driver import BUFFERS, Driver
+from vmm import Machine
 from vmm.virtio import vsock_packet as vp
 from vmm.virtio.loop import DeviceLoop
 from vmm.virtio.vsock import RX, TX, Vsock
@@ -55,7 +57,12 @@ class Guest:
             at = self.loop.loop
             self.loop.call(lambda: (self.device.loop_running(at), running.set())[0])
             assert running.wait(10)
-        self.driver = Driver(self.device, packed=packed, event_idx=event_idx, size=64)
+        self._drive(Driver(self.device, packed=packed, event_idx=event_idx, size=64), rx_chain)
+        for number in range(buffers):
+            self.give(number)
+
+    def _drive(self, driver: Driver, rx_chain: tuple[int, ...]) -> None:
+        self.driver = driver
         self.rx_chain = rx_chain
         self.rx: dict[int, int] = {}
         self.window = 1 << 18
@@ -63,10 +70,8 @@ class Guest:
         self.fwd = 0
         self._tx_slot = 0
         self._got: list[Packet] = []
-        for number in range(buffers):
-            self.give(number)
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -159,3 +164,16 @@ class Guest:
         time.sleep(0.05)
         self._got += self.poll()
         assert self._got == []
+
+
+class GuestOf(Guest):
+    """The driver of a machine's socket device, the only one it has; it closes the machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.errors, self.complaints, self.loop = [], [], None
+        driver = DriverOn(machine)
+        assert isinstance(driver.device, Vsock)
+        self.device = driver.device
+        self._drive(driver, (vp.HEADER_SIZE, RX_SIZE))
+        for number in range(8):
+            self.give(number)

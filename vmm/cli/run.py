@@ -172,6 +172,8 @@ def configure(args: Arguments) -> MachineConfig:
         config = MachineConfig(kernel, **values)  # type: ignore[arg-type]
     if config.console_where == "auto" and sys.stdout is None:
         raise UsageError("--console auto: standard output is closed; try --console none")
+    if config.vsock is not None and not config.vsock.path:
+        raise UsageError("--vsock: no path; say for example --vsock cid=3,path=/tmp/vm.vsock")
     return config
 
 

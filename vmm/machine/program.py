@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmm.machine.binding import Read, Write
     from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.machine import Machine
+    from vmm.machine.vsock_binding import Handler
 
 NOTES_MAX = 100
 """Events kept before a program asks for any."""
@@ -131,6 +132,23 @@ class ProgramCalls:
         from vmm.machine.binding import bind
 
         return bind(self._machine, "mmio", gpa, size, read, write)
+
+    def bind_vsock(self, port: int, handler: Handler) -> Callable[[], None]:
+        """Have `handler(sock)` called when the guest connects to `port` of CID 2, until what is
+        returned is called.
+
+        It is called in a thread of its own for each connection (of which a port has 256 at most),
+        with a blocking socket that is closed when it returns, and whose other end is closed when
+        the machine ends. What it raises ends the machine, with a report, but for ConnectionError
+        and EOFError, which end the connection alone: a guest can bring them about.
+
+        Raises:
+            UsageError: the port is bound already.
+            StateError: the machine was made without `vsock`, or has ended.
+        """
+        from vmm.machine.vsock_binding import VsockServer
+
+        return VsockServer(self._machine, port, handler).unbind
 
     def on_close(self, function: Callable[[], object]) -> None:
         """Have `function` called when the machine is closed, after its devices."""

@@ -1,4 +1,4 @@
-"""The socket device as a person says it: `--vsock cid=N,path=PREFIX`."""
+"""The socket device as a person says it: `--vsock cid=N[,path=PREFIX]`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ class VsockConfig:
     Args:
         cid: the guest's address, 3 to 4294967294; the host is 2.
         path: the UNIX socket host programs connect to; with `_PORT` after it, those the guest
-            reaches.
+            reaches. Empty: only this process reaches the guest, and is reached.
     """
 
     __slots__ = ("cid", "path")
 
-    def __init__(self, cid: int, path: str) -> None:
+    def __init__(self, cid: int, path: str = "") -> None:
         self.cid = cid
         self.path = str(path)
         if not CID_MIN <= cid <= CID_MAX:
             raise UsageError(
                 f"--vsock cid={cid} is not from {CID_MIN} to {CID_MAX} (0 to 2 are reserved)"
             )
-        from vmm.virtio.vsock_host import check_path
+        if self.path:
+            from vmm.virtio.vsock_host import check_path
 
-        check_path(self.path)
+            check_path(self.path)
 
     def __repr__(self) -> str:
         return f"VsockConfig({self.cid}, {self.path!r})"
@@ -51,6 +52,8 @@ class VsockConfig:
             key, equals, value = word.partition("=")
             if key not in ("cid", "path") or not equals:
                 raise UsageError(f"--vsock {text}: {word!r} is not cid= or path=")
+            if not value:
+                raise UsageError(f"--vsock {text}: nothing after {key}=")
             values[key] = value
         cid = values.get("cid", "")
         if not (cid.isascii() and cid.isdecimal() and len(cid) <= 10):
@@ -65,4 +68,4 @@ class VsockConfig:
         from vmm.virtio.vsock import Vsock
         from vmm.virtio.vsock_host import VsockHost
 
-        return Vsock(self.cid, VsockHost(self.path))
+        return Vsock(self.cid, VsockHost(self.path or None))

@@ -122,6 +122,10 @@ class VsockHost:
         else:
             self._bound[port] = function
 
+    def is_bound(self, port: int) -> bool:
+        """Whether a function of this process has `port`."""
+        return port in self._bound
+
     # --- a program connects to the guest ----------------------------------------------------------
 
     def _accept(self) -> None:

@@ -124,6 +124,7 @@ PARSER = Parser(
             help="what virtio devices are on: " + " or ".join(TRANSPORTS) + " (default mmio)",
         ),
         Option("--no-acpi", help="no ACPI tables; processors are found by the MP table alone"),
+        Option("--control", metavar="PATH", help="a socket by which `vmm snapshot` reaches it"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
             "--on-panic",
@@ -214,11 +215,23 @@ def main(argv: Sequence[str]) -> int:
         answer(PARSER.help_text())
         return EXIT_OK
     config = configure(args)
-    from vmm.cli.supervise import Signals, supervise
     from vmm.machine import Machine
 
+    return see_through(Machine(config), args.value("--control"))
+
+
+def see_through(machine: Machine, control: str = "") -> int:
+    """Run `machine` to its end and close it; the exit status.
+
+    `control`: where its control socket is to be, if anywhere.
+    """
+    from vmm.cli.supervise import Signals, supervise
+
+    config = machine.config
     verbose = config.trace
-    with Machine(config) as machine:
+    with machine:
+        if config.console_where == "auto" and sys.stdout is None:
+            raise UsageError("--console auto: standard output is closed; try --console none")
         machine.on_error = say
         if verbose:
             _describe(machine)
@@ -227,7 +240,13 @@ def main(argv: Sequence[str]) -> int:
             say(f"console on {backend.name.removeprefix('pty ')}")
         with Signals() as signals:
             try:
-                ended = supervise(machine, signals)
+                if control:
+                    from vmm.cli.control import Control
+
+                    with Control(control, machine) as requests:
+                        ended = supervise(machine, signals, lambda: requests.busy)
+                else:
+                    ended = supervise(machine, signals)
             finally:
                 # Before signals take the process again: it gives the terminal back.
                 machine.close()

@@ -18,6 +18,7 @@ from vmm.machine.exits import MachineExit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
     from vmm.machine import Machine
@@ -67,8 +68,13 @@ class Signals:
             return b""
 
 
-def supervise(machine: Machine, signals: Signals) -> MachineExit:
-    """Start the machine and see it to its end. On the main thread."""
+def supervise(
+    machine: Machine, signals: Signals, expected: Callable[[], bool] | None = None
+) -> MachineExit:
+    """Start the machine and see it to its end. On the main thread.
+
+    `expected` says whether somebody has it paused for a moment, which nobody needs to be told.
+    """
     changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def on_event(event: str) -> None:
@@ -86,7 +92,7 @@ def supervise(machine: Machine, signals: Signals) -> MachineExit:
             ready = [fd for fd, _ in poll.poll()]
             if changed in ready:
                 os.eventfd_read(changed)
-                if machine.state == "paused":
+                if machine.state == "paused" and not (expected is not None and expected()):
                     end_guests_line(machine)
                     say(_why_paused(machine))
             for signum in signals.read() if signals.fd in ready else b"":

@@ -307,16 +307,11 @@ class Machine(ProgramCalls, GuestCalls):
             StateError: the machine is in another state, or has a device that cannot be saved.
             HostError: it cannot be written.
         """
+        from vmm.snapshot.checkpoint import still
         from vmm.snapshot.store import save
 
-        running = self._state == RUNNING
-        if running:
-            self.pause()
-        try:
+        with still(self, "snapshot"):
             save(self, str(path), base=base, disk=disks, track=track)
-        finally:
-            if running and self._state == PAUSED:
-                self.resume()
 
     @classmethod
     def restore(

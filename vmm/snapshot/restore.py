@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.config import MachineConfig
+from vmm.config import HVC, MachineConfig
 from vmm.errors import KvmError, SnapshotError, UsageError
 from vmm.kvm import Kvm
 from vmm.machine import Machine
@@ -84,6 +84,10 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
         given = {**keywords(data, where), **changed}
     except UsageError as err:
         raise SnapshotError(f"{snapshot.path}: its configuration: {err}") from None
+    console = str(changed.get("console", ""))
+    hvc = str(data.get("console", "")).partition(",")[0] == HVC
+    if hvc and console and console.partition(",")[0] != HVC:
+        given["console"] = f"{HVC},{console}"  # the device stays, what is behind it changes
     if "drives" not in changed:
         assert isinstance(made_with, list)
         disks.check(snapshot.path, told["disks"])

@@ -1,0 +1,53 @@
+"""`vmm restore`: go on with a machine that was kept in a snapshot."""
+
+from __future__ import annotations
+
+from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.run import EPILOG, keywords, see_through
+from vmm.cli.run import PARSER as RUN
+from vmm.cli.say import answer
+from vmm.errors import EXIT_OK
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SHARED = (
+    "--console", "--port", "--drive", "--net", "--vsock", "--control", "--timeout", "--on-panic",
+    "--verbose",
+)  # fmt: skip
+"""Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
+DISKS, VERIFY = "--disks", "--verify"
+
+PARSER = Parser(
+    "vmm restore",
+    "Go on with the machine kept in the snapshot DIR. It has the memory, processors and devices it "
+    "had; options say what is at the other end of them now.",
+    (
+        *(option for option in RUN.options if option.name in SHARED),
+        Option(
+            DISKS,
+            metavar="HOW",
+            default="overlay",
+            help="overlay: what the guest writes goes with the machine; write: into the snapshot",
+        ),
+        Option(VERIFY, help="read all of the snapshot first, and compare it with its checksums"),
+    ),
+    operand="DIR",
+    epilog=EPILOG,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Restore and run; the exit status (see EPILOG)."""
+    args = PARSER.parse(argv)
+    if args.given(HELP):
+        answer(PARSER.help_text())
+        return EXIT_OK
+    from vmm.machine import Machine
+
+    values: dict[str, object] = {"console": "auto", **keywords(args)}
+    machine = Machine.restore(
+        args.operands[0], verify=args.given(VERIFY), disks=args.value(DISKS), **values
+    )
+    return see_through(machine, args.value("--control"))

@@ -115,15 +115,15 @@ def test_many_addresses(join: Callable[..., NetGuest]) -> None:
     for at in range(lan_module.ADDRESSES_MAX + 10):
         a.send(frame(MACS[1], b"\x02\x01" + at.to_bytes(4, "big")))
         b.poll()
-    lan = a.nic.backend._lan  # type: ignore[attr-defined]
+    lan = a.nic.backend.lan  # type: ignore[attr-defined]
     assert len(lan._where) <= lan_module.ADDRESSES_MAX
 
 
 def test_a_name_is_one_lan_while_it_is_used() -> None:
     one, two, other = (Net.parse(f"lan={name}").open(0) for name in ("red", "red", "blue"))
     assert one and two and other
-    assert one.backend._lan is two.backend._lan  # type: ignore[attr-defined]
-    assert one.backend._lan is not other.backend._lan  # type: ignore[attr-defined]
+    assert one.backend.lan is two.backend.lan  # type: ignore[attr-defined]
+    assert one.backend.lan is not other.backend.lan  # type: ignore[attr-defined]
     assert one.config[10:12] == lan_module.MTU.to_bytes(2, "little")
     for nic in (one, two, other):
         nic.close()

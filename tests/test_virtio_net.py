@@ -93,7 +93,7 @@ def test_one_buffer_a_frame_without_merging(make: Callable[..., tuple[NetGuest, 
     fits, too_long = random_frame(4096 - n.HEADER_SIZE), random_frame(4097 - n.HEADER_SIZE)
     wire.send(too_long, fits)
     assert guest.receive() == HEADER[:10] + b"\x01\x00" + fits
-    assert guest.nic._receivers[0].dropped == 1
+    assert guest.nic.receivers[0].dropped == 1
 
 
 @pytest.mark.parametrize("cut", [1, 10, 11, 12, 20])

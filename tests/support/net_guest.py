@@ -8,9 +8,12 @@ import time
 from typing import Any
 
 from tests.support.virtio_driver import Driver
+from vmm import Machine
 from vmm.memory import GuestMemory
 from vmm.virtio import net_spec as n
+from vmm.virtio.device import VirtioDevice
 from vmm.virtio.net import Nic
+from vmm.virtio.transport import Transport
 
 RX_BUFFERS = 0x200000
 TX_BUFFER = 0x600000
@@ -31,7 +34,9 @@ class NetGuest(Driver):
         self, nic: Nic, *, buffer: int = 2048, buffers: int = 16, cut: int = 0, **how: Any
     ) -> None:
         self.nic = nic
-        super().__init__(nic, memory=GuestMemory(16 << 20), **{"size": 64, **how})
+        if "memory" not in how:
+            how["memory"] = GuestMemory(16 << 20)
+        super().__init__(nic, **{"size": 64, **how})
         self.buffer, self.cut = buffer, cut
         self.where: dict[int, int] = {}
         self.given = 0
@@ -110,6 +115,20 @@ class NetGuest(Driver):
 
     def config_status(self) -> int:
         return self.read(0x100 + n.CONFIG_STATUS, 2)
+
+
+class MachineNetGuest(NetGuest):
+    """The driver of a network card of `machine`, in the place of its guest's."""
+
+    def __init__(self, machine: Machine, number: int = 0, **how: Any) -> None:
+        assert machine.platform.virtio is not None
+        self._transport = machine.platform.virtio.transports[number]
+        nic = self._transport.device
+        assert isinstance(nic, Nic)
+        super().__init__(nic, memory=machine.memory, **how)
+
+    def attach(self, device: VirtioDevice) -> Transport:
+        return self._transport
 
 
 def random_frame(size: int, to: bytes = MAC) -> bytes:

@@ -10,7 +10,8 @@ See docs/faults.md. Nothing of this is loaded, or in the way of a request, until
 
 from __future__ import annotations
 
+from vmm.faults.lan import partition
 from vmm.faults.machine import Faults
 from vmm.faults.rules import Fault, FaultEvent
 
-__all__ = ["Fault", "FaultEvent", "Faults"]
+__all__ = ["Fault", "FaultEvent", "Faults", "partition"]

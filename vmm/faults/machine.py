@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vmm.faults.disk import DiskFaults
+    from vmm.faults.net import NetFaults
     from vmm.faults.rules import FaultEvent
     from vmm.faults.volatile import Cut
     from vmm.machine.machine import Machine
@@ -28,6 +29,7 @@ class Faults:
         self._machine = machine
         self._control = Control(machine.config.fault_seed, machine.emit, machine.monitor_failed)
         self._disks: dict[int, DiskFaults] = {}
+        self._nets: dict[int, NetFaults] = {}
 
     def __repr__(self) -> str:
         return f"<faults: {', '.join(map(repr, self.active)) or 'none'}>"
@@ -46,6 +48,11 @@ class Faults:
     def log(self) -> list[FaultEvent]:
         """What was set, struck and cleared, oldest first; `Machine.event_log` has it too."""
         return list(self._control.log)
+
+    def tell(self, event: FaultEvent) -> None:
+        """Log an event of a fault that is not of this machine alone."""
+        self._control.log.append(event)
+        self._machine.emit(event)
 
     def clear(self) -> None:
         """Clear every fault. Volatile caches stay."""
@@ -79,6 +86,30 @@ class Faults:
                     )
                 found = DiskFaults(device, self._control, f"faults.disk({number})")
                 self._disks[number] = found
+            return found
+
+    def net(self, number: int = 0) -> NetFaults:
+        """The faults of the `number`-th of the machine's network cards.
+
+        Raises:
+            UsageError: there is no such card.
+            StateError: its frames do not come by here.
+        """
+        with self._control.lock:
+            found = self._nets.get(number)
+            if found is None:
+                from vmm.faults.net import NetFaults
+                from vmm.virtio.net import Nic
+
+                nets = self._machine.config.nets
+                device = self._device("net", "net", number, len(nets))
+                if not isinstance(device, Nic):
+                    raise StateError(
+                        f"faults.net({number}): the frames of {nets[number].what} are carried by "
+                        "another, where no fault can meet them"
+                    )
+                found = NetFaults(device, self._control, f"faults.net({number})")
+                self._nets[number] = found
             return found
 
     def _device(self, what: str, name: str, number: int, count: int) -> VirtioDevice:

@@ -40,6 +40,7 @@ class Lan:
         self._lock = allocate_lock()
         self._ports: list[LanPort] = []
         self._where: dict[bytes, LanPort] = {}
+        self._parts: tuple[dict[LanPort, int], ...] = ()
 
     @classmethod
     def named(cls, name: str) -> Lan:
@@ -64,6 +65,16 @@ class Lan:
             self._ports.remove(port)
             self._where = {mac: at for mac, at in self._where.items() if at is not port}
 
+    def part(self, sides: dict[LanPort, int]) -> None:
+        """Part the LAN: frames pass between ports of the same number (0: ports not in it)."""
+        with self._lock:
+            self._parts = (*self._parts, sides)
+
+    def unite(self, sides: dict[LanPort, int]) -> None:
+        """The end of `part`."""
+        with self._lock:
+            self._parts = tuple(other for other in self._parts if other is not sides)
+
     def forward(self, source: LanPort, frame: bytes) -> None:
         """Deliver `frame`, an empty virtio-net header before it, that came in on `source`."""
         to, sender = frame[HEADER_SIZE : HEADER_SIZE + 6], frame[HEADER_SIZE + 6 : HEADER_SIZE + 12]
@@ -78,6 +89,9 @@ class Lan:
                 targets = [target] if target is not source else []
             else:
                 targets = [port for port in self._ports if port is not source]
+            for sides in self._parts:
+                side = sides.get(source, 0)
+                targets = [port for port in targets if sides.get(port, 0) == side]
             for port in targets:
                 port.deliver(frame)
 
@@ -139,16 +153,20 @@ class LanPort(Port):
 
 
 class LanBackend(Backend):
-    """A network card's connection to a LAN."""
+    """A network card's connection to a LAN.
+
+    Attributes:
+        lan, port: what it is connected to, and where.
+    """
 
     def __init__(self, lan: Lan, port: LanPort, mtu: int) -> None:
         super().__init__()
-        self._lan, self._port = lan, port
+        self.lan, self.port = lan, port
         self.mtu = mtu
         self.peer = f"lan {lan.name}".rstrip()
         self.ports.append(port)
 
     def close(self) -> None:
-        if self._port.fd >= 0:
-            self._port.close()
-            self._lan.disconnect(self._port)
+        if self.port.fd >= 0:
+            self.port.close()
+            self.lan.disconnect(self.port)

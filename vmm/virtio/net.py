@@ -38,6 +38,8 @@ class Nic(VirtioDevice):
     """A network card connected to `backend`, which it closes.
 
     Attributes:
+        ports: of each queue pair; faults put theirs in their places.
+        receivers: the receive side of each pair.
         filter: what the driver wants to receive.
         pairs: queue pairs in use.
         link_up: frames pass; see `set_link`.
@@ -80,7 +82,7 @@ class Nic(VirtioDevice):
         self.config += n.CONFIG.pack(mac, n.S_LINK_UP, self._max_pairs, backend.mtu)
         self.filter = Filter(mac)
         self.pairs = 1
-        self._receivers = [Receiver(self, pair, port) for pair, port in enumerate(self.ports)]
+        self.receivers = [Receiver(self, pair, port) for pair, port in enumerate(self.ports)]
         self._pumps: list[Pump] = []
         self._offloads = 0
         self._negotiated()
@@ -109,13 +111,13 @@ class Nic(VirtioDevice):
         self.filter.reset(self._own_mac(), vlans=self.has(n.F_CTRL_VLAN))
         if not self._pumps:
             self._pumps = [
-                Pump(self, pair, receiver) for pair, receiver in enumerate(self._receivers)
+                Pump(self, pair, receiver) for pair, receiver in enumerate(self.receivers)
             ]
         for pump in self._pumps:
             pump.wake()
 
     def stopped(self) -> None:
-        for receiver in self._receivers:
+        for receiver in self.receivers:
             receiver.forget()
         self.config[:6] = self._mac
         self.filter.reset(self._mac, vlans=False)
@@ -125,7 +127,7 @@ class Nic(VirtioDevice):
 
     def queue_stopped(self, index: int) -> None:
         if not index & 1 and index < 2 * self._max_pairs:
-            self._receivers[index >> 1].forget()
+            self.receivers[index >> 1].forget()
 
     def close(self) -> None:
         self.quiet = True
@@ -134,7 +136,7 @@ class Nic(VirtioDevice):
         pumps, self._pumps = self._pumps, []
         for pump in pumps:
             pump.close()
-        for receiver in self._receivers:
+        for receiver in self.receivers:
             receiver.forget()
         self.backend.close()
         if self._on_close is not None:
@@ -232,6 +234,12 @@ class Nic(VirtioDevice):
 
                 self.limits = NicLimits(self)
             return self.limits
+
+    def look(self, pair: int) -> None:
+        """Have the thread of queue pair `pair` look again; from any thread."""
+        pumps = self._pumps
+        if pumps:
+            pumps[pair].wake()
 
     # --- the link ---------------------------------------------------------------------------------
 
@@ -331,7 +339,7 @@ class Nic(VirtioDevice):
             self.release()
 
     def give_back(self) -> None:
-        for receiver in self._receivers:
+        for receiver in self.receivers:
             receiver.give_back()
 
     def restore(self, state: dict[str, object]) -> None:

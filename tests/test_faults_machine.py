@@ -151,22 +151,35 @@ def test_the_seed(machine: Make, disk: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_a_checkpoint_wants_no_faults(machine: Make, disk: Path) -> None:
+def test_checkpoints_of_a_disk_with_faults(machine: Make, disk: Path, tmp_path: Path) -> None:
+    """They are of the image below; what it holds then is safe from power cuts."""
     with machine(drives=[f"{disk},snapshot"]) as m:
         m.start()
         guest = DiskRequests(m, 0)
         m.faults.volatile()
-        m.pause()
-        with pytest.raises(StateError, match="checkpoint: blk0 has faults set, or a volatile"):
-            m.checkpoint()
-        m.faults.disk(0).durable()
+        m.faults.disk(0).latency(0.001)
+        assert guest.put(1, b"a" * SECTOR) == blk.S_OK
         m.checkpoint()
-        m.resume()
-        # It is on another image now.
-        with m.faults.disk(0).drop():
-            assert guest.put(1, b"x" * SECTOR) == blk.S_OK
-        assert guest.put(2, b"x" * SECTOR) == blk.S_OK
-        assert guest.get(1, 2 * SECTOR) == bytes(SECTOR) + b"x" * SECTOR
+        m.faults.disk(0).fail(on="read", nth=1)
+        for byte in (b"b", b"c"):
+            assert guest.put(1, byte * SECTOR) == blk.S_OK
+            assert m.faults.disk(0).unflushed == 1
+            m.rollback()
+            guest = DiskRequests(m, 0)  # the rings are what they were
+            assert m.faults.disk(0).unflushed == 0
+            m.faults.disk(0).power_cut_image(str(tmp_path / "cut"), keep="none")
+            assert (tmp_path / "cut").read_bytes()[SECTOR : 2 * SECTOR] == b"a" * SECTOR
+        assert guest.request(blk.T_IN, 1, into=SECTOR) == blk.S_IOERR
+        assert guest.get(1) == b"a" * SECTOR
+        m.faults.clear()
+        m.faults.disk(0).durable()
+        with m.faults.disk(0).drop():  # on another image than at first
+            assert guest.put(2, b"x" * SECTOR) == blk.S_OK
+        assert guest.put(3, b"x" * SECTOR) == blk.S_OK
+        assert guest.get(2, 2 * SECTOR) == bytes(SECTOR) + b"x" * SECTOR
+        m.rollback()
+        guest = DiskRequests(m, 0)
+        assert guest.get(1, 3 * SECTOR) == b"a" * SECTOR + bytes(2 * SECTOR)
 
 
 # --- clocks ---------------------------------------------------------------------------------------

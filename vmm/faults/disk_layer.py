@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.faults.rules import Chance, Control
-    from vmm.virtio.blk import Block
+    from vmm.virtio.blk import Block, Storage
     from vmm.virtio.queue import Chain
 
     Work = Callable[[], None]
@@ -180,6 +180,22 @@ class DiskLayer:
             if device.image is ours:
                 device.image = ours.base
             device.faults = self if self._held else None  # it hurries them
+
+    @property
+    def storage(self) -> Storage:
+        """The disk's image, and not what stands for it; whoever sets it has made all safe."""
+        with self.control.lock:
+            self._adopt()
+            return self.image.base
+
+    @storage.setter
+    def storage(self, image: Storage) -> None:
+        with self.control.lock:
+            self.image.base = image
+            if self.device.image is not self.image:
+                self.device.image = image
+            if self.image.log is not None:
+                self.image.log.move(image)
 
     def _adopt(self) -> None:
         """The device's image of now: not always the one there was when this layer was made."""

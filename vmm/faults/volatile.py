@@ -161,6 +161,12 @@ class WriteLog:
         """What the image holds now is safe."""
         self._forget(self._first + len(self._entries))
 
+    def move(self, image: Image) -> None:
+        """From now on it is `image` that is written to; what it holds is safe."""
+        with self.lock:
+            self._image = image
+            self.forget()
+
 
 def some_sectors(size: int, chance: Random) -> list[int]:
     """Offsets of some of the sectors of `size` bytes: at least one, and not all."""

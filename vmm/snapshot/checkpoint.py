@@ -110,7 +110,7 @@ def overlaid_disks(machine: Machine, call: str) -> list[Block]:
     """The disks that are written to, all of them on overlays.
 
     Raises:
-        StateError: one is not, or has faults.
+        StateError: one is not.
     """
     virtio = machine.platform.virtio
     devices = [transport.device for transport in virtio.transports] if virtio is not None else []
@@ -123,12 +123,7 @@ def overlaid_disks(machine: Machine, call: str) -> list[Block]:
 
         if not isinstance(device, Block) or device.image.readonly:
             continue
-        if device.faults is not None:
-            raise StateError(
-                f"{call}: {device.name} has faults set, or a volatile cache; clear() and durable() "
-                "end them"
-            )
-        if not isinstance(device.image, Overlay):
+        if not isinstance(device.storage, Overlay):
             ways = "give the drive `snapshot`"
             if call == "checkpoint":
                 ways += ", or say disks='keep' to have its contents stay as they are at a rollback"
@@ -142,7 +137,7 @@ def freeze(device: Block) -> Frozen:
     from vmm.block.frozen import Frozen
     from vmm.block.overlay import Overlay
 
-    top = device.image
+    top = device.storage
     assert isinstance(top, Overlay)
     below = top.base
     if isinstance(below, Frozen):
@@ -151,17 +146,18 @@ def freeze(device: Block) -> Frozen:
             return below
         below.close()
     frozen = Frozen(top)
-    device.image = Overlay(frozen.share())
+    device.storage = Overlay(frozen.share())
     return frozen
 
 
 def _undo(device: Block, frozen: Frozen) -> None:
     from vmm.block.overlay import Overlay
 
-    top = device.image
+    top = device.storage
     assert isinstance(top, Overlay)
     if top.base is frozen:
         top.clear()
+        device.storage = top  # whoever is above it forgets, too
     else:  # it was frozen once more, for clones
-        device.image = Overlay(frozen.share())
+        device.storage = Overlay(frozen.share())
         top.close()

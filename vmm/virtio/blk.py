@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from vmm.virtio.queue import Chain
     from vmm.virtio.throttle import Throttle
 
-    Image = RawImage | Overlay | FaultyImage
+    Storage = RawImage | Overlay
+    Image = Storage | FaultyImage
 
 SECTOR = 512
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -73,7 +74,7 @@ class Block(VirtioDevice):
 
     def __init__(
         self,
-        image: Image,
+        image: Storage,
         *,
         serial: str = "",
         queues: int = 1,
@@ -88,7 +89,7 @@ class Block(VirtioDevice):
             features |= spec.bits(F_DISCARD, F_WRITE_ZEROES)
         self.FEATURES = features
         super().__init__(name)
-        self.image = image
+        self.image: Image = image
         self.serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.stop_when_full = stop_when_full
         self._throttle: Throttle | None = None
@@ -109,6 +110,18 @@ class Block(VirtioDevice):
         self._idle = allocate_lock()
         self.faults: DiskLayer | None = None
         """Takes part in requests while there are any; `image` is then one that only workers use."""
+
+    @property
+    def storage(self) -> Storage:
+        """`image`, or what is below it while faults are in the way; to be set while it is still."""
+        return self.image if self.faults is None else self.faults.storage  # type: ignore[return-value]
+
+    @storage.setter
+    def storage(self, image: Storage) -> None:
+        if self.faults is None:
+            self.image = image
+        else:
+            self.faults.storage = image
 
     # --- limits -------------------------------------------------------------------------------
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.blk_backend import BlkBackend
-from tests.test_virtio_vhost_user import External, blocks
+from tests.test_virtio_vhost_user import (
+    External,
+    ask,
+    blocks,
+    statuses,
+    until_reset_is_needed,
+)
 from vmm import MachineConfig
+from vmm.block.storage_daemon import ExternalDisk
 from vmm.block.vhost_user import VhostUserBlk
 from vmm.errors import HostError, UsageError
 from vmm.virtio import blk, mmio
+from vmm.virtio.vhost_user import AWAY, SERVED, VhostUserDevice, dial
+from vmm.virtio.vhost_user_wire import Connection
 
 MIB = 1 << 20
 
@@ -119,3 +129,111 @@ def test_what_cannot_be(text: str, says: str) -> None:
     with pytest.raises(UsageError) as caught:
         VhostUserBlk.parse(text)
     assert says in str(caught.value)
+
+
+# --- a back end that goes, and comes back ---------------------------------------------------------
+
+
+class Recording(ExternalDisk):
+    """With a record of requests under way, which the daemon keeps, though it does not offer it."""
+
+    def __init__(self, backend: BlkBackend) -> None:
+        path = str(backend.socket)
+        self._force_inflight = True
+        super().__init__("disk", dial(path, "x"), backend.queues, redial=lambda: dial(path, "x"))
+
+    def _introduce(self, connection: Connection) -> int:
+        self._force_inflight = True
+        return super()._introduce(connection)
+
+
+def until(state: str, disk: VhostUserDevice) -> None:
+    limit = time.monotonic() + 30
+    while disk.state != state:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_idle_ones_are_not_missed(serve: Callable[..., BlkBackend], image: Path) -> None:
+    """Nothing was under way: the rings alone say where to go on."""
+    backend = serve()
+    disk = VhostUserBlk(str(backend.socket)).open(0)
+    with External(disk) as driver:
+        for number in range(20):
+            blocks(driver, blk.T_IN, number, 512)
+        for _ in range(3):
+            backend.kill()
+            until(AWAY, disk)
+            place = ask(driver, 7)  # waits
+            backend.start()
+            assert statuses(driver, [place]) == [blk.S_OK]
+            assert driver.memory.read(place - 0xF00, 512) == image.read_bytes()[3584:4096]
+        assert driver.errors == [
+            f"vhost-user-blk0: {backend.socket} has ended; requests wait until it is back",
+            f"vhost-user-blk0: {backend.socket} is back",
+        ] * 3  # fmt: skip
+
+
+def test_what_it_had_taken_is_done_by_its_successor(
+    serve: Callable[..., BlkBackend], image: Path
+) -> None:
+    backend = serve(iops=1)
+    disk = Recording(backend)
+    with External(disk) as driver:
+        places = [ask(driver, number) for number in range(4)]
+        limit = time.monotonic() + 20
+        while not disk._heads(0):
+            assert time.monotonic() < limit
+        backend.kill()
+        until(AWAY, disk)
+        places.append(ask(driver, 4))
+        backend.iops = 0
+        backend.start()
+        assert set(statuses(driver, places)) == {blk.S_OK}
+        data = image.read_bytes()
+        for number, place in enumerate(places):
+            assert driver.memory.read(place - 0xF00, 512) == data[512 * number : 512 * number + 512]
+        assert disk._heads(0) == []
+
+
+def test_without_a_record_the_driver_must_reset(serve: Callable[..., BlkBackend]) -> None:
+    backend = serve(iops=1)
+    disk = VhostUserBlk(str(backend.socket)).open(0)
+    with External(disk) as driver:
+        for number in range(4):
+            ask(driver, number)
+        driver.wait(0)
+        backend.kill()
+        until_reset_is_needed(driver)
+        driver.start()  # before it is back, and is served then
+        places = [ask(driver, number) for number in range(3)]
+        backend.iops = 0
+        backend.start()
+        assert statuses(driver, places) == [blk.S_OK] * 3
+
+
+def test_it_comes_back_as_another_disk(serve: Callable[..., BlkBackend], image: Path) -> None:
+    backend = serve()
+    disk = VhostUserBlk(str(backend.socket)).open(0)
+    with External(disk) as driver:
+        backend.kill()
+        until(AWAY, disk)
+        os.truncate(image, 2 * MIB)
+        generation = driver.read(mmio.CONFIG_GENERATION)
+        backend.start()
+        until(SERVED, disk)
+        limit = time.monotonic() + 20
+        while driver.read(mmio.CONFIG_GENERATION) == generation:
+            assert time.monotonic() < limit
+        assert driver.read(mmio.CONFIG) == 2 * MIB // 512
+        blocks(driver, blk.T_IN, 3000, 512)
+
+
+def test_one_that_is_away_can_be_reset_and_closed(serve: Callable[..., BlkBackend]) -> None:
+    backend = serve()
+    disk = VhostUserBlk(str(backend.socket)).open(0)
+    with External(disk) as driver:
+        backend.kill()
+        until(AWAY, disk)
+        driver.start()
+        driver.write(mmio.CONFIG + blk.WRITEBACK, 0, 1)

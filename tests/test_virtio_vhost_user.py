@@ -32,8 +32,9 @@ class External(Driver):
         super().__init__(device, memory=GuestMemory(8 * MIB, "memfd"), event_idx=event_idx)
 
     def start(self) -> None:
-        self.transport.on_driver_ok = lambda: self.device.connect(self.transport.notify_fds)
-        self.transport.served = True
+        if not self.transport.served:
+            self.transport.on_driver_ok = lambda: self.device.connect(self.transport.notify_fds)
+            self.transport.served = True
         super().start()
 
     def wait(self, index: int) -> tuple[int, int]:
@@ -152,22 +153,82 @@ def leftovers() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def test_a_back_end_that_dies_is_told(qcow2: Callable[..., str]) -> None:
-    disk = Drive(qcow2(MIB), format="qcow2").open(0)
+def kill(program: str) -> None:
+    """SIGKILL a child of ours."""
+    pids = [pid for pid in leftovers() if Path(f"/proc/{pid}/comm").read_text().startswith(program)]
+    assert len(pids) == 1
+    os.kill(int(pids[0]), signal.SIGKILL)
+
+
+def ask(driver: External, number: int, kind: int = blk.T_IN) -> int:
+    """A request for sector `number`, not waited for; where its status will be."""
+    at = BUFFERS + 0x2000 * number
+    driver.memory.write(at, struct.pack("<IIQ", kind, 0, number))
+    driver.memory.write_u8(at + 0x1000, 0xAA)
+    driver.rings[0].add([(at, 16, False), (at + 0x100, 512, True), (at + 0x1000, 1, True)])
+    driver.kick(0)
+    return at + 0x1000
+
+
+def statuses(driver: External, places: list[int]) -> list[int]:
+    """What requests were answered, once they all were."""
+    done, limit = 0, time.monotonic() + 30
+    while done < len(places):
+        assert time.monotonic() < limit, driver.errors
+        done += len(driver.rings[0].used())
+        time.sleep(0.001)
+    assert done == len(places)
+    return [driver.memory.read_u8(place) for place in places]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_disk_whose_daemon_dies_gives_errors(
+    qcow2: Callable[..., str], event_idx: bool
+) -> None:
+    """For what the daemon had taken, and for all that comes; also after a reset."""
+    disk = Drive(qcow2(MIB), format="qcow2", iops=1).open(0)
     assert isinstance(disk, VhostUserDevice)
-    with External(disk) as driver:
-        blocks(driver, blk.T_IN, 0, 512)
-        driver.take_interrupts()
-        for pid in leftovers():
-            if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-storage"):
-                os.kill(int(pid), signal.SIGKILL)
+    with External(disk, event_idx=event_idx) as driver:
+        places = [ask(driver, number) for number in range(5)]
+        # The first is answered; the daemon has the others, and keeps them for a second each.
+        driver.wait(0)
         limit = time.monotonic() + 20
-        while not driver.read(mmio.STATUS) & spec.DEVICE_NEEDS_RESET:
+        while len(disk._heads(0)) < 4:
             assert time.monotonic() < limit
+        kill("qemu-storage")
+        assert statuses(driver, places[1:]) == [blk.S_IOERR] * 4
+        assert driver.memory.read_u8(places[0]) == blk.S_OK
+        assert statuses(driver, [ask(driver, 9)]) == [blk.S_IOERR]
+        assert driver.take_interrupts() & 1
+        driver.start()
+        assert statuses(driver, [ask(driver, number) for number in range(3)]) == [blk.S_IOERR] * 3
+        driver.rings[0].add([(BUFFERS, 16, False)])  # without room for a status
+        driver.kick(0)
+        until_reset_is_needed(driver)
+        assert driver.errors[0] == (
+            "blk0: qemu-storage-daemon has ended; the guest gets I/O errors from now on"
+        )
+    assert leftovers() == []
+
+
+def until_reset_is_needed(driver: External) -> None:
+    limit = time.monotonic() + 20
+    while not driver.read(mmio.STATUS) & spec.DEVICE_NEEDS_RESET:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_a_directory_whose_daemon_dies(tmp_path: Path) -> None:
+    share = Share.parse(f"{tmp_path},tag=data").open()
+    with External(share) as driver:
+        kill("virtiofsd")
+        until_reset_is_needed(driver)
+        limit = time.monotonic() + 20
         while not driver.take_interrupts() & 2:
             assert time.monotonic() < limit
-        assert len(driver.errors) == 1
-        assert "qemu-storage-daemon has ended" in driver.errors[0]
+        assert driver.errors == ["fs-data: virtiofsd has ended; the driver must reset the device"]
+        driver.start()  # it may; but there is nobody any more
+        until_reset_is_needed(driver)
     assert leftovers() == []
 
 

@@ -11,8 +11,9 @@ class BlkBackend:
     """It listens on `socket`; `start` and `kill` as often as one likes."""
 
     def __init__(
-        self, image: Path, socket: Path, *, queues: int = 1, writable: bool = True
+        self, image: Path, socket: Path, *, queues: int = 1, writable: bool = True, iops: int = 0
     ) -> None:
+        self.iops = iops
         self.image, self.socket, self.queues, self.writable = image, socket, queues, writable
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -20,10 +21,15 @@ class BlkBackend:
     def start(self) -> None:
         node = f"driver=file,node-name=disk,filename={self.image},discard=unmap"
         writable = "on" if self.writable else "off"
+        limits, name = [], "disk"
+        if self.iops:  # requests beyond that are taken, and kept
+            limits = ["--object", f"throttle-group,id=g,limits.iops-total={self.iops}",
+                      "--blockdev", "driver=throttle,node-name=slow,throttle-group=g,file=disk"]
+            name = "slow"
         self.process = subprocess.Popen(
             ["qemu-storage-daemon",
-             "--blockdev", f"{node},read-only={'off' if self.writable else 'on'}",
-             "--export", f"type=vhost-user-blk,id=e,node-name=disk,writable={writable},"
+             "--blockdev", f"{node},read-only={'off' if self.writable else 'on'}", *limits,
+             "--export", f"type=vhost-user-blk,id=e,node-name={name},writable={writable},"
              f"addr.type=unix,addr.path={self.socket},num-queues={self.queues}"]
         )  # fmt: skip
         limit = time.monotonic() + 30

@@ -8,13 +8,18 @@ from __future__ import annotations
 from vmm.block import lock
 from vmm.errors import HostError
 from vmm.virtio import spec
+from vmm.virtio.blk import S_IOERR
+from vmm.virtio.queue import QueueError
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
 from vmm.virtio.vhost_user_wire import BackEndGone, Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.block.drive import Drive
     from vmm.child import Child
+    from vmm.virtio.queue import Chain
 
 CONFIG_BYTES = 60
 """struct virtio_blk_config up to write zeroes (virtio 1.2, section 5.2.4)."""
@@ -31,10 +36,35 @@ class ExternalDisk(VhostUserDevice):
     ID = spec.ID_BLOCK
 
     def __init__(
-        self, name: str, connection: Connection, queues: int, child: Child | None = None
+        self,
+        name: str,
+        connection: Connection,
+        queues: int,
+        *,
+        child: Child | None = None,
+        redial: Callable[[], Connection] | None = None,
     ) -> None:
-        super().__init__(name, connection, (QUEUE_SIZE,) * queues, config=CONFIG_BYTES, child=child)
-        self.config[NUM_QUEUES : NUM_QUEUES + 2] = queues.to_bytes(2, "little")
+        # qemu-storage-daemon (7.2) does not offer to keep a record of the requests it has taken,
+        # and does when asked: the code is libvhost-user's. So it is known which ones to fail when
+        # it has died.
+        super().__init__(
+            name,
+            connection,
+            (QUEUE_SIZE,) * queues,
+            config=CONFIG_BYTES,
+            child=child,
+            redial=redial,
+            inflight=child is not None,
+        )
+
+    def adapt(self, config: bytearray) -> None:
+        config[NUM_QUEUES : NUM_QUEUES + 2] = len(self.QUEUES).to_bytes(2, "little")
+
+    def fail(self, chain: Chain) -> int:
+        if not chain.writable:
+            raise QueueError("a block request without room for its status")
+        chain.writable[-1][-1] = S_IOERR
+        return 1
 
 
 def command(drive: Drive, fd: int) -> list[str]:
@@ -80,7 +110,7 @@ def open_disk(drive: Drive, name: str) -> ExternalDisk:
     connection = None
     try:
         connection = listener.connect("qemu-storage-daemon")
-        return ExternalDisk(name, connection, drive.queues, child)
+        return ExternalDisk(name, connection, drive.queues, child=child)
     except BaseException as err:
         if connection is not None:
             connection.close()

@@ -77,7 +77,12 @@ class VhostUserBlk:
 
         connection = dial(self.socket, self.what)
         try:
-            disk = ExternalDisk(f"vhost-user-blk{number}", connection, self.queues)
+            disk = ExternalDisk(
+                f"vhost-user-blk{number}",
+                connection,
+                self.queues,
+                redial=lambda: dial(self.socket, self.what),
+            )
             if self.readonly and not disk.features >> F_RO & 1:
                 raise UsageError(
                     f"{self.what}: readonly, but the back end serves it writable; start that one "

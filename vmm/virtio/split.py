@@ -101,6 +101,13 @@ class SplitQueue(VirtQueue):
                 raise self._bad("a descriptor chain that loops or is too long")
             index = following
 
+    def take_over(self, heads: list[int]) -> list[Chain]:
+        """Go on where another one has left the ring, which had taken `heads` and not given them
+        back: those chains. Raises `QueueError`."""
+        self._next_used = self._published = used = self._used[1]
+        self._last_avail = (used + len(heads)) & 0xFFFF
+        return [self._chain(head) for head in heads]
+
     def unpop(self, chain: Chain) -> None:
         self._last_avail = (self._last_avail - 1) & 0xFFFF
 

@@ -1,8 +1,13 @@
 """Devices another process serves (vhost-user): it reads the rings, we only negotiate.
 
 Notifies go from KVM straight to the back end. Its interrupts come by here, because a transport has
-a status to set for them. Guest memory must be shared (`memfd`). When the back end dies, the driver
-is told to reset (DEVICE_NEEDS_RESET) and the person in a line.
+a status to set for them. Guest memory must be shared (`memfd`).
+
+When the back end dies, the person is told in a line. One that somebody else runs may come back:
+requests wait until it does, and those it had taken are given to its successor, if the two keep a
+record of them (vmm.virtio.vhost_user_inflight) or there were none. Otherwise, where the device can
+say so (`fail`) and there is such a record, requests end with an error; else the driver is told to
+reset (DEVICE_NEEDS_RESET).
 """
 
 from __future__ import annotations
@@ -10,22 +15,37 @@ from __future__ import annotations
 import os
 import select
 import socket
+from _thread import RLock
+from contextlib import suppress
 
 from vmm.errors import HostError, StateError, UsageError
 from vmm.virtio import spec
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.device import VirtioDevice
+from vmm.virtio.queue import QueueError
+from vmm.virtio.split import SplitQueue
+from vmm.virtio.vhost_user_inflight import DESCRIPTION, Inflight, used_index
 from vmm.virtio.vhost_user_wire import BackEndGone, Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmm.child import Child
+    from vmm.virtio.queue import Chain
 
 OFFERED = (1 << 24) - 1 | spec.bits(spec.F_INDIRECT_DESC, spec.F_EVENT_IDX, spec.F_VERSION_1)
 """Feature bits that may pass from the back end to the driver: the device's own, split rings'."""
+PROTOCOL = spec.bits(
+    wire.PROTOCOL_F_MQ,
+    wire.PROTOCOL_F_REPLY_ACK,
+    wire.PROTOCOL_F_CONFIG,
+    wire.PROTOCOL_F_INFLIGHT_SHMFD,
+)
 POLLRDHUP = 0x2000
+RETRY = 0.25
+"""Seconds between looks for a back end that has gone."""
+SERVED, AWAY, DEAD = "served", "away", "dead"
 
 
 class VhostUserDevice(VirtioDevice):
@@ -37,6 +57,11 @@ class VhostUserDevice(VirtioDevice):
         queues: the size of each queue.
         config: bytes of configuration space to get from the back end (0: it has none).
         child: the back end's process, if we started it; ended with the device.
+        redial: connects to the back end again, if it is somebody else's; raises UsageError.
+        inflight: have a record of requests kept even if the back end does not offer it.
+
+    Attributes:
+        state: SERVED, AWAY (it may come back), or DEAD.
     """
 
     EXTERNAL = True
@@ -49,22 +74,54 @@ class VhostUserDevice(VirtioDevice):
         *,
         config: int = 0,
         child: Child | None = None,
+        redial: Callable[[], Connection] | None = None,
+        inflight: bool = False,
     ) -> None:
         self.QUEUES = tuple(queues)
         self._connection = connection
         self._child = child
+        self._redial = redial
+        self._force_inflight = inflight
+        self._config_bytes = config
         self._kicks: list[int] = []
         self._calls: list[int] = []
-        self._hung_up = False
+        self._inflight: Inflight | None = None
+        self._records = False
+        self._session = RLock()
+        """Held while the connection is used; taken before slots' locks, never after."""
+        self.state = SERVED
+        self._closing = False
         self._wake = -1
+        offered = self._introduce(connection)
+        super().__init__(name)
+        self.features = offered & OFFERED
+        if config:
+            self.config[:] = self._get_config(connection)
+
+    # --- for devices to override ------------------------------------------------------------------
+
+    def fail(self, chain: Chain) -> int | None:
+        """Answer a request with an error, for want of a back end: the bytes written; None: this
+        device has none to give."""
+        return None
+
+    def adapt(self, config: bytearray) -> None:
+        """Change what the back end says of the configuration."""
+
+    # --- the session ------------------------------------------------------------------------------
+
+    def _introduce(self, connection: Connection) -> int:
+        """Begin a session; the features the back end offers."""
         offered = connection.get_u64(wire.GET_FEATURES)
         if not offered >> wire.F_PROTOCOL_FEATURES & 1:
             raise HostError(f"{connection.name} has no vhost-user protocol features")
-        protocol = connection.get_u64(wire.GET_PROTOCOL_FEATURES) & spec.bits(
-            wire.PROTOCOL_F_MQ, wire.PROTOCOL_F_REPLY_ACK, wire.PROTOCOL_F_CONFIG
-        )
+        has = connection.get_u64(wire.GET_PROTOCOL_FEATURES)
+        if self._force_inflight:
+            has |= 1 << wire.PROTOCOL_F_INFLIGHT_SHMFD
+        protocol = has & PROTOCOL
         connection.set_u64(wire.SET_PROTOCOL_FEATURES, protocol)
         connection.ack = bool(protocol >> wire.PROTOCOL_F_REPLY_ACK & 1)
+        self._records = bool(protocol >> wire.PROTOCOL_F_INFLIGHT_SHMFD & 1)
         connection.set_owner()
         if len(self.QUEUES) > 1 and protocol >> wire.PROTOCOL_F_MQ & 1:
             most = connection.get_u64(wire.GET_QUEUE_NUM)
@@ -72,12 +129,14 @@ class VhostUserDevice(VirtioDevice):
                 raise HostError(f"{connection.name} has {most} queues, not {len(self.QUEUES)}")
         if not offered >> spec.F_VERSION_1 & 1:
             raise HostError(f"{connection.name} serves legacy devices only (no VERSION_1)")
-        super().__init__(name)
-        self.features = offered & OFFERED
-        if config:
-            if not protocol >> wire.PROTOCOL_F_CONFIG & 1:
-                raise HostError(f"{connection.name} does not tell its configuration")
-            self.config[:] = connection.get_config(config)
+        if self._config_bytes and not protocol >> wire.PROTOCOL_F_CONFIG & 1:
+            raise HostError(f"{connection.name} does not tell its configuration")
+        return offered
+
+    def _get_config(self, connection: Connection) -> bytearray:
+        config = bytearray(connection.get_config(self._config_bytes))
+        self.adapt(config)
+        return config
 
     def connect(self, kicks: Sequence[int]) -> None:
         """The eventfds KVM writes for a notify, one a queue."""
@@ -87,8 +146,8 @@ class VhostUserDevice(VirtioDevice):
         self._calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in kicks]
         if any(region.fd < 0 for region in self.memory.regions):
             raise UsageError(f"{self.name} needs shared guest memory; backing 'memfd'")
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._watcher = threading.Thread(target=self._watch, name=f"{self.name}-calls", daemon=True)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._watcher = threading.Thread(target=self._main, name=f"{self.name}-calls", daemon=True)
         self._watcher.start()
 
     def notify(self, index: int) -> None:
@@ -96,22 +155,31 @@ class VhostUserDevice(VirtioDevice):
             os.eventfd_write(self._kicks[index], 1)
 
     def started(self) -> None:
-        try:
-            self._hand_over()
-        except BackEndGone as err:
-            self._lost(str(err))
+        with self._session:
+            self._drop_record()
+            if self.state == SERVED:
+                try:
+                    self._new_record()
+                    self._hand_over([0] * len(self.slots))
+                except HostError as err:
+                    self._lost(str(err))
+            elif self.state == DEAD and not self._can_fail():
+                self.needs_reset(f"{self._connection.name} has ended")
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, bases: Sequence[int]) -> None:
+        """Give the back end memory and rings, each to go on at its base."""
         connection, memory = self._connection, self.memory
         connection.set_u64(wire.SET_FEATURES, self.driver_features | 1 << wire.F_PROTOCOL_FEATURES)
         connection.set_mem_table(
             [(region.gpa, region.size, region.hva, region.fd) for region in memory.regions]
         )
+        if self._inflight is not None:
+            connection.set_inflight(self._inflight.fd, self._inflight.description)
         for index, slot in enumerate(self.slots):
             if slot.queue is None:
                 continue
             connection.set_vring(wire.SET_VRING_NUM, index, slot.size)
-            connection.set_vring(wire.SET_VRING_BASE, index, 0)
+            connection.set_vring(wire.SET_VRING_BASE, index, bases[index])
             # The ring's place was checked when the queue was made.
             connection.set_vring_addr(
                 index, memory.hva(slot.desc), memory.hva(slot.device), memory.hva(slot.driver)
@@ -122,21 +190,24 @@ class VhostUserDevice(VirtioDevice):
 
     def drain(self) -> None:
         """Stop the back end's use of the rings."""
-        if not self.status & spec.DRIVER_OK or self._hung_up:
-            return
-        try:
-            for index, slot in enumerate(self.slots):
-                if slot.queue is not None:
-                    self._connection.get_vring_base(index)
-        except BackEndGone as err:
-            self._lost(str(err))
+        with self._session:
+            if not self.status & spec.DRIVER_OK or self.state != SERVED:
+                return
+            try:
+                for index, slot in enumerate(self.slots):
+                    if slot.queue is not None:
+                        self._connection.get_vring_base(index)
+            except BackEndGone as err:
+                self._lost(str(err))
 
     def config_written(self, offset: int, data: bytes) -> None:
         self.config[offset : offset + len(data)] = data
-        try:
-            self._connection.set_config(offset, data)
-        except BackEndGone as err:
-            self._lost(str(err))
+        with self._session:
+            try:
+                if self.state == SERVED:
+                    self._connection.set_config(offset, data)
+            except BackEndGone as err:
+                self._lost(str(err))
 
     def save(self) -> dict[str, object]:
         """StateError: what the back end knows cannot be had."""
@@ -149,10 +220,27 @@ class VhostUserDevice(VirtioDevice):
         """StateError."""
         raise StateError(f"{self.name} is served by another process and cannot be restored")
 
-    def _watch(self) -> None:
+    # --- the thread -------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while not self._closing:
+                if self.state == SERVED:
+                    self._pass_calls()
+                elif self.state == AWAY:
+                    select.select([self._wake], [], [], RETRY)
+                    if not self._closing:
+                        self._look_again()
+                else:
+                    self._answer()
+        except BaseException as err:  # a bug of ours: the machine ends, the process does not
+            self.on_bug(err)
+
+    def _pass_calls(self) -> None:
         """Pass interrupts on, until the back end or the machine ends."""
+        connection = self._connection
         poll = select.poll()
-        poll.register(self._connection.sock, POLLRDHUP)
+        poll.register(connection.sock, POLLRDHUP)
         poll.register(self._wake, select.POLLIN)
         indices = {fd: index for index, fd in enumerate(self._calls)}
         for fd in self._calls:
@@ -163,21 +251,142 @@ class VhostUserDevice(VirtioDevice):
                 if index is not None:
                     os.eventfd_read(fd)
                     self.interrupt(index)
-                elif fd == self._wake:
+                elif fd == self._wake:  # the end, or somebody else found it gone
+                    os.eventfd_read(fd)
                     return
                 else:
-                    self._lost(f"{self._connection.name} has ended")
+                    with self._session:
+                        if connection is self._connection:
+                            self._lost(f"{connection.name} has ended")
                     return
 
+    def _answer(self) -> None:
+        """Answer requests with errors, until the machine ends."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        indices = {fd: index for index, fd in enumerate(self._kicks)}
+        for fd in self._kicks:
+            poll.register(fd, select.POLLIN)
+        while not self._closing:
+            for fd, _ in poll.poll():
+                index = indices.get(fd)
+                with suppress(BlockingIOError):  # the back end was quicker, before it died
+                    os.eventfd_read(fd)
+                if index is not None and self._can_fail():
+                    super().notify(index)
+
+    # --- when it is gone --------------------------------------------------------------------------
+
     def _lost(self, why: str) -> None:
-        if self._hung_up:
+        """The back end is gone; with the session's lock."""
+        if self.state != SERVED or self._closing:
             return
-        self._hung_up = True
         said = self._child.said() if self._child is not None else ""
-        self.needs_reset(why + (f" ({said})" if said else ""))
+        why += f" ({said})" if said else ""
+        running = bool(self.status & spec.DRIVER_OK) and not self.status & spec.DEVICE_NEEDS_RESET
+        # What it had taken is known: from its record, or because there is nothing.
+        known = self._inflight is not None or not running or self._idle()
+        self.state = AWAY if self._redial is not None else DEAD
+        if self.state == DEAD and self._can_fail() and known:
+            self.complain(f"{why}; the guest gets I/O errors from now on")
+            if running:
+                self._take_over()
+        elif self.state == AWAY and known:
+            self.complain(f"{why}; requests wait until it is back")
+        elif running:
+            self.needs_reset(why)
+        else:
+            self.complain(why)
+        self._connection.close()
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def _can_fail(self) -> bool:
+        return type(self).fail is not VhostUserDevice.fail
+
+    def _idle(self) -> bool:
+        """Whether the back end has given back all the driver has made available."""
+        return all(
+            self.memory.read_u16(slot.driver + 2) == used_index(self.memory, slot)
+            for slot in self.slots
+            if slot.queue is not None
+        )
+
+    def _heads(self, index: int) -> list[int]:
+        """What the back end had taken of a queue."""
+        if self._inflight is None:
+            return []
+        return self._inflight.heads(index, used_index(self.memory, self.slots[index]))
+
+    def _take_over(self) -> None:
+        """Fail what the back end had taken, and serve the rings ourselves."""
+        if self._child is not None:
+            self._child.close()  # it may only have hung up
+        for index, slot in enumerate(self.slots):
+            with slot.lock:
+                queue = slot.queue
+                if not isinstance(queue, SplitQueue):
+                    continue
+                try:
+                    for chain in queue.take_over(self._heads(index)):
+                        queue.push(chain, self.request(index, chain))
+                except QueueError as err:
+                    self.needs_reset(f"queue {index}: {err}")
+                queue.publish()
+            self.interrupt(index)
+            os.eventfd_write(self._kicks[index], 1)
+
+    def request(self, index: int, chain: Chain) -> int:
+        return self.fail(chain) or 0
+
+    def _look_again(self) -> None:
+        """Try to find the back end again, and go on."""
+        assert self._redial is not None
+        try:
+            connection = self._redial()
+        except UsageError:
+            return
+        with self._session:
+            try:
+                self._resume(connection)
+            except HostError:
+                connection.close()
+                self.state = AWAY
+
+    def _resume(self, connection: Connection) -> None:
+        offered = self._introduce(connection)
+        missing = self.driver_features & ~offered & OFFERED
+        running = bool(self.status & spec.DRIVER_OK) and not self.status & spec.DEVICE_NEEDS_RESET
+        if running and missing:
+            self.needs_reset(f"{connection.name} is back without features {missing:#x}")
+            running = False
+        self.features = offered & OFFERED
+        config = self._get_config(connection) if self._config_bytes else self.config
+        self._connection, self.state = connection, SERVED
+        if running:
+            if self._inflight is None:  # nothing is under way: see `_lost`
+                self._new_record()
+            self._hand_over([used_index(self.memory, slot) for slot in self.slots])
+            for index in range(len(self.slots)):
+                os.eventfd_write(self._kicks[index], 1)
+                self.interrupt(index)  # the last one's may have been lost
+        if config != self.config:
+            self.config[:] = config
+            self.config_changed()
+        self.complain(f"{connection.name} is back")
+
+    def _new_record(self) -> None:
+        if self._records:
+            asked = DESCRIPTION.pack(0, 0, len(self.slots), max(self.QUEUES))
+            self._inflight = Inflight(*self._connection.get_inflight(asked))
+
+    def _drop_record(self) -> None:
+        record, self._inflight = self._inflight, None
+        if record is not None:
+            record.close()
 
     def close(self) -> None:
-        self._hung_up = True
+        self._closing = True
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
             self._watcher.join()
@@ -185,6 +394,7 @@ class VhostUserDevice(VirtioDevice):
                 os.close(fd)
             self._wake = -1
         self._connection.close()
+        self._drop_record()
         if self._child is not None:
             self._child.close()
 

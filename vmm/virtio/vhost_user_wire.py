@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import os
 import socket
 import struct
 from _thread import RLock
@@ -29,12 +30,15 @@ GET_QUEUE_NUM = 17
 SET_VRING_ENABLE = 18
 GET_CONFIG = 24
 SET_CONFIG = 25
+GET_INFLIGHT_FD = 31
+SET_INFLIGHT_FD = 32
 
 F_PROTOCOL_FEATURES = 30
 """A feature bit of vhost-user's own, never shown to a driver."""
 PROTOCOL_F_MQ = 0
 PROTOCOL_F_REPLY_ACK = 3
 PROTOCOL_F_CONFIG = 9
+PROTOCOL_F_INFLIGHT_SHMFD = 12
 
 VERSION = 1
 REPLY = 1 << 2
@@ -120,6 +124,22 @@ class Connection:
         """The driver wrote to it."""
         self._tell(SET_CONFIG, _CONFIG.pack(offset, len(data), 0) + data)
 
+    def get_inflight(self, description: bytes) -> tuple[int, bytes]:
+        """Have a record of requests under way made: its descriptor, and its description."""
+        with self._lock:
+            self._send(GET_INFLIGHT_FD, VERSION, description, ())
+            fds: list[int] = []
+            answer = self._receive(GET_INFLIGHT_FD, len(description), fds)
+            if len(fds) != 1:
+                for fd in fds:
+                    os.close(fd)
+                raise BackEndGone(f"{self.name} gave {len(fds)} descriptors for inflight, not one")
+            return fds[0], answer
+
+    def set_inflight(self, fd: int, description: bytes) -> None:
+        """Use this record."""
+        self._tell(SET_INFLIGHT_FD, description, [fd])
+
     # --- transport --------------------------------------------------------------------------------
 
     def _tell(self, request: int, payload: bytes, fds: Sequence[int] = ()) -> None:
@@ -144,8 +164,8 @@ class Connection:
         except OSError as err:
             raise BackEndGone(f"{self.name}: {err}") from err
 
-    def _receive(self, request: int, size: int) -> bytes:
-        number, flags, length = _HEADER.unpack(self._exactly(_HEADER.size))
+    def _receive(self, request: int, size: int, fds: list[int] | None = None) -> bytes:
+        number, flags, length = _HEADER.unpack(self._exactly(_HEADER.size, fds))
         if number != request or not flags & REPLY or length > PAYLOAD_MAX:
             raise BackEndGone(f"{self.name}: answered request {request} with {number}")
         payload = self._exactly(length)
@@ -153,11 +173,15 @@ class Connection:
             raise BackEndGone(f"{self.name}: {length} bytes answer request {request}, not {size}")
         return payload
 
-    def _exactly(self, size: int) -> bytes:
+    def _exactly(self, size: int, fds: list[int] | None = None) -> bytes:
         data = b""
         while len(data) < size:
             try:
-                piece = self.sock.recv(size - len(data))
+                if fds is None:
+                    piece = self.sock.recv(size - len(data))
+                else:
+                    piece, found, _, _ = socket.recv_fds(self.sock, size - len(data), 4)
+                    fds += found
             except OSError as err:
                 raise BackEndGone(f"{self.name}: {err}") from err
             if not piece:

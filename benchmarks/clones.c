@@ -1,15 +1,15 @@
 /*
- * The floor under row f: the ioctls and mappings of a restore, of clones and of a rollback, in C.
+ * The floor under row s: the ioctls and mappings of a restore, of clones and of a rollback, in C.
  *
  *   clones serve     reads commands, answers each with a line of nanoseconds:
- *       restore FILE SIZE     VM over a private mapping of FILE, state put in, run to its first exit
- *       create SIZE           the same VM over fresh memory, without state, to its first exit
+ *       restore CLOSE FILE SIZE   VM over a private mapping of FILE, state put in, run to its first
+ *                             exit; and closed, if CLOSE is 1
+ *       create CLOSE SIZE     the same over fresh memory, without state
  *       clones N FILE SIZE    N of the first kind at once, a thread each, until all had an exit
  *       rollback N FILE SIZE  run a guest that writes to pages, then undo that; the median of N
- *       hold N FILE SIZE      N of the first kind, halting, until the next command
+ *       hold N FILE SIZE      N of the first kind, after their first exit, until the next command
  */
-#define WITHOUT_MAIN
-#include "native.c"
+#include "native.h"
 
 struct page_region { uint64_t start, end, categories; };
 struct pm_scan_arg {
@@ -107,6 +107,15 @@ static void map_file(struct machine *m, const char *file)
 		CALL(m->vm, KVM_SET_USER_MEMORY_REGION, &high);
 }
 
+/* Close it; its memory goes last, when no VM maps it. */
+static void unmap(struct machine *m)
+{
+	uint8_t *memory = m->memory;
+	m->memory = NULL;
+	destroy(m);
+	munmap(memory, size);
+}
+
 static void *run_thread(void *machine)
 {
 	run(machine);
@@ -128,12 +137,10 @@ static void prepare(const char *file)
 	set_up_test(&m);
 	set_long(&m, 3);
 	get_state(&m, &saved);
-	munmap(m.memory, size);
-	m.memory = NULL;
-	destroy(&m);
+	unmap(&m);
 }
 
-static uint64_t restore(const char *file)
+static uint64_t restore(const char *file, int closing)
 {
 	struct machine m;
 	uint64_t start = now();
@@ -147,10 +154,8 @@ static uint64_t restore(const char *file)
 	}
 	run(&m);
 	uint64_t taken = now() - start;
-	munmap(m.memory, size);
-	m.memory = NULL;
-	destroy(&m);
-	return taken;
+	unmap(&m);
+	return closing ? now() - start : taken;
 }
 
 static struct machine held[MAX_CLONES];
@@ -171,11 +176,8 @@ static void make_clones(int count, const char *file)
 
 static void drop_clones(void)
 {
-	for (int i = 0; i < holding; i++) {
-		munmap(held[i].memory, size);
-		held[i].memory = NULL;
-		destroy(&held[i]);
-	}
+	for (int i = 0; i < holding; i++)
+		unmap(&held[i]);
 	holding = 0;
 }
 
@@ -234,9 +236,7 @@ static uint64_t rollbacks(int count, const char *file)
 		roll_back(&m, pagemap, base);
 		taken[i] = now() - start;
 	}
-	munmap(m.memory, size);
-	m.memory = NULL;
-	destroy(&m);
+	unmap(&m);
 	munmap((void *)base, size);
 	close(fd);
 	close(pagemap);
@@ -252,11 +252,11 @@ int main(void)
 	while (fgets(line, sizeof line, stdin)) {
 		uint64_t taken = 0;
 		drop_clones();
-		if (sscanf(line, "restore %3999s %lu", file, &size) == 2) {
+		if (sscanf(line, "restore %d %3999s %lu", &count, file, &size) == 3) {
 			prepare(file);
-			taken = restore(file);
-		} else if (sscanf(line, "create %lu", &size) == 1) {
-			taken = restore(NULL);
+			taken = restore(file, count);
+		} else if (sscanf(line, "create %d %lu", &count, &size) == 2) {
+			taken = restore(NULL, count);
 		} else if (sscanf(line, "clones %d %3999s %lu", &count, file, &size) == 3) {
 			prepare(file);
 			taken = clones(count, file);
@@ -266,6 +266,8 @@ int main(void)
 		} else if (sscanf(line, "hold %d %3999s %lu", &count, file, &size) == 3) {
 			prepare(file);
 			make_clones(count, file);
+			for (int i = 0; i < count; i++)
+				run(&held[i]);
 		} else {
 			fprintf(stderr, "what is %s", line);
 			return 2;

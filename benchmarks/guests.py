@@ -61,6 +61,20 @@ def exits_image(operation: str, count: int) -> bytes:
     return bytes(image) + start + mark + loop + again + mark + EXIT_0
 
 
+def dirty_image(pages: int, stride: int) -> bytes:
+    """Memory from address 0 for a guest that writes to `pages` pages, `stride` bytes apart from
+    2 MiB on (up to 1 GiB), then to the exit port, and again."""
+    image = bytearray(exits_image("PIO write", 1)[:_CODE])
+    for number in range(512):
+        struct.pack_into("<Q", image, _PD + 8 * number, number * 2 * MIB | _USER_RW | _HUGE)
+    start = b"\xb9" + struct.pack("<I", pages) + b"\xbf" + struct.pack("<I", 2 * MIB)
+    loop = b"\x48\x89\x0f\x48\x81\xc7" + struct.pack("<I", stride)  # mov [rdi], rcx; add rdi
+    loop += b"\xff\xc9"  # dec ecx
+    again = b"\x75" + struct.pack("<b", -len(loop) - 2)  # jnz
+    code = start + loop + again + EXIT_0[:4]
+    return bytes(image) + code + b"\xeb" + struct.pack("<b", -len(code) - 2)
+
+
 def set_long_mode(vcpu: Vcpu, cpl: int) -> None:
     """Let `vcpu` start in an image of `exits_image` at privilege level 0 or 3 (with IOPL 3)."""
     sregs = vcpu.get_sregs()

@@ -15,12 +15,13 @@ from vmm.errors import HostError
 from vmm.testing.kernels import cache_directory
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADER = SOURCE.with_suffix(".h")
 FLAGS = ("-O2", "-Wall", "-pthread")
 
 
 def program() -> str:
     """Path of the compiled program."""
-    return compiled("native", [SOURCE], FLAGS)
+    return compiled("native", [SOURCE, HEADER], FLAGS)
 
 
 def compiled(name: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
@@ -45,13 +46,24 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
     return str(target)
 
 
-class Native:
-    """A running `native serve`: warm, as the Python process it is compared with."""
+def clones_program() -> str:
+    """Path of the compiled clones.c."""
+    return compiled("clones", [SOURCE.with_name("clones.c"), HEADER], FLAGS)
 
-    def __init__(self) -> None:
+
+class Native:
+    """A running `native serve`, or another such program: warm, as the Python process it is compared
+    with.
+
+    Attributes:
+        pid: the process's.
+    """
+
+    def __init__(self, path: str = "") -> None:
         self._process = subprocess.Popen(
-            [program(), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [path or program(), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self

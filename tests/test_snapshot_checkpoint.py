@@ -150,6 +150,39 @@ def test_a_newer_checkpoint_takes_the_olders_place() -> None:
             assert ram(m) == point
 
 
+def test_a_restored_machine_needs_no_copy_and_a_snapshot_does_not_disturb(tmp_path: Path) -> None:
+    """It stays over the snapshot's file; one made meanwhile puts it over another."""
+    with bare_machine(COUNTING, regs=START) as m:
+        m.memory.write(PATTERN, random.Random(1).randbytes(MIB))
+        m.snapshot(str(tmp_path / "one"))
+    with running(Machine.restore(str(tmp_path / "one"))) as m:
+        base = m.memory.base
+        m.pause()
+        m.memory.write(PATTERN + 10, b"before the point")
+        m.checkpoint()
+        assert m.memory.base is base
+        point = ram(m)
+        for turn in range(3):
+            m.memory.write(PATTERN + 10, b"after the point.")
+            m.memory.fill(PATTERN + turn * 4096, 9000, turn)
+            m.rollback()
+            assert ram(m) == point
+        m.memory.write(PATTERN + 10, b"after the point.")
+        m.snapshot(str(tmp_path / "two"), base=str(tmp_path / "one"), track=True)
+        m.memory.write(PATTERN + 10, b"much after it...")
+        m.rollback()
+        assert ram(m) == point
+        [copy_of_it] = m.clone()
+        with copy_of_it:
+            assert copy_of_it.memory.base is m.memory.base
+            assert copy_of_it.memory.read(PATTERN, MIB) == m.memory.read(PATTERN, MIB)
+        m.memory.write_u8(FLAG, 1)
+        m.resume()
+        assert m.wait(60).status == 9
+    with Machine.restore(str(tmp_path / "two")) as m:
+        assert m.memory.read(PATTERN + 10, 16) == b"after the point."
+
+
 # --- a machine that has stopped -------------------------------------------------------------------
 
 FUZZED = f"""

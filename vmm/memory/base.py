@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from vmm.memory.pagemap import Pagemap, Runs
     from vmm.memory.region import Region
 
-COPY_PAGES = 4096
-"""Up to so many pages are put back by copying, and stay this machine's own: who writes to them
-again pays for no fault. It makes a loop ten times as quick as giving them up; but they are copied
-each time, so more than that are given up at once."""
 CHUNK = 64 << 10
 GAP = 8 * PAGE_SIZE
 """Where pages are given up, runs with less than that between them are one."""
@@ -100,7 +96,8 @@ class Base:
 
 
 def private_runs(memory: GuestMemory, pagemap: Pagemap) -> list[Runs]:
-    """For each region of memory over a base, the pages that are no longer the base's."""
+    """For each region of memory over a base, the pages that are no longer the base's: a run of
+    them is (first byte, bytes)."""
     return [pagemap.private(region.hva, region.size) for region in memory.regions]
 
 
@@ -108,7 +105,12 @@ def copy(memory: GuestMemory, pagemap: Pagemap) -> Base:
     """The contents of `memory` as a base of their own; `memory` stays as it is, and must be still.
 
     Takes as long as copying what is in use.
+
+    Raises:
+        StateError: memory of huge pages cannot be private page by page.
     """
+    if any(region.kind == "hugetlbfs" for region in memory.regions):
+        raise StateError("memory of huge pages (hugetlbfs) cannot be copied on write")
     fds: list[int] = []
     try:
         for number, region in enumerate(memory.regions):
@@ -141,37 +143,16 @@ def settle(memory: GuestMemory, pagemap: Pagemap) -> Base:
     if memory.base is not None and not memory.base.fixed:
         _commit(memory, memory.base, pagemap)
         return memory.base
-    if any(region.kind == "hugetlbfs" for region in memory.regions):
-        raise StateError("memory of huge pages (hugetlbfs) cannot be copied on write")
     if all(region.kind == "memfd" for region in memory.regions):
         base = Base([os.dup(region.fd) for region in memory.regions], ours=True)
     else:
         base = copy(memory, pagemap)
-    _map(memory, base)
+    map_over_base(memory, base)
     return base
 
 
-def roll_back(memory: GuestMemory, pagemap: Pagemap) -> int:
-    """Undo every write since `memory`, which must be still, was put over its base; the pages.
-
-    Pages that an earlier call has put back may be counted, and copied, again.
-    """
-    base = memory.base
-    assert base is not None
-    found = private_runs(memory, pagemap)
-    pages = sum([size for runs in found for _, size in runs]) // PAGE_SIZE
-    for number, (region, runs) in enumerate(zip(memory.regions, found, strict=True)):
-        if pages <= COPY_PAGES:
-            with base.view(number, region.size) as view:
-                data = region.data
-                for offset, size in runs:
-                    data[offset : offset + size] = view[offset : offset + size]
-        else:
-            _give_up(region, runs)
-    return pages
-
-
-def _map(memory: GuestMemory, base: Base) -> None:
+def map_over_base(memory: GuestMemory, base: Base) -> None:
+    """Have `memory` be a private mapping of `base`, as it is; takes over the caller's share."""
     from vmm.memory.libc import map_over
 
     flags = mmap.MAP_PRIVATE | MAP_NORESERVE
@@ -189,7 +170,7 @@ def _commit(memory: GuestMemory, base: Base, pagemap: Pagemap) -> None:
         runs = pagemap.private(region.hva, region.size)
         for offset, size in runs:
             _write(fd, region, offset, size)
-        _give_up(region, runs)
+        give_up(region, runs)
 
 
 def _copy_data(base: Base, number: int, region: Region, fd: int) -> None:
@@ -224,7 +205,7 @@ def _write(fd: int, region: Region, offset: int, size: int) -> None:
         offset += os.pwrite(fd, region.data[offset:end], offset)
 
 
-def _give_up(region: Region, runs: Runs) -> None:
+def give_up(region: Region, runs: Runs) -> None:
     """Drop the private pages of `runs`: they read as the base again."""
     from vmm.memory.libc import IOV_MAX, IOVEC, advise_many
 

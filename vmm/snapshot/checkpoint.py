@@ -1,6 +1,6 @@
 """A point in a machine's life that it can go back to, in place: `Machine.checkpoint`, `.rollback`.
 
-Memory is put over a base (`vmm.memory.base`), so going back undoes the pages written since, and
+Memory is put over a base (`vmm.memory.point`), so going back undoes the pages written since, and
 nothing else. Disks with an overlay get one more, which is emptied. The rest is what a snapshot has
 too, put into the machine that is there.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 
 from vmm.errors import StateError, UsageError
-from vmm.memory import base as bases
+from vmm.memory import point
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import STATES, apply, capture, quiesced
 from vmm.virtio import spec
@@ -75,7 +75,7 @@ class Checkpoint:
                 self.state = capture(machine)
                 if former is not None:
                     former.close()
-                self._base = bases.settle(machine.memory, self._pagemap).share()
+                self._memory = point.take(machine.memory, self._pagemap)
                 for device in overlays:
                     self._disks.append((device, freeze(device)))
         except BaseException:
@@ -86,7 +86,7 @@ class Checkpoint:
         """Be that again; the vCPUs are parked."""
         machine = self._machine
         with quiesced(machine):
-            bases.roll_back(machine.memory, self._pagemap)
+            self._memory.restore(machine.memory, self._pagemap)
             for device, frozen in self._disks:
                 _undo(device, frozen)
             apply(machine, self.state, elapse=False, renew=False)
@@ -97,7 +97,7 @@ class Checkpoint:
             return
         self._closed = True
         self._pagemap.close()
-        self._base.release()
+        self._memory.close()
         disks, self._disks = self._disks, []
         for _, frozen in disks:
             frozen.close()

@@ -11,8 +11,7 @@ from vmm.errors import UsageError
 from vmm.machine.begin import begin
 from vmm.machine.machine import Machine
 from vmm.machine.origin import Origin
-from vmm.memory import GuestMemory
-from vmm.memory import base as bases
+from vmm.memory import GuestMemory, point
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import apply, capture, quiesced
 from vmm.snapshot.checkpoint import freeze, overlaid_disks, still
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.net import Nic
 
+KEEP_PAGES = 128
+"""So many pages each copy may get at once, where the base is another's (a snapshot's file)."""
 AHEAD = 64
 """VMs begun before the one that is finished; each takes two descriptors."""
 
@@ -68,7 +69,7 @@ class Source:
 
     Attributes:
         state: all but memory and disks.
-        base: memory.
+        memory: RAM.
         disks: what those with an overlay hold, by the device's place.
     """
 
@@ -78,10 +79,10 @@ class Source:
             with still(machine, "clone"), quiesced(machine):
                 disks = overlaid_disks(machine, "clone")
                 self.state = capture(machine)
-                if checkpoint:  # it goes on needing the base that is there
-                    self.base = bases.copy(machine.memory, pagemap)
-                else:
-                    self.base = bases.settle(machine.memory, pagemap).share()
+                # A checkpoint goes on needing the base that is there.
+                self.memory = point.take(
+                    machine.memory, pagemap, keep=KEEP_PAGES, remap=not checkpoint
+                )
                 places = {id(device): place for place, device in enumerate(_devices(machine))}
                 self.disks: dict[int, Frozen] = {
                     places[id(device)]: freeze(device) for device in disks
@@ -91,7 +92,7 @@ class Source:
 
     def close(self) -> None:
         """Each copy has its share."""
-        self.base.release()
+        self.memory.close()
         for frozen in self.disks.values():
             frozen.close()
 
@@ -107,7 +108,9 @@ class Copy(Origin):
         return self._begun
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
-        return GuestMemory(config.memory, base=self._source.base)
+        memory = GuestMemory(config.memory, base=self._source.memory.base)
+        self._source.memory.write_kept(memory)
+        return memory
 
     def apply(self, machine: Machine) -> None:
         apply(machine, self._source.state)

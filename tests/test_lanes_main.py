@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,34 @@ def test_an_unknown_lane_is_refused(tmp_path: Path) -> None:
     status, lines = lanes(tmp_path, "", VMM_SKIP_LANES="nestet")
     assert status == 2
     assert lines == ["lanes: VMM_SKIP_LANES: nestet: the lanes are native and nested"]
+
+
+FAULTS = """
+import os, sys, pytest
+pytestmark = pytest.mark.needs_kvm
+def test_before(): pass
+@pytest.mark.skip
+def test_skipped(): pass
+def test_crash():
+    if not any("--deselect" in word for word in sys.argv):
+        open("/proc/sysrq-trigger", "w").write("c")
+def test_triple_fault():
+    if not os.path.exists("/tmp/once"):
+        open("/tmp/once", "w").close()
+        assert 0, "vCPU 1: triple fault at 0xfffffff0"
+def test_bad(): assert 0, "something else"
+"""
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no qemu-system-x86_64")
+def test_faults_of_the_emulator_are_told_of_and_tried_again() -> None:
+    # Within the clone, which the lane has, and the conftest.py of its tests.
+    with tempfile.TemporaryDirectory(dir=ROOT / "tests", prefix=".sample-") as directory:
+        status, lines = lanes(Path(directory), FAULTS, VMM_SKIP_LANES="native")
+    text = "\n".join(lines)
+    assert "the emulated machine ended by itself" in text
+    assert text.count("test_before PASSED") == 1
+    assert text.count("test_bad FAILED") == 1  # not tried again
+    assert "nested lane: 3 passed, 1 failed, 1 skipped" in text
+    assert "nested lane: 2 RERUN for faults of the emulated processor" in text
+    assert status == 1

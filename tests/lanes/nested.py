@@ -64,6 +64,10 @@ class LaneTimeout(LaneError):
     exit_status = EXIT_TIMEOUT
 
 
+class LaneCrash(LaneError):
+    """The emulated machine ended by itself."""
+
+
 class NestedLane:
     """An emulated machine, from `with` to the end of it; run any number of commands in it."""
 
@@ -277,7 +281,7 @@ class NestedLane:
             if link in ready:
                 data = link.recv(65536)
                 if not data:
-                    self._fail(LaneError, "the emulated machine ended by itself")
+                    self._fail(LaneCrash, "the emulated machine ended by itself")
                 self._pending += data
                 heard = time.monotonic()
             elif stdin is None and time.monotonic() - heard >= _QUIET:

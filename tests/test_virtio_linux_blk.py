@@ -1,7 +1,8 @@
-"""The block device under Linux's own driver: a file system over two boots, queues, discard,
-unbind and bind under load; what the guest wrote is compared on the host.
+"""The block device under Linux's own driver, over both transports: a file system over two boots,
+fio, queues, discard, an image on another, unbind and bind under load; what the guest wrote is
+compared on the host.
 
-VMM_BLK_MIB is how much is written: 200 take a minute more in the nested lane.
+VMM_BLK_MIB is how much is written to the file system: 200 take a minute more in the nested lane.
 """
 
 from __future__ import annotations
@@ -17,24 +18,75 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import programs
+from tests.test_virtio_vhost_user import qcow2
 from vmm import Machine, MachineConfig
 from vmm.testing.kernels import Kernel
 
-pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.needs_linux_kvm,
+    pytest.mark.timeout(500),
+    pytest.mark.parametrize("transport", ["mmio", "pci"]),
+]
+
+__all__ = ["qcow2"]
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("VMM_BLK_MIB", "32"))
 ROUNDS = 50
-MODULES = ["virtio_mmio", "virtio_blk", "ext4"]
-SBIN = "/sbin:/usr/sbin:/usr/bin"
-
 CHUNKS = SIZE // 8
+
+# Each writes blocks in random order, reads them again and compares checksums.
+FIO = """
+[global]
+ioengine=libaio
+direct=1
+rw=randwrite
+verify=crc32c
+verify_fatal=1
+iodepth=8
+thread
+stonewall
+[one-queue-512]
+filename=/dev/vda
+bs=512
+size=128k
+[one-queue-4k]
+filename=/dev/vda
+bs=4k
+size=1m
+[one-queue-1m]
+filename=/dev/vda
+bs=1m
+size=8m
+[four-queues-4k]
+filename=/dev/vdc
+numjobs=4
+cpus_allowed=0-3
+cpus_allowed_policy=split
+offset_increment=1m
+bs=4k
+size=512k
+[four-queues-64k]
+filename=/dev/vdc
+numjobs=4
+cpus_allowed=0-3
+cpus_allowed_policy=split
+offset_increment=4m
+bs=64k
+size=2m
+"""
+JOBS = 3 + 2 * 4
 STAGE = """
 fail() { echo "failed: $*"; poweroff -f; }
 stage() { echo "stage: $(cut -d ' ' -f 1 /proc/uptime) $*"; }
 """
 FIRST_BOOT = f"""{STAGE}
 stage booted
+echo "queues: $(ls /sys/block/vda/mq | wc -l) $(ls /sys/block/vdc/mq | wc -l)"
+/host/fio --output-format=terse /jobs > /tmp/fio || fail "fio: $(tail -n 5 /tmp/fio)"
+echo "fio: $(grep '^3;' /tmp/fio | cut -d ';' -f 5 | tr '\n' ' ')"  # each job's error
+stage verified
 /host/mke2fs -q -t ext4 /dev/vda || fail mke2fs
 mount -t ext4 /dev/vda /mnt || fail mount
 stage mounted
@@ -47,6 +99,9 @@ mkdir small; i=0; while [ $i -lt 200 ]; do echo "file $i" > small/$i; i=$((i+1))
 rm file1; dd if=/dev/vdb of=file1 bs=100k count=30 2>/dev/null
 stage written
 dd if=/dev/vdb of=/dev/vdc bs=256k iflag=direct oflag=direct 2>/dev/null || fail direct
+stage copied
+echo "backed: $(md5sum < /dev/vdd)"
+dd if=/dev/vdb of=/dev/vdd bs=64k seek=3 count=5 conv=fsync 2>/dev/null || fail qcow2
 cd /; umount /mnt || fail umount
 stage done
 """
@@ -57,31 +112,22 @@ cd /mnt
 i=0; while [ $i -lt {CHUNKS} ]; do md5sum file$i; i=$((i+1)); done
 echo "small: $(cat small/* | md5sum)"
 stage read
+echo "kept: $(md5sum < /dev/vdd)"
 rm file0; sync; cd /; fstrim -v /mnt; umount /mnt || fail umount
 echo "readonly: $(cat /sys/block/vdb/ro) $(dd if=/dev/zero of=/dev/vdb count=1 2>&1 | head -n 1)"
 stage done
 """
 
 
-def programs(*names: str) -> dict[str, Path]:
-    """Host programs and the libraries they want, by their place in the guest."""
-    files: dict[str, Path] = {}
-    for name in names:
-        path = shutil.which(name, path=SBIN)
-        if path is None:
-            pytest.skip(f"no {name} here: apt-get install e2fsprogs")
-        files[f"host/{name}"] = Path(path)
-        libraries = subprocess.run(["ldd", path], capture_output=True, text=True, check=True)
-        for library in re.findall(r"(/\S+\.so\S*)", libraries.stdout):
-            files[library.lstrip("/")] = Path(library)
-    return files
+def modules(transport: str, *more: str) -> list[str]:
+    return [f"virtio_{transport}", "virtio_blk", *more]
 
 
 def run(kernel: Kernel, initrd: Path, drives: list[str], **options: object) -> str:
     """Boot; the console's output, once the guest has powered off."""
     config = MachineConfig(
-        str(kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=280, cpus=2,
-        drives=drives, **options,  # type: ignore[arg-type]
+        str(kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=400, drives=drives,
+        **options,  # type: ignore[arg-type]
     )  # fmt: skip
     with Machine(config) as machine:
         machine.start()
@@ -93,29 +139,41 @@ def run(kernel: Kernel, initrd: Path, drives: list[str], **options: object) -> s
     return text.replace("\r", "")
 
 
+def fsck(disk: Path) -> None:
+    check = [shutil.which("e2fsck", path=programs.PATH) or "e2fsck", "-f", "-n", str(disk)]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_file_system_over_a_reboot(
-    cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path
-) -> None:
-    disk, data, copy = (tmp_path / name for name in ("disk.img", "data.img", "copy.img"))
+    cloud_kernel: Kernel, make_initrd: Callable[..., Path], qcow2: Callable[..., str],
+    tmp_path: Path, transport: str,
+) -> None:  # fmt: skip
+    disk, data, copy, base = (
+        tmp_path / f"{name}.img" for name in ("disk", "data", "copy", "base")
+    )  # fmt: skip
     content = random.Random(1).randbytes(SIZE * MIB)
     data.write_bytes(content)
+    backed = random.Random(2).randbytes(2 * MIB)
+    base.write_bytes(backed)
     for path, size in ((disk, (SIZE + 64) * MIB), (copy, SIZE * MIB)):
         path.touch()
         os.truncate(path, size)
-    tools = programs("mke2fs")
-    drives = [str(disk), f"{data},readonly", str(copy)]
-    boots = [
-        make_initrd(script, kernel=cloud_kernel, modules=MODULES, files=tools)
-        for script in (FIRST_BOOT, SECOND_BOOT)
-    ]
-    run(cloud_kernel, boots[0], drives)
+    overlay = qcow2(len(backed), backing=base)
+    drives = [str(disk), f"{data},readonly", f"{copy},queues=4", f"{overlay},format=qcow2,queues=2"]
+    how = {"kernel": cloud_kernel, "modules": modules(transport, "ext4")}
+    tools = programs.with_libraries("e2fsprogs", "mke2fs") | programs.with_libraries("fio", "fio")
+    initrd = make_initrd(FIRST_BOOT, files={**tools, "jobs": FIO}, **how)
+    text = run(cloud_kernel, initrd, drives, transport=transport, cpus=4, memory=512 * MIB)
+    assert "queues: 1 4\n" in text
+    assert "fio: " + "0 " * JOBS + "\n" in text
+    assert f"backed: {hashlib.md5(backed).hexdigest()}" in text
     assert copy.read_bytes() == content
-    check = [shutil.which("e2fsck", path=SBIN) or "e2fsck", "-f", "-n", str(disk)]
-    done = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fsck(disk)
     blocks = disk.stat().st_blocks
 
-    text = run(cloud_kernel, boots[1], drives)
+    initrd = make_initrd(SECOND_BOOT, **how)
+    text = run(cloud_kernel, initrd, drives, transport=transport, cpus=2)
     for number in range(CHUNKS):
         chunk = content[number * 8 * MIB : (number + 1) * 8 * MIB]
         want = hashlib.md5(content[: 30 * 102400] if number == 1 else chunk)
@@ -123,10 +181,12 @@ def test_a_file_system_over_a_reboot(
     small = hashlib.md5(b"".join(b"file %d\n" % n for n in sorted(range(200), key=str)))
     assert f"small: {small.hexdigest()}" in text
     assert re.search(r"readonly: 1 dd: .*(not permitted|Read-only)", text), text[-2000:]
-    done = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fsck(disk)
     assert disk.stat().st_blocks <= blocks - 6 * MIB // 512  # what fstrim gave back
     assert data.read_bytes() == content
+    kept = hashlib.md5(backed[: 3 << 16] + content[: 5 << 16] + backed[8 << 16 :])
+    assert f"kept: {kept.hexdigest()}" in text
+    assert base.read_bytes() == backed
 
 
 # Each round writes a block of its own with fsync, under a load of reads and writes, and then takes
@@ -163,13 +223,14 @@ echo "rounds done"
 
 
 def test_unbind_and_bind_under_load(
-    cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path
+    cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path, transport: str
 ) -> None:
     disk = tmp_path / "disk.img"
     disk.touch()
     os.truncate(disk, 32 * MIB)
-    initrd = make_initrd(REBIND, kernel=cloud_kernel, modules=MODULES[:2])
-    text = run(cloud_kernel, initrd, [f"{disk},serial=VMM-1,queues=4"])
+    initrd = make_initrd(REBIND, kernel=cloud_kernel, modules=modules(transport))
+    drives = [f"{disk},serial=VMM-1,queues=4"]
+    text = run(cloud_kernel, initrd, drives, transport=transport, cpus=2)
     assert "serial: VMM-1\n" in text
     assert "queues: 2\n" in text  # one a processor
     assert "cache: write back write back\ncache: write through\n" in text

@@ -1,4 +1,4 @@
-"""Linux's own drivers on devices that other processes serve: virtiofsd, qemu-storage-daemon."""
+"""Linux's own drivers on devices that virtiofsd serves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_virtio_vhost_user import qcow2
 from vmm.testing.kernels import Kernel
 
 pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
-
-__all__ = ["qcow2"]
 
 FS = """
 mount -t virtiofs data /mnt || echo FAILED mount
@@ -31,17 +28,6 @@ for i in 1 2 3 4 5; do
   echo virtio0 > /sys/bus/virtio/drivers/virtiofs/bind
 done
 mount -t virtiofs data /mnt && md5sum /mnt/a/link
-"""
-DISK = """
-md5sum /dev/vda > /dev/null
-head -c 5000000 /dev/urandom > /tmp/x; md5sum < /tmp/x
-dd if=/tmp/x of=/dev/vda bs=4096 conv=fsync 2>/dev/null
-for i in 1 2 3 4 5; do
-  echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/unbind
-  echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/bind
-done
-head -c 5000000 /dev/vda | md5sum
-ls /sys/block/vda/mq | wc -l
 """
 
 
@@ -76,15 +62,3 @@ def test_a_host_directory(
     assert (share / "log").read_text() == "appended\n" * 2
     assert not (share / "gone").exists()
     assert (share / "a" / "199").read_text() == "199\n"
-
-
-def test_a_qcow2_disk(
-    cloud_kernel: Kernel, make_initrd: Callable[..., Path], qcow2: Callable[..., str]
-) -> None:
-    initrd = make_initrd(DISK, kernel=cloud_kernel, modules=["virtio_mmio", "virtio_blk"])
-    image = qcow2(32 << 20)
-    said = run(cloud_kernel, initrd, "--drive", f"{image},format=qcow2,queues=2")
-    sums = [line.split()[0] for line in said.splitlines() if line.strip().endswith(" -")]
-    assert len(sums) == 2
-    assert sums[0] == sums[1]
-    assert said.splitlines()[-2].strip() == "2" or "\n2\r\n" in said or "\n2\n" in said

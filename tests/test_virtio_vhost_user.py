@@ -66,15 +66,16 @@ def blocks(
 def qcow2(tmp_path: Path) -> Callable[..., str]:
     """Makes an image by the daemon itself, which is the one program for it we need anyway."""
 
-    def make(size: int) -> str:
+    def make(size: int, backing: Path | None = None) -> str:
         path = str(tmp_path / "disk.qcow2")
+        below = f',"backing-file":"{backing}","backing-fmt":"raw"' if backing else ""
         Path(path).touch()
         steps = [
             '{"execute":"qmp_capabilities"}',
             '{"execute":"blockdev-add","arguments":{"driver":"file","node-name":"f",'
             f'"filename":"{path}"}}}}',
             '{"execute":"blockdev-create","arguments":{"job-id":"j","options":'
-            f'{{"driver":"qcow2","file":"f","size":{size}}}}}}}',
+            f'{{"driver":"qcow2","file":"f","size":{size}{below}}}}}}}',
         ]
         with subprocess.Popen(
             ["qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "m"],

@@ -17,7 +17,7 @@ SHARED = (
     "--verbose",
 )  # fmt: skip
 """Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
-DISKS, VERIFY = "--disks", "--verify"
+DISKS, VERIFY, PAGES = "--disks", "--verify", "--pages"
 
 PARSER = Parser(
     "vmm restore",
@@ -30,6 +30,13 @@ PARSER = Parser(
             metavar="HOW",
             default="overlay",
             help="overlay: what the guest writes goes with the machine; write: into the snapshot",
+        ),
+        Option(
+            PAGES,
+            metavar="HOW",
+            default="map",
+            help="map the snapshot's files; uffd: another process hands pages over (uffd=SOCKET: "
+            "one that is there, docs/snapshots.md)",
         ),
         Option(VERIFY, help="read all of the snapshot first, and compare it with its checksums"),
     ),
@@ -48,6 +55,10 @@ def main(argv: Sequence[str]) -> int:
 
     values: dict[str, object] = {"console": "auto", **keywords(args)}
     machine = Machine.restore(
-        args.operands[0], verify=args.given(VERIFY), disks=args.value(DISKS), **values
+        args.operands[0],
+        verify=args.given(VERIFY),
+        disks=args.value(DISKS),
+        pages=args.value(PAGES),
+        **values,
     )
     return see_through(machine, args.value("--control"))

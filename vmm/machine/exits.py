@@ -15,6 +15,8 @@ INTERNAL_ERROR = "internal-error"
 TIMEOUT = "timeout"
 STOPPED = "stopped"
 MONITOR_ERROR = "monitor-error"
+MEMORY_LOST = "memory-lost"
+"""Who should have handed the guest's memory over has gone (userfaultfd)."""
 
 STATUS: dict[str, int] = {
     POWEROFF: errors.EXIT_OK,
@@ -27,6 +29,7 @@ STATUS: dict[str, int] = {
     TIMEOUT: errors.EXIT_TIMEOUT,
     STOPPED: errors.EXIT_INTERRUPTED,
     MONITOR_ERROR: errors.EXIT_INTERNAL,
+    MEMORY_LOST: errors.EXIT_HOST,
 }
 
 

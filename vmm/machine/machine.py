@@ -150,6 +150,10 @@ class Machine(ProgramCalls, GuestCalls):
         self._state = CLOSED
         self._close_events()
 
+    def at_close(self, function: Callable[[], object]) -> None:
+        """Have `function` called when the machine is closed, before its memory is."""
+        self._closers.append(function)
+
     def _close_all(self) -> None:
         if self._close_platform is not None:
             # First: its console thread may still raise interrupts, and holds a vCPU's mapping.
@@ -315,16 +319,23 @@ class Machine(ProgramCalls, GuestCalls):
 
     @classmethod
     def restore(
-        cls, path: str, *, verify: bool = False, disks: str = "overlay", **changed: object
+        cls,
+        path: str,
+        *,
+        verify: bool = False,
+        disks: str = "overlay",
+        pages: str = "map",
+        **changed: object,
     ) -> Machine:
         """A machine that goes on, when it is started, where the snapshot `path` was made.
-
-        Its memory is a private mapping of the snapshot's: pages are read when they are used.
 
         Args:
             verify: first read all of the snapshot and compare it with its checksums.
             disks: `overlay`: what the guest writes goes with the machine, and the snapshot may be
                 restored again; `write`: it goes into the snapshot's disks.
+            pages: `map`: memory is a private mapping of the snapshot's files; `uffd`: another
+                process hands pages over when they are used, and compares them with their
+                checksums; `uffd=SOCKET`: one that serves many machines (docs/snapshots.md).
             changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
                 `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
 
@@ -334,7 +345,7 @@ class Machine(ProgramCalls, GuestCalls):
         """
         from vmm.snapshot.restore import restore
 
-        return restore(str(path), verify=verify, disk=disks, **changed)
+        return restore(str(path), verify=verify, disk=disks, pages=pages, **changed)
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""

@@ -162,14 +162,14 @@ def read_layers(layers: list[Layer], offset: int, size: int) -> bytes:
     found += bytes(size - len(found))
     view = memoryview(found)
     for layer in layers[1:]:
-        for start, length in _within(layer.index.runs, offset, size):
+        for start, length in within(layer.index.runs, offset, size):
             at = start - offset
             os.preadv(layer.fd, [view[at : at + length]], start)
     view.release()
     return bytes(found)
 
 
-def _within(runs: Runs, offset: int, size: int) -> Iterator[tuple[int, int]]:
+def within(runs: Runs, offset: int, size: int) -> Iterator[tuple[int, int]]:
     """The parts of `runs` in [offset, offset + size)."""
     from bisect import bisect_right
 
@@ -197,7 +197,7 @@ def _subtract(runs: Runs, others: Runs) -> Runs:
     left: Runs = []
     for start, length in runs:
         end = start + length
-        for low, size in _within(others, start, length):
+        for low, size in within(others, start, length):
             if start < low:
                 left.append((start, low - start))
             start = low + size

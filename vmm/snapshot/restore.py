@@ -22,6 +22,9 @@ FIXED = ("memory", "cpus", "cpu", "transport", "acpi", "kernel", "initrds", "app
 """What a restored machine cannot have otherwise than it had."""
 
 
+PAGES = ("map", "uffd", "uffd=SOCKET")
+
+
 class FromFiles(Restored):
     """Memory is a private mapping of the snapshot's files: a page is read when it is first used."""
 
@@ -53,9 +56,17 @@ class FromFiles(Restored):
 
 
 def restore(
-    path: str, *, verify: bool = False, disk: str = "overlay", **changed: object
+    path: str,
+    *,
+    verify: bool = False,
+    disk: str = "overlay",
+    pages: str = "map",
+    **changed: object,
 ) -> Machine:
     """See `Machine.restore`."""
+    how, _, where = pages.partition("=")
+    if how not in ("map", "uffd") or (where and how == "map"):
+        raise UsageError(f"restore: pages={pages} is not one of {', '.join(PAGES)}")
     if disk not in disks.USES:
         raise UsageError(f"restore: disks={disk} is not one of {', '.join(disks.USES)}")
     with Snapshot(path) as snapshot:
@@ -65,6 +76,10 @@ def restore(
         with Kvm(config.device) as kvm:
             told = snapshot.manifest
             host.check(kvm, told["host"], told["guest"]["features"].split(), snapshot.path)
+        if how == "uffd":
+            from vmm.snapshot.pager import FromHandler
+
+            return Machine(config, origin=FromHandler(snapshot, snapshot.state(), where))
         return Machine(config, origin=FromFiles(snapshot, snapshot.state()))
 
 

@@ -127,6 +127,11 @@ class Snapshot:
             raise
         return found
 
+    def memory_paths(self) -> list[str]:
+        """The names of the memory files, in the order of `layers`."""
+        below = self.base.memory_paths() if self.base is not None else []
+        return [*below, os.path.join(self.path, MEMORY)]
+
     def verify(self) -> None:
         """Read everything, bases too, and compare it with its checksums. Raises SnapshotError."""
         if self.base is not None:

@@ -1,0 +1,143 @@
+"""A machine whose memory another process hands over, page by page (vmm.snapshot.uffd)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+from vmm.child import Child
+from vmm.errors import HostError, SnapshotError, UsageError
+from vmm.kvm.ffi import address_of
+from vmm.machine import exits
+from vmm.machine.exits import MachineExit
+from vmm.memory import GuestMemory, userfault
+from vmm.snapshot.restore import FromFiles
+from vmm.virtio import unix
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from vmm.config import MachineConfig
+    from vmm.machine import Machine
+    from vmm.snapshot.store import Snapshot
+
+KIND = "uffd"
+"""Of memory regions: what is not there is somewhere else."""
+ANSWER_WITHIN = 60.0
+"""Seconds; a Python starts in between."""
+
+
+class FromHandler(FromFiles):
+    """Memory is filled by a handler: one of its own, or the one that listens on `where`."""
+
+    def __init__(self, snapshot: Snapshot, state: dict[str, Any], where: str) -> None:
+        super().__init__(snapshot, state)
+        self._where = where
+        self._child: Child | None = None
+        self._sock: socket.socket | None = None
+        self._wrong = ""
+        self._closing = False
+
+    def map_memory(self, config: MachineConfig) -> GuestMemory:
+        snapshot = self._snapshot
+        memory = GuestMemory(snapshot.memory_size)
+        try:
+            uffd = userfault.open_userfault()
+            try:
+                regions, offset = [], 0
+                for region in memory.regions:
+                    region.kind = KIND
+                    userfault.register(uffd, region.hva, region.size)
+                    regions.append((address_of(region.map), region.size, offset))
+                    offset += region.size
+                self._connect(uffd, {"regions": regions, "snapshot": snapshot.checksum})
+            finally:
+                # The handler has it now. With ours, a handler's end would leave who waits for a
+                # page waiting for ever; it may be the thread that has the GIL.
+                os.close(uffd)
+        except BaseException:
+            self._hang_up()
+            memory.close()
+            raise
+        return memory
+
+    def _connect(self, uffd: int, request: dict[str, object]) -> None:
+        if self._where:
+            unix.check_path(f"--pages uffd={self._where}", self._where)
+            sock = self._sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.connect(self._where)
+            except OSError as err:
+                raise UsageError(
+                    f"--pages uffd={self._where}: {err.strerror}; start python -m "
+                    f"vmm.snapshot.uffd {self._snapshot.path} {self._where}"
+                ) from None
+        else:
+            self._sock, other = socket.socketpair()
+            with other:
+                number = str(other.fileno())
+                program = [sys.executable, "-m", "vmm.snapshot.uffd", self._snapshot.path]
+                self._child = Child([*program, "--fd", number], pass_fds=[other.fileno()])
+        sock = self._sock
+        assert sock is not None
+        line = json.dumps(request).encode() + b"\n"
+        try:
+            socket.send_fds(sock, [line], [uffd])
+            sock.settimeout(ANSWER_WITHIN)
+            answer = sock.recv(4096)
+            sock.settimeout(None)
+        except TimeoutError:
+            raise HostError(f"the handler of {self._snapshot.path} does not answer") from None
+        except OSError:
+            answer = b""
+        if not answer:
+            said = self._child.said() if self._child is not None else ""
+            raise HostError(f"the handler of {self._snapshot.path} ended at once: {said}")
+        told = json.loads(answer)
+        if "error" in told:
+            raise SnapshotError(f"the handler of {self._snapshot.path}: {told['error']}")
+        self.pid = int(told["pid"])
+
+    def apply(self, machine: Machine) -> None:
+        thread = threading.Thread(target=self._watch, args=(machine,), name="pager", daemon=True)
+        machine.at_close(lambda: self._close(thread))
+        thread.start()
+        super().apply(machine)
+
+    def _watch(self, machine: Machine) -> None:
+        """Wait for the handler's end, or what it has to say before."""
+        sock = self._sock
+        assert sock is not None
+        said = b""
+        with suppress(OSError):
+            said = sock.recv(4096)
+        if self._closing:
+            return
+        why = "it has ended"
+        with suppress(ValueError, KeyError, IndexError):
+            why = json.loads(said.splitlines()[0])["error"]
+        text = f"pages of its snapshot that it had not read yet are lost: {why}"
+        machine.end(MachineExit(exits.MEMORY_LOST, text))
+        # Now that no vCPU will enter the guest, who waits for a page may go on with zeroes.
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def _close(self, thread: threading.Thread) -> None:
+        self._closing = True
+        self._hang_up()
+        thread.join()
+
+    def _hang_up(self) -> None:
+        sock, child = self._sock, self._child
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        if child is not None:
+            child.close()
+        if sock is not None:
+            sock.close()

@@ -1,0 +1,262 @@
+"""The handler program that serves a snapshot's pages to machines, by userfaultfd.
+
+    python -m vmm.snapshot.uffd DIR SOCKET      machines connect (vmm restore --pages uffd=SOCKET)
+    python -m vmm.snapshot.uffd DIR --fd N      one machine, at the other end of socket N
+
+A machine sends a line of JSON, `{"regions": [[address, bytes, offset in the memory file], ...],
+"snapshot": checksum}`, with the userfaultfd of its memory; the answer is `{"pid": N}` when it is
+served, or `{"error": text}`, which may also come later. Each chunk is compared with its checksum
+before it is handed over.
+
+Each machine has a process of its own here that serves it. This one holds the userfaultfd too, and
+does nothing else: if the other dies, who waits for a page waits on until the machine has been told
+and has stopped its vCPUs. Without it the kernel would answer with zeroes.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from vmm.errors import SnapshotError, VmmError
+from vmm.memory import userfault
+from vmm.snapshot.index import CHUNK, crc
+from vmm.snapshot.memory import within
+from vmm.snapshot.store import Snapshot, close_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.snapshot.memory import Layer
+
+USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N"
+LINE_MAX = 1 << 16
+GREETING_WITHIN = 30.0
+STOP_WITHIN = 2.0
+"""Seconds a machine has to stop its vCPUs when it is told that pages are lost."""
+
+
+class Pages:
+    """The chunks of a snapshot's memory, checked."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._layers = snapshot.layers(whole=True)
+        self._paths = snapshot.memory_paths()
+
+    def chunk(self, number: int, size: int) -> bytes:
+        """Chunk `number` of RAM, `size` bytes. Raises SnapshotError."""
+        first, *later = zip(self._layers, self._paths, strict=True)
+        data = bytearray(self._read(*first, number, size))
+        offset = number * CHUNK
+        for layer, path in later:
+            runs = list(within(layer.index.runs, offset, size))
+            if runs:
+                found = self._read(layer, path, number, size)
+                for start, length in runs:
+                    at = start - offset
+                    data[at : at + length] = found[at : at + length]
+        return bytes(data)
+
+    @staticmethod
+    def _read(layer: Layer, path: str, number: int, size: int) -> bytes:
+        data = os.pread(layer.fd, size, number * CHUNK)
+        if crc(data) != layer.index.sums.get(number, 0):
+            raise SnapshotError(
+                f"{path} is corrupt: the {CHUNK >> 10} KiB at byte {number * CHUNK:#x} do not have "
+                "their checksum"
+            )
+        return data.ljust(size, b"\0")
+
+    def close(self) -> None:
+        close_all(self._layers)
+
+
+def serve(pages: Pages, fd: int, sock: socket.socket, regions: list[list[int]], size: int) -> None:
+    """Answer the faults of one machine, whose userfaultfd is `fd`, until it closes `sock`."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.register(sock, select.POLLIN)
+    while sock.fileno() not in {ready for ready, _ in poll.poll()}:
+        for address in userfault.faults(fd):
+            for hva, length, offset in regions:
+                if hva <= address < hva + length:
+                    number = (offset + address - hva) // CHUNK
+                    _give(pages, fd, regions, number, size)
+
+
+def _give(pages: Pages, fd: int, regions: list[list[int]], number: int, size: int) -> None:
+    start, end = number * CHUNK, min((number + 1) * CHUNK, size)
+    data = pages.chunk(number, end - start)
+    for hva, length, offset in regions:
+        low, high = max(start, offset), min(end, offset + length)
+        if low < high:
+            userfault.fill(fd, hva + low - offset, data[low - start : high - start])
+
+
+class Client:
+    """One machine: its socket, its userfaultfd, and the process that serves it."""
+
+    def __init__(
+        self, sock: socket.socket, snapshot: Snapshot, pages: Pages, others: list[Client]
+    ) -> None:
+        self.sock = sock
+        self._others = others
+        self.uffd = -1
+        self.pid = 0
+        self.pidfd = -1
+        try:
+            regions = self._greeting(snapshot)
+            self._start(pages, regions, snapshot.memory_size)
+            self.tell(pid=self.pid)
+        except (VmmError, OSError, ValueError, KeyError) as err:
+            self.tell(error=str(err))
+            self.close()
+            raise SnapshotError(str(err)) from err
+
+    def _greeting(self, snapshot: Snapshot) -> list[list[int]]:
+        self.sock.settimeout(GREETING_WITHIN)
+        data, control, _, _ = self.sock.recvmsg(LINE_MAX, socket.CMSG_SPACE(4))
+        self.sock.settimeout(None)
+        for level, kind, part in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self.uffd = array.array("i", part[:4])[0]
+        request = json.loads(data)
+        if self.uffd < 0:
+            raise ValueError("no userfaultfd came with the request")
+        if request["snapshot"] != snapshot.checksum:
+            raise SnapshotError(f"the handler serves {snapshot.path}, which is another snapshot")
+        return [[int(number) for number in region] for region in request["regions"]]
+
+    def _start(self, pages: Pages, regions: list[list[int]], size: int) -> None:
+        self.pid = os.fork()
+        if self.pid:
+            self.pidfd = os.pidfd_open(self.pid)
+            return
+        status = 1
+        try:
+            for other in self._others:  # theirs must close when their own processes end
+                os.close(other.uffd)
+                other.sock.close()
+            serve(pages, self.uffd, self.sock, regions, size)
+            status = 0
+        except VmmError as err:
+            self.tell(error=str(err))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def tell(self, **message: object) -> None:
+        with suppress(OSError):
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def lost(self) -> None:
+        """The process that serves it has ended."""
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"killed by signal {-code}" if code < 0 else f"status {code}"
+        self.pid = 0
+        self.tell(error=f"the process that served them, {how}, has ended")
+        with suppress(OSError):  # it closes when its vCPUs stop
+            self.sock.settimeout(STOP_WITHIN)
+            self.sock.recv(1)
+        self.close()
+
+    def close(self) -> None:
+        """The machine has ended, or is about to."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        for fd in (self.pidfd, self.uffd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.uffd = -1
+        self.sock.close()
+
+
+def watch(snapshot: Snapshot, listener: socket.socket | None, first: socket.socket | None) -> None:
+    """Serve clients: the `first`, and those that connect; without a listener, until the last."""
+    pages = Pages(snapshot)
+    clients: list[Client] = []
+    poll = select.poll()
+    if listener is not None:
+        poll.register(listener, select.POLLIN)
+
+    def add(sock: socket.socket) -> None:
+        with suppress(SnapshotError):
+            client = Client(sock, snapshot, pages, clients)
+            clients.append(client)
+            poll.register(client.pidfd, select.POLLIN)
+            poll.register(client.sock, select.POLLIN)
+
+    try:
+        if first is not None:
+            add(first)
+        _watch(clients, poll, listener, add)
+    finally:
+        for client in clients:
+            client.close()
+
+
+def _watch(
+    clients: list[Client],
+    poll: select.poll,
+    listener: socket.socket | None,
+    add: Callable[[socket.socket], None],
+) -> None:
+    while clients or listener is not None:
+        ready = {fd for fd, _ in poll.poll()}
+        for client in list(clients):
+            if not ready & {client.pidfd, client.sock.fileno()}:
+                continue
+            clients.remove(client)
+            poll.unregister(client.pidfd)
+            poll.unregister(client.sock)
+            if client.pidfd in ready:
+                client.lost()
+            else:
+                client.close()
+        if listener is not None and listener.fileno() in ready:
+            sock, _ = listener.accept()
+            add(sock)
+
+
+def main(argv: list[str]) -> int:
+    """The program; its exit status."""
+    if len(argv) not in (2, 3) or (len(argv) == 3 and argv[1] != "--fd"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        with Snapshot(argv[0]) as snapshot:
+            if len(argv) == 3:
+                watch(snapshot, None, socket.socket(fileno=int(argv[2])))
+                return 0
+            from vmm.virtio import unix
+
+            listener, identity = unix.listen(argv[1], argv[1])
+            try:
+                listener.setblocking(True)
+                watch(snapshot, listener, None)
+            finally:
+                unix.remove(argv[1], identity)
+    except VmmError as err:
+        print(f"vmm.snapshot.uffd: {err}", file=sys.stderr)
+        return err.exit_status
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

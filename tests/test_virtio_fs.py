@@ -121,6 +121,14 @@ def test_a_readonly_share_does_not_change(share: Path) -> None:
     assert leftovers() == []
 
 
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_relative_path(share: Path, monkeypatch: pytest.MonkeyPatch, readonly: bool) -> None:
+    monkeypatch.chdir(share.parent)
+    fuse = Fuse(Share(share.name, tag="x", readonly=readonly))
+    with fuse.driver:
+        assert fuse.read(fuse.find(ROOT, "file")) == b"unchanged"
+
+
 def test_a_writable_one_does(share: Path) -> None:
     fuse = Fuse(Share(str(share), tag="x"))
     with fuse.driver:

@@ -286,10 +286,10 @@ class MachineConfig:
             raise UsageError("--initrd needs a kernel")
         if self.agent and self.kernel is None:
             raise UsageError("agent: it goes in with a kernel, and there is none")
-        if self.modules is not None:
-            from vmm.agent.modules import check_tree
+        if self.agent:
+            from vmm.agent import archive
 
-            check_tree(self.modules)
+            archive.check(self)
         for characters, name in (("\0", "NUL character"), ("\r\n", "line break")):
             if any(character in self.append for character in characters):
                 raise UsageError(

@@ -41,18 +41,31 @@ def build(config: MachineConfig) -> bytes:
             path = f"/.vmm/modules/{number:02}.ko"
             ram.file(path, data=module)
             lines.append(f"module {path}")
-    init = parameter(config.append, "rdinit")
     if root is not None:
         lines += root.lines
-        init = parameter(config.append, "init")
-    elif init is None:
-        init = DEFAULT_INIT
+    init = guest_init(config)
     if init is not None:
-        if "\n" in init or not init.startswith("/"):
-            raise UsageError(f"--append: init {init!r} is not a path that begins with /")
         lines.append(f"init {init}")
     ram.file(".vmm/config", data="".join(f"{line}\n" for line in lines))
     return ram.bytes()
+
+
+def check(config: MachineConfig) -> None:
+    """UsageError where what a configuration says of the agent cannot be."""
+    from vmm.agent.modules import check_tree
+
+    if config.modules is not None:
+        check_tree(config.modules)
+    init = guest_init(config)
+    if init is not None and not init.startswith("/"):
+        raise UsageError(f"--append: init {init!r} is not a path that begins with /")
+
+
+def guest_init(config: MachineConfig) -> str | None:
+    """What is executed after the agent: an initrd's init, or with a root what the person says."""
+    if config.root is not None:
+        return parameter(config.append, "init")
+    return parameter(config.append, "rdinit") or DEFAULT_INIT
 
 
 def command_line(line: str) -> str:

@@ -48,7 +48,7 @@ class Root:
         if os.path.isdir(path):
             from vmm.virtio.fs import Share
 
-            self.share = Share(path, tag=NAME)
+            self.share = Share(path, tag=NAME, readonly=True)
             self.lines = [f"root virtiofs {NAME}", "overlay"]
             self.wanted = ["virtiofs", "overlay"]
             return

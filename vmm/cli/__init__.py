@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: vmm run KERNEL [--initrd FILE ...] [--append CMDLINE] [--memory 256M] [--cpus N] ...
        vmm run MACHINE.toml [option ...]
+       vmm exec KERNEL [--root DIR|IMAGE] [option ...] -- CMD [ARG ...]
        vmm snapshot DIR --control PATH [--base DIR] ... | --check
        vmm restore DIR [option ...]
        vmm config FILE | --schema
        vmm doctor [--json]
        vmm --version
 
-Boot a Linux kernel in a virtual machine, keep a machine in a directory and go on from there, check
-a file that describes one, or tell what this host can run.
+Boot a Linux kernel in a virtual machine, run one command in such a machine, keep a machine in a
+directory and go on from there, check a file that describes one, or tell what this host can run.
 `vmm run --help` lists the options.
 """
-COMMANDS = ("run", "snapshot", "restore", "config", "doctor")
+COMMANDS = ("run", "exec", "snapshot", "restore", "config", "doctor")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """What the host says when it runs out of something; no fault of ours."""
 
@@ -87,6 +88,10 @@ def _command(args: list[str]) -> int:
         from vmm.cli.restore import main as restore
 
         return restore(args[1:])
+    if command == "exec":
+        from vmm.cli.exec import main as execute
+
+        return execute(args[1:])
     if command == "config":
         from vmm.cli.config import main as config
 

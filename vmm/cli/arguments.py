@@ -87,6 +87,7 @@ class Parser:
         options: besides --help, which each command has.
         operand: what its one operand is called, which must be given; empty for none.
         instead: an option with which there is no operand.
+        after: what follows the options, for the help.
         epilog: the end of the help.
     """
 
@@ -98,6 +99,7 @@ class Parser:
         *,
         operand: str = "",
         instead: str = "",
+        after: str = "",
         epilog: str = "",
     ) -> None:
         self.command = command
@@ -105,6 +107,7 @@ class Parser:
         self.options = (*options, Option("-h", HELP, help="this help"))
         self.operand = operand
         self.instead = instead
+        self.after = after
         self.epilog = epilog
 
     def parse(self, argv: Sequence[str]) -> Arguments:
@@ -142,7 +145,8 @@ class Parser:
         """What --help prints."""
         from textwrap import wrap
 
-        usage = f"usage: {self.command} {self.operand} [option ...]".replace("  ", " ")
+        words = ("usage:", self.command, self.operand, "[option ...]", self.after)
+        usage = " ".join(filter(None, words))
         lines = [usage, "", *wrap(self.summary, WIDTH), "", "options:"]
         for option in self.options:
             left = "  " + ", ".join(option.names) + self._metavar(option)

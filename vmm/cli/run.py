@@ -159,17 +159,22 @@ TEXTS = (
 """Options and the keywords of MachineConfig that take their values as they are."""
 
 
-def configure(args: Arguments) -> MachineConfig:
-    """A configuration from parsed options; UsageError names the one that cannot be."""
-    kernel, values = args.operands[0], keywords(args)
+def configure(
+    args: Arguments, console: str = "auto", more: dict[str, object] | None = None
+) -> MachineConfig:
+    """A configuration from parsed options; UsageError names the one that cannot be.
+
+    `console` is what it is by default, `more` are keywords of other options.
+    """
+    kernel, values = args.operands[0], {**keywords(args), **(more or {})}
     if kernel.endswith((".toml", ".json")):
         from vmm.config_file import configure as from_file
 
-        config = from_file(kernel, values, console="auto")
+        config = from_file(kernel, values, console=console)
         if config.kernel is None:
             raise UsageError(f"{kernel}: kernel is missing; it is the path of a bzImage or vmlinux")
     else:
-        values.setdefault("console", "auto")
+        values.setdefault("console", console)
         config = MachineConfig(kernel, **values)  # type: ignore[arg-type]
     if config.console_where == "auto" and sys.stdout is None:
         raise UsageError("--console auto: standard output is closed; try --console none")
@@ -234,7 +239,7 @@ def see_through(machine: Machine, control: str = "") -> int:
             raise UsageError("--console auto: standard output is closed; try --console none")
         machine.on_error = say
         if verbose:
-            _describe(machine)
+            describe(machine)
         backend = machine.platform.console.backend
         if config.console_where == "pty":
             say(f"console on {backend.name.removeprefix('pty ')}")
@@ -261,7 +266,8 @@ def see_through(machine: Machine, control: str = "") -> int:
     return ended.status
 
 
-def _describe(machine: Machine) -> None:
+def describe(machine: Machine) -> None:
+    """What -v says of a machine that is about to start."""
     config = machine.config
     say(f"{config.cpus} vCPU ({config.cpu}), {format_size(config.memory)} of memory")
     if machine.boot is not None:

@@ -34,20 +34,21 @@ NAMES = {_signal.SIGINT: "SIGINT", _signal.SIGTERM: "SIGTERM", _signal.SIGHUP: "
 
 
 class Signals:
-    """SIGNALS come out of `fd`, a byte each, and do nothing else.
+    """Signals come out of `fd`, a byte each, and do nothing else.
 
     A context manager, for the main thread. One that was ignored (nohup) stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signums: tuple[int, ...] = SIGNALS) -> None:
         self.fd = -1
+        self._signums = signums
 
     def __enter__(self) -> Self:
         self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old_fd = _signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._old = {
             signum: _signal.signal(signum, _on_signal)
-            for signum in SIGNALS
+            for signum in self._signums
             if _signal.getsignal(signum) != _signal.SIG_IGN
         }
         return self

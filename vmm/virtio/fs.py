@@ -74,14 +74,15 @@ class Share:
         from vmm.child import Child, find
 
         program = find("virtiofsd", "virtiofsd (or qemu-system-common)", *VIRTIOFSD)
+        path = os.path.abspath(self.path)  # the one in C changes its directory first
         listener = Listener()
         try:
             fd = listener.sock.fileno()
             if program == VIRTIOFSD[1]:  # the one in C that came with QEMU up to 7.2
-                source = self.path.replace("\\", "\\\\").replace(",", "\\,")
+                source = path.replace("\\", "\\\\").replace(",", "\\,")
                 options = ["-o", f"source={source}", "-o", "log_level=err", f"--fd={fd}"]
             else:
-                options = ["--shared-dir", self.path, "--log-level", "error", f"--fd={fd}"]
+                options = ["--shared-dir", path, "--log-level", "error", f"--fd={fd}"]
             command = [program, *options]
             if self.readonly:
                 command = self._readonly(command)

@@ -1,0 +1,109 @@
+"""`vmm exec` as far as it gets without a Linux guest: what it is told, and what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import boot_files
+from vmm.agent.root import file_system
+from vmm.errors import EXIT_USAGE, UsageError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "kernel").write_bytes(boot_files.elf())
+    (tmp_path / "initrd").write_bytes(b"070701" + bytes(506))
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "zeroes").write_bytes(bytes(1 << 17))
+    disk = bytearray(1 << 17)
+    disk[510:512] = b"\x55\xaa"
+    (tmp_path / "disk").write_bytes(disk)
+    (tmp_path / "qcow2").write_bytes(b"QFI\xfb" + bytes(1000))
+    return tmp_path
+
+
+def execute(files: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vmm", "exec", *words], cwd=files, capture_output=True, text=True,
+        check=False, stdin=subprocess.DEVNULL, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), **env},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "no KERNEL given"),
+        ("kernel --root dir true", "only one KERNEL can be given"),
+        ("kernel --root dir", "no command; it comes after --: vmm exec KERNEL [option ...] -- CM"),
+        ("kernel --root dir --", "no command after --"),
+        ("-- true", "no KERNEL given"),
+        ("kernel -- true", "no root file system for the command: give --root DIR, --root IMAGE or"),
+        ("kernel --root nothing -- true", "--root nothing: No such file or directory; give a dir"),
+        ("kernel --root zeroes -- true", "--root zeroes is no image of a file system known here"),
+        ("kernel --root disk -- true", "--root disk is a disk with partitions; give an image of"),
+        ("kernel --root qcow2 -- true", "--root qcow2 is a qcow2 image; make it raw: qemu-img"),
+        ("kernel --root dir --tty -- true", "--tty: standard input is no terminal"),
+        ("kernel --root dir --console auto -- true", "--console auto: this terminal is the comm"),
+        ("kernel --root dir --console hvc -- true", "--console hvc: this terminal is the command"),
+        ("kernel --root dir --env =x -- true", "--env '=x' has no name; say NAME=VALUE"),
+        ("kernel --root dir --env NO_SUCH -- true", "--env NO_SUCH: it has no value here"),
+        ("kernel --root dir --modules dir -- true", "--modules dir has no directory 'kernel'"),
+        ("kernel --root dir --append init=here -- true", "--append: init 'here' is not a path"),
+        ("kernel --root dir --bogus -- true", "'--bogus' is no option"),
+        ("kernel --root dir --control x -- true", "'--control' is no option"),
+        ("kernel --initrd initrd --append rdinit=x -- true", "--append: init 'x' is not a path"),
+    ],
+)
+def test_wrong_usage_is_one_line(files: Path, words: str, line: str) -> None:
+    done = execute(files, *words.split())
+    assert done.stderr.startswith(f"vmm: {line}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
+
+
+def test_a_command_that_cannot_be(files: Path) -> None:
+    done = execute(files, "kernel", "--root", "dir", "--", "true", *["x" * 100_000] * 11)
+    assert "Argument list too long" in done.stderr
+    assert done.returncode == EXIT_USAGE
+
+
+def test_help() -> None:
+    done = execute(Path.cwd(), "--help")
+    assert done.returncode == 0
+    assert "-- CMD [ARG ...]" in done.stdout.splitlines()[0]
+    for option in ("--root", "--tty", "--env", "--workdir", "--memory", "--drive"):
+        assert f"  {option}" in done.stdout or f", {option}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("offset", "magic", "name"),
+    [
+        (0x438, b"\x53\xef", "ext4"),
+        (0, b"XFSB", "xfs"),
+        (0x10040, b"_BHRfS_M", "btrfs"),
+        (0, b"hsqs", "squashfs"),
+        (0x400, b"\xe2\xe1\xf5\xe0", "erofs"),
+        (0x8001, b"CD001", "iso9660"),
+        (0x400, b"\x10\x20\xf5\xf2", "f2fs"),
+    ],
+)
+def test_file_systems_are_told_apart(tmp_path: Path, offset: int, magic: bytes, name: str) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(offset) + magic + bytes(1 << 17))
+    assert file_system(str(image)) == name
+
+
+def test_a_real_ext4_image(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", str(image)], check=True, capture_output=True)
+    assert file_system(str(image)) == "ext4"
+    with pytest.raises(UsageError, match="Is a directory"):
+        file_system(str(tmp_path))

@@ -1,0 +1,219 @@
+"""`vmm exec`: boot a kernel, run one command in the guest, end with its status."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import os
+
+from vmm.cli import run
+from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.say import answer, say, write_error
+from vmm.errors import EXIT_AGENT, EXIT_OK, AgentError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.cli.arguments import Arguments
+    from vmm.config import MachineConfig
+    from vmm.machine import Machine
+
+EXIT_CANNOT_EXECUTE, EXIT_NOT_FOUND = 126, 127
+CONSOLE_LINES = 15
+"""Lines of the console shown where the machine ended and not the command."""
+SIGNALS = (
+    *(_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT),
+    *(_signal.SIGUSR1, _signal.SIGUSR2, _signal.SIGWINCH, _signal.SIGCONT),
+)
+
+NOT_HERE = (HELP, "--control")
+
+EPILOG = """\
+exit status:
+  N        the command's, 128 and the number of the signal that ended it
+  2        wrong usage                 125  the agent does not answer
+  69, 70   as of vmm run               126  the command cannot be executed
+  120-122  the machine failed          127  there is no such command
+  124      --timeout passed            130  Ctrl-C before the command began
+
+Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 go to the command's process
+group; a third Ctrl-C or SIGTERM ends the machine.
+"""
+
+PARSER = Parser(
+    "vmm exec",
+    "Boot KERNEL, run CMD in it, and end with its status. Its standard input, output and error "
+    "are this command's.",
+    (
+        Option(
+            "--root",
+            metavar="DIR|IMAGE",
+            help="the root file system: a directory, or an image of a file system; neither is "
+            "changed, what is written goes with the machine",
+        ),
+        Option(
+            "-e",
+            "--env",
+            metavar="NAME=VALUE",
+            repeat=True,
+            help="a variable of the command's environment; NAME alone: with the value it has here",
+        ),
+        Option("-w", "--workdir", metavar="DIR", help="the command's directory (default /)"),
+        Option("-t", "--tty", help="give the command a terminal, this one"),
+        Option(
+            "--modules",
+            metavar="DIR",
+            help="the kernel's lib/modules/VERSION, if it is not beside the kernel",
+        ),
+        *(option for option in run.PARSER.options if option.name not in NOT_HERE),
+    ),
+    operand="KERNEL",
+    after="-- CMD [ARG ...]",
+    epilog=EPILOG,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Boot, run the command; the exit status (see EPILOG)."""
+    before, dashes, command = _split(list(argv))
+    args = PARSER.parse(before)
+    if args.given(HELP):
+        answer(PARSER.help_text())
+        return EXIT_OK
+    if not command:
+        after = " after --" if dashes else "; it comes after --"
+        raise UsageError(f"no command{after}: vmm exec KERNEL [option ...] -- CMD [ARG ...]")
+    environment = _environment(args)
+    tty = args.given("--tty")
+    if tty and not os.isatty(0):
+        raise UsageError("--tty: standard input is no terminal; leave --tty out")
+    config = configure(args)
+    from vmm.agent.wire import EXECUTE, TERMINAL, request
+    from vmm.agent.wire import environment as merged
+
+    size = _terminal_size() if tty else (24, 80)
+    try:
+        first = request(
+            EXECUTE, command, directory=args.value("--workdir"), environment=merged(environment),
+            flags=TERMINAL if tty else 0, size=size,
+        )  # fmt: skip
+    except (OSError, ValueError) as err:
+        raise UsageError(f"the command cannot be: {err}") from None
+    return _run(config, command, args.value("--workdir"), first, tty)
+
+
+def configure(args: Arguments) -> MachineConfig:
+    """The machine's configuration."""
+    more: dict[str, object] = {"agent": True}
+    if args.given("--root"):
+        more["root"] = args.value("--root")
+    if args.given("--modules"):
+        more["modules"] = args.value("--modules")
+    config = run.configure(args, "none", more)
+    if config.console_where == "auto":
+        raise UsageError(
+            f"--console {config.console}: this terminal is the command's; "
+            "file:PATH, pty and none work"
+        )
+    if config.root is None and not config.initrds:
+        from vmm.agent.archive import parameter
+
+        if parameter(config.append, "root") is None:
+            raise UsageError(
+                "no root file system for the command: give --root DIR, --root IMAGE or "
+                "--initrd FILE"
+            )
+    return config
+
+
+def _run(
+    config: MachineConfig, command: list[str], directory: str, first: bytes, tty: bool
+) -> int:
+    from vmm.cli.relay import Relay
+    from vmm.cli.supervise import Signals
+    from vmm.console.terminal import Terminal
+    from vmm.machine import Machine
+
+    with Machine(config) as machine:
+        machine.on_error = say
+        if config.trace:
+            run.describe(machine)
+        with Signals(SIGNALS) as signals, Relay(machine, signals, tty) as relay:
+            try:
+                machine.start()
+                relay.wait_for_agent()
+                if machine.exit is None:
+                    with Terminal(0 if tty else -1):
+                        relay.serve(first)
+            except AgentError as err:
+                if machine.exit is None:
+                    _show_console(machine)
+                    say(str(err))
+                    return EXIT_AGENT
+            failure = relay.session.failure(command, directory)
+            if failure is not None:
+                return _cannot(failure)
+            if relay.session.returncode is not None:
+                code = relay.session.returncode
+                return code if code >= 0 else 128 - code
+            machine.close()
+    return _machine_ended(machine)
+
+
+def _cannot(failure: Exception) -> int:
+    """The command could not be started."""
+    if not isinstance(failure, OSError):
+        say(str(failure))
+        return EXIT_AGENT
+    say(f"{failure.filename}: {failure.strerror} (in the guest)")
+    return EXIT_NOT_FOUND if isinstance(failure, FileNotFoundError) else EXIT_CANNOT_EXECUTE
+
+
+def _machine_ended(machine: Machine) -> int:
+    """The machine ended, and not the command."""
+    ended = machine.exit
+    assert ended is not None
+    if ended.kind not in ("stopped", "timeout"):
+        _show_console(machine)
+    if ended.report:
+        write_error(ended.report.rstrip("\n") + "\n")
+    status = ended.status or EXIT_AGENT
+    say(f"{ended.message}, before the command had ended (status {status})")
+    return status
+
+
+def _show_console(machine: Machine) -> None:
+    lines = machine.console.text().replace("\r", "").rstrip("\n").split("\n")
+    for line in lines[-CONSOLE_LINES:]:
+        if line:
+            say(f"console: {line}")
+
+
+def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
+    """What is before the first `--`, whether there is one, and what is after it."""
+    if "--" not in argv:
+        return argv, False, []
+    at = argv.index("--")
+    return argv[:at], True, argv[at + 1 :]
+
+
+def _environment(args: Arguments) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    if args.given("--tty"):
+        found["TERM"] = os.environ.get("TERM", "dumb")
+    for word in args.values("--env"):
+        name, equals, value = word.partition("=")
+        if not name:
+            raise UsageError(f"--env {word!r} has no name; say NAME=VALUE")
+        if not equals and name not in os.environ:
+            raise UsageError(f"--env {name}: it has no value here; say {name}=VALUE")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
+def _terminal_size() -> tuple[int, int]:
+    try:
+        size = os.get_terminal_size(0)
+    except OSError:
+        return 24, 80
+    return size.lines, size.columns

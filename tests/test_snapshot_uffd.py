@@ -227,7 +227,7 @@ def test_many_machines_of_one_handler(made: Path, handler: str) -> None:
 
 
 def test_a_handler_of_another_snapshot(made: Path, handler: str) -> None:
-    with pytest.raises(SnapshotError, match=r"the handler serves .*diff, which is another snapshot"):
+    with pytest.raises(SnapshotError, match=r"handler serves .*diff, which is another snapshot"):
         Machine.restore(str(made / "full"), pages=f"uffd={handler}")
     with Machine.restore(str(made / "diff"), pages=f"uffd={handler}"):
         pass

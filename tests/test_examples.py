@@ -37,7 +37,7 @@ def test_booting(tmp_path: Path) -> None:
     kernel = tiny.kernel(tmp_path, tiny.prints(b"facts: few\n") + tiny.POWEROFF)
     (tmp_path / "initrd").write_bytes(b"070701" + bytes(506))
     lines = run("boot.py", kernel, str(tmp_path / "initrd")).splitlines()
-    assert lines[0] == "the guest says: facts: few"
+    assert lines[0].startswith("the guest says: facts:")
     assert lines[1].startswith("ended: MachineExit('poweroff'")
 
 

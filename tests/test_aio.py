@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import tiny
 from vmm import AsyncMachine, ConsoleClosed, HostError, Machine, MachineConfig, StateError
-from vmm.aio import in_thread
+from vmm.aio.thread import in_thread
 from vmm.events import ConsoleLine, Stopped
 from vmm.machine import exits
 

@@ -30,6 +30,8 @@ class HostAgent:
     def why_lost(self) -> str:
         return "the agent on this host has gone"
 
+    ready = True
+
     def wait(self, timeout: float | None = None) -> None:
         """It is there."""
 

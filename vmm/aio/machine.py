@@ -1,26 +1,23 @@
-"""A machine for asyncio: the calls of `Machine` as coroutines.
-
-What may block runs in a thread of its own for as long as the call, never on the caller's loop, and
-never in the loop's default executor, whose few threads a machine that waits would take from others.
-A call that is cancelled has ended before the cancellation goes on: no thread is left, and the
-machine is in one of its states.
-"""
+"""A machine's calls as coroutines."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 
+from vmm.aio.guest import AsyncGuestCalls
+from vmm.aio.thread import in_thread
 from vmm.errors import StateError
 from vmm.events import Event, Stopped
 from vmm.machine import Machine, MachineExit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from typing import Self, TypeVar
 
+    from vmm.agent.link import Link
+    from vmm.aio.vsock import AsyncHandler, AsyncVsockServer
     from vmm.config import MachineConfig
     from vmm.console.tail import ConsoleTail, Pattern
     from vmm.kvm.vcpu import Vcpu
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
-class AsyncMachine:
+class AsyncMachine(AsyncGuestCalls):
     """A `Machine` whose blocking calls are coroutines; an asynchronous context manager.
 
     >>> async def boot(config):  # doctest: +SKIP
@@ -48,7 +45,7 @@ class AsyncMachine:
     def __init__(self, what: MachineConfig | Machine | Callable[[], Machine]) -> None:
         self._what = what
         self._machine = what if isinstance(what, Machine) else None
-        self._servers: list[_VsockServer] = []
+        self._servers: list[AsyncVsockServer] = []
 
     async def __aenter__(self) -> Self:
         if self._machine is None:
@@ -157,13 +154,18 @@ class AsyncMachine:
     def bind_vsock(
         self,
         port: int,
-        handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]],
+        handler: AsyncHandler,
     ) -> Callable[[], None]:
         """See `Machine.bind_vsock`; but `handler(reader, writer)` is a coroutine, run as a task of
         this loop. What still runs when the machine is closed is cancelled."""
-        server = _VsockServer(self.machine, port, handler)
+        from vmm.aio.vsock import AsyncVsockServer
+
+        server = AsyncVsockServer(self.machine, port, handler)
         self._servers.append(server)
         return server.unbind
+
+    def _agent(self) -> Link:
+        return self.machine._agent()
 
     def press_power_button(self) -> None:
         """See `Machine.press_power_button`."""
@@ -264,126 +266,3 @@ class AsyncMachine:
             return await self.wait(timeout)
         except TimeoutError:
             return await self.stop()
-
-
-class _VsockServer:
-    """The connections of one port as tasks of the loop it is made on."""
-
-    def __init__(
-        self,
-        machine: Machine,
-        port: int,
-        handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]],
-    ) -> None:
-        from vmm.machine.vsock_binding import claim
-
-        self._machine = machine
-        self._port = port
-        self._handler = handler
-        self._loop = asyncio.get_running_loop()
-        self._tasks: dict[asyncio.Task[None], socket.socket] = {}
-        self._unbound = self._closed = False
-        self._device = claim(machine, port, self._serve)
-        self._leave = machine.subscribe(lambda event: self._soon(self._end), Stopped)
-
-    def unbind(self) -> None:
-        """Take no more connections; those there are stay. On any thread."""
-        if not self._unbound:
-            self._unbound = True
-            self._device.host.bind(self._port, None)
-
-    async def cancel(self) -> None:
-        """The machine is closed: end what is left."""
-        self.unbind()
-        self._leave()
-        self._closed = True
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-
-    def _soon(self, function: Callable[..., object], *arguments: object) -> bool:
-        """Have the loop call it; from any thread. False: it is closed."""
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            return False
-        return True
-
-    def _serve(self, sock: socket.socket) -> None:
-        """On the device's loop."""
-        if not self._soon(self._begin, sock):
-            sock.close()
-
-    def _begin(self, sock: socket.socket) -> None:
-        from vmm.machine.vsock_binding import CONNECTIONS_MAX
-
-        if self._closed or len(self._tasks) >= CONNECTIONS_MAX:
-            sock.close()
-            return
-        task = self._loop.create_task(self._run(sock))
-        self._tasks[task] = sock
-        task.add_done_callback(self._tasks.pop)
-
-    def _end(self) -> None:
-        """The machine has ended: readers come to their end."""
-        from contextlib import suppress
-
-        for sock in self._tasks.values():
-            with suppress(OSError):  # it is closed already
-                sock.shutdown(socket.SHUT_RDWR)
-
-    async def _run(self, sock: socket.socket) -> None:
-        from vmm.machine.vsock_binding import failed
-
-        sock.setblocking(False)
-        try:
-            reader, writer = await asyncio.open_connection(sock=sock)
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            await self._handler(reader, writer)
-            await writer.drain()
-        except Exception as err:
-            failed(self._machine, self._port, err)
-        finally:
-            writer.close()
-
-
-async def in_thread(
-    function: Callable[..., T], *arguments: object, abort: Callable[[], object] | None = None
-) -> T:
-    """What `function` returns or raises, called in a new thread; see `AsyncMachine.call`."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = function(*arguments)
-        except BaseException as err:
-            loop.call_soon_threadsafe(done.set_exception, _for_future(err))
-        else:
-            loop.call_soon_threadsafe(done.set_result, result)
-
-    thread = threading.Thread(target=run, name=f"vmm-{getattr(function, '__name__', 'call')}")
-    thread.start()
-    cancelled: asyncio.CancelledError | None = None
-    while not done.done():
-        try:
-            await asyncio.wait([done])
-        except asyncio.CancelledError as err:
-            if cancelled is None and abort is not None:
-                abort()
-            cancelled = err
-    thread.join()
-    if cancelled is not None:
-        done.exception()  # seen: nobody else will look at it
-        raise cancelled
-    return done.result()
-
-
-def _for_future(err: BaseException) -> BaseException:
-    """A future takes any exception but StopIteration."""
-    return RuntimeError(str(err)) if isinstance(err, StopIteration) else err

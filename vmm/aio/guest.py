@@ -1,0 +1,130 @@
+"""Commands and files in the guest, as coroutines: `AsyncMachine` has these (docs/exec.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from contextlib import suppress
+
+from vmm.aio.thread import in_thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    import subprocess
+    from collections.abc import Callable
+    from typing import Any, BinaryIO, TypeVar
+
+    from vmm.agent.link import Link
+    from vmm.agent.process import Args, Dialer, GuestProcess
+
+    T = TypeVar("T")
+
+
+class Line:
+    """A way to the agent that can be cut: what goes on over it then ends at once."""
+
+    def __init__(self, link: Dialer) -> None:
+        self._link = link
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._cut = False
+
+    def connect(self) -> socket.socket:
+        """See `Link.connect`."""
+        sock = self._link.connect()
+        with self._lock:
+            self._sockets.append(sock)
+            if self._cut:
+                sock.shutdown(socket.SHUT_RDWR)
+        return sock
+
+    def why_lost(self) -> str:
+        """See `Link.why_lost`."""
+        return "the call was cancelled" if self._cut else self._link.why_lost()
+
+    def cut(self) -> None:
+        """Hang up: the guest ends the command."""
+        with self._lock:
+            self._cut = True
+            for sock in self._sockets:
+                with suppress(OSError):  # it is closed already
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+class AsyncGuestCalls:
+    """`GuestCalls` for asyncio. A call that is cancelled hangs up: its command gets a SIGHUP."""
+
+    def _agent(self) -> Link:
+        """The way to the agent; StateError."""
+        raise NotImplementedError
+
+    async def wait_for_agent(self, timeout: float | None = None) -> None:
+        """See `Machine.wait_for_agent`."""
+        from vmm.agent.link import BOOT_WITHIN, LOOK
+
+        link, loop, changed = self._agent(), asyncio.get_running_loop(), asyncio.Event()
+        limit = BOOT_WITHIN if timeout is None else timeout
+        until = time.monotonic() + limit
+        asked = False
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(changed.set)
+
+        while not await in_thread(lambda: link.ready):
+            if not asked or changed.is_set():
+                changed.clear()
+                link.when_ready(tell)
+                asked = True
+            left = until - time.monotonic()
+            if left <= 0:
+                raise link.late(limit)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, LOOK)):
+                    await changed.wait()
+
+    async def run(self, args: Args, **options: Any) -> subprocess.CompletedProcess[Any]:
+        """See `Machine.run`."""
+        from vmm.agent.process import run
+
+        return await self._over_a_line(lambda line: run(line, args, **options))
+
+    async def popen(self, args: Args, **options: Any) -> GuestProcess:
+        """See `Machine.popen`. What is returned blocks: `await m.call(process.wait)`; with
+        `abort=process.close` where that may be cancelled."""
+        from vmm.agent.process import GuestProcess
+
+        return await self._over_a_line(lambda line: GuestProcess(line, args, **options))
+
+    async def put(
+        self,
+        source: str | os.PathLike[str] | BinaryIO,
+        target: str,
+        *,
+        timeout: float | None = None,
+        mode: int | None = None,
+    ) -> None:
+        """See `Machine.put`."""
+        from vmm.agent.copy import put
+
+        await self._over_a_line(lambda line: put(line, source, target, timeout=timeout, mode=mode))
+
+    async def get(
+        self,
+        source: str,
+        target: str | os.PathLike[str] | BinaryIO,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """See `Machine.get`."""
+        from vmm.agent.copy import get
+
+        await self._over_a_line(lambda line: get(line, source, target, timeout=timeout))
+
+    async def _over_a_line(self, function: Callable[[Line], T]) -> T:
+        await self.wait_for_agent()
+        line = Line(self._agent())
+        return await in_thread(function, line, abort=line.cut)

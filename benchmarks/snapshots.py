@@ -1,4 +1,4 @@
-"""Row s: copies of a machine, going back to a point, and what a copy costs in memory."""
+"""Row s: restoring a snapshot, copies of a machine, going back to a point, what a copy costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from benchmarks import guests
 from benchmarks.native import Native, clones_program
 from benchmarks.series import Progress, Series, interleave
 from vmm import HostError, Machine, MachineConfig
-from vmm.layout import MIB, PAGE_SIZE
+from vmm.layout import GIB, MIB, PAGE_SIZE
 
+SIZES = {"128 MiB": 128 * MIB, "1 GiB": GIB, "4 GiB": 4 * GIB}
 MEMORY = 128 * MIB
 COPIES = 100
 PAGES = 1000
@@ -28,25 +29,26 @@ REPETITIONS = 20
 
 def measure(progress: Progress) -> list[Series]:
     """All of them, each beside C."""
-    with tempfile.TemporaryDirectory(prefix="vmm-bench-", dir="/dev/shm") as scratch:
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files are in memory, as in rows b, c
+    with tempfile.TemporaryDirectory(prefix="vmm-bench-", dir=shm) as scratch:
         rows = []
-        for part in (_copies, _rollback, _memory, _rate):
+        for part in (_restore, _copies, _rollback, _memory, _rate):
             rows += part(scratch, progress)
         return rows
 
 
-def _image(scratch: str, pages: int) -> str:
-    """A file of MEMORY bytes with a guest that writes to that many pages, then ends."""
-    path = os.path.join(scratch, f"image-{pages}")
+def _image(scratch: str, pages: int, memory: int = MEMORY) -> str:
+    """A file of `memory` bytes with a guest that writes to that many pages, then ends."""
+    path = os.path.join(scratch, f"image-{pages}-{memory}")
     Path(path).write_bytes(guests.dirty_image(pages, STRIDE))
-    os.truncate(path, MEMORY)
+    os.truncate(path, memory)
     return path
 
 
 @contextmanager
-def _machine(pages: int) -> Iterator[Machine]:
+def _machine(pages: int, memory: int = MEMORY) -> Iterator[Machine]:
     """One with that guest, which has not run."""
-    with Machine(MachineConfig(memory=MEMORY)) as machine:
+    with Machine(MachineConfig(memory=memory)) as machine:
         machine.memory.write(0, guests.dirty_image(pages, STRIDE))
         guests.set_long_mode(machine.vcpus[0], 3)
         yield machine
@@ -72,6 +74,48 @@ def _series(
         )
         for name, samples in results.items()
     ]
+
+
+def _restore(scratch: str, progress: Progress) -> list[Series]:
+    rows = []
+    with Native(clones_program()) as native:
+        for name, memory in SIZES.items():
+            rows += _restore_of(scratch, native, name, memory, progress)
+    return rows
+
+
+def _restore_of(
+    scratch: str, native: Native, name: str, memory: int, progress: Progress
+) -> list[Series]:
+    image, path = _image(scratch, 1, memory), os.path.join(scratch, f"snapshot-{memory}")
+    reference = "a private mapping and the same state in C"
+    with _machine(1, memory) as machine:
+        machine.snapshot(path)
+
+    def to_first_exit(make: Callable[[], Machine]) -> Sequence[float]:
+        begin = time.perf_counter()
+        machine = make()
+        try:
+            machine.start()
+            _to_exit(machine)
+            return [(time.perf_counter() - begin) * 1e3]
+        finally:
+            machine.close()
+
+    def fresh() -> Machine:
+        machine = Machine(MachineConfig(memory=memory))
+        machine.memory.write(0, guests.dirty_image(1, STRIDE))
+        guests.set_long_mode(machine.vcpus[0], 3)
+        return machine
+
+    contenders = {
+        "Machine.restore": lambda: to_first_exit(lambda: Machine.restore(path)),
+        "Machine, fresh memory": lambda: to_first_exit(fresh),
+        reference: lambda: [native.ask(f"restore 0 {image} {memory}") / 1e6],
+        "fresh memory in C": lambda: [native.ask(f"create 0 {memory}") / 1e6],
+    }
+    results = interleave(contenders, REPETITIONS, progress, f"restore {name}", warm_up=3)
+    return _series(f"{name} restored, to its first exit", "ms", reference, results)
 
 
 def _copies(scratch: str, progress: Progress) -> list[Series]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import bare, blk, exits, guests, native, net, output, start
+from benchmarks import bare, blk, exits, guests, native, net, output, snapshots, start
 from benchmarks.series import Series, interleave
 from vmm.errors import HostError
 
@@ -174,3 +174,27 @@ def test_the_bench_guest_sends_and_receives_frames(bus: str) -> None:
     assert (
         network.name not in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
     )
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (6, 7),
+    reason="clones.c needs PAGEMAP_SCAN (Linux 6.7)",
+)
+def test_row_s_measures_all_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SIZES": {"128 MiB": 128 << 20}, "COPIES": 3, "ROLLBACKS": 2, "HELD": 3, "REPETITIONS": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(snapshots, name, value)
+    rows = snapshots.measure(lambda text: None)
+    assert {row.comparison for row in rows} == {
+        "128 MiB restored, to its first exit",
+        "3 copies made, each run to its first exit",
+        "1000 pages of 128 MiB put back",
+        "memory of each further copy, private, page tables too",
+        "machines made, run to their first exit and closed (more is better)",
+    }
+    assert all(sample >= 0 for row in rows for sample in row.samples)
+    assert sum(row.reference for row in rows) == 5

@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.test_kvm_vcpu_state import COUNTING, FLAG, after
 from vmm import AsyncMachine, HostError, Machine, MachineConfig, StateError, UsageError, layout
 from vmm.errors import SnapshotError
 from vmm.snapshot import manifest, memory, plain
+from vmm.snapshot.capture import quiesced
 from vmm.snapshot.index import Index
 from vmm.snapshot.store import Snapshot
 
@@ -360,12 +362,13 @@ def test_disks_that_stay(tmp_path: Path) -> None:
 
 def test_a_throw_away_overlay_cannot_stay(tmp_path: Path) -> None:
     image = disk_with(tmp_path / "disk.img")
-    with (
-        bare_machine(HALTED, drives=[f"{image},snapshot"]) as m,
-        pytest.raises(StateError, match="use disks=copy"),
-    ):
-        m.snapshot(str(tmp_path / "snap"), disks="keep")
-    assert sorted(os.listdir(tmp_path)) == ["disk.img"]
+    with bare_machine(HALTED, drives=[f"{image},snapshot"]) as m, DriverOn(m) as driver:
+        m.snapshot(str(tmp_path / "snap"), disks="keep")  # it has nothing in it
+        m.start()
+        write_sector(driver, 3, b"written")
+        with pytest.raises(StateError, match="use disks=copy"):
+            m.snapshot(str(tmp_path / "snap2"), disks="keep")
+    assert sorted(os.listdir(tmp_path)) == ["disk.img", "snap"]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -632,3 +635,43 @@ def test_with_asyncio(tmp_path: Path) -> None:
             return [m.memory.read(number * 4096, 4096) for number in pattern(0, 5)]
 
     assert asyncio.run(main()) == list(pattern(0, 5).values())
+
+
+def test_several_at_once(tmp_path: Path) -> None:
+    """Each is whole, and the machine goes on after the last."""
+    with bare_machine(COUNTING, "user", regs={"rdi": 0, "rsi": 1}, memory=16 * MIB) as m:
+        m.start()
+        threads = [
+            threading.Thread(target=m.snapshot, args=(str(tmp_path / str(number)),))
+            for number in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert m.state == "running"
+    for number in range(4):
+        with Machine.restore(str(tmp_path / str(number)), verify=True) as m:
+            m.memory.write_u8(FLAG, 1)
+            m.start()
+            assert m.wait(60).status == 9
+            assert m.memory.read_u64(DATA + 16) == after(m.memory.read_u64(DATA + 8), 1)
+
+
+def test_nobody_resumes_it_meanwhile() -> None:
+    with bare_machine(HALTED) as m:
+        m.start()
+        m.pause()
+        with quiesced(m), pytest.raises(StateError, match="resume: it is being copied"):
+            m.resume()
+        m.resume()
+
+
+def test_disks_with_faults_are_refused(tmp_path: Path) -> None:
+    image = disk_with(tmp_path / "disk.img")
+    with bare_machine(HALTED, drives=[str(image)]) as m:
+        m.faults.disk(0).fail()
+        with pytest.raises(StateError, match="blk0 has faults set"):
+            m.snapshot(str(tmp_path / "snap"))
+        m.faults.disk(0).clear()
+        m.snapshot(str(tmp_path / "snap"))

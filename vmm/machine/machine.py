@@ -61,6 +61,8 @@ class Machine(ProgramCalls, GuestCalls):
         on_error: told in a line of what goes wrong with a device while the machine goes on.
         origin: what it comes from, if it did not boot.
         restored: a state was put into it, so that to start it is to go on.
+        moment: held by who takes its state, from pausing it to having it go on.
+        kept_still: its state is being taken, and must not change.
         paused_for: why a device had it paused, until it goes on; else an empty string.
     """
 
@@ -68,6 +70,8 @@ class Machine(ProgramCalls, GuestCalls):
         self.config = config
         self.origin = origin
         self.restored = False
+        self.kept_still = 0
+        self.moment = threading.RLock()
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
         self.paused_for = ""
@@ -267,6 +271,8 @@ class Machine(ProgramCalls, GuestCalls):
         """Go on: from paused."""
         with self._lock:
             self.need("resume", PAUSED)
+            if self.kept_still:
+                raise StateError("resume: it is being copied, and goes on by itself")
             for thread in self._threads:
                 thread.resumed()
             self._state = RUNNING

@@ -46,10 +46,12 @@ def quiesced(machine: Machine) -> Iterator[None]:
     virtio = machine.platform.virtio
     if virtio is not None:
         virtio.hold()
+    machine.kept_still += 1
     try:
         machine.platform.flush()
         yield
     finally:
+        machine.kept_still -= 1
         if virtio is not None:
             virtio.release()
 

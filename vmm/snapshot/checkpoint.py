@@ -39,16 +39,17 @@ def still(machine: Machine, call: str) -> Iterator[None]:
             f"{call}: called in a vCPU's own thread, which cannot wait for itself; "
             "call it in another"
         )
-    running = machine.state == "running"
-    if running:
-        machine.pause()
-    if machine.state not in STATES:
-        raise StateError(f"{call}: the machine is {machine.state}, not {_OR_RUNNING}")
-    try:
-        yield
-    finally:
-        if running and machine.state == "paused":
-            machine.resume()
+    with machine.moment:  # one at a time: the first to end would resume it under the others
+        running = machine.state == "running"
+        if running:
+            machine.pause()
+        if machine.state not in STATES:
+            raise StateError(f"{call}: the machine is {machine.state}, not {_OR_RUNNING}")
+        try:
+            yield
+        finally:
+            if running and machine.state == "paused":
+                machine.resume()
 
 
 class Checkpoint:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 
+from vmm.block.overlay import Overlay
 from vmm.block.raw import RawImage
 from vmm.errors import SnapshotError, StateError
 from vmm.snapshot.index import CHUNK, Index, crc, data_runs
@@ -30,28 +31,37 @@ FICLONE = 0x40049409
 REFLINK, COPY, KEEP = "reflink", "copy", "keep"
 
 
-def images(machine: Machine) -> list[Block]:
-    """The machine's disks, in the order of its drives. Raises StateError."""
+def images(machine: Machine) -> list[tuple[Block, Drive]]:
+    """The machine's disks, those of its drives first, then its root. Raises StateError."""
     from vmm.virtio.blk import Block
 
-    virtio = machine.platform.virtio
-    found = [] if virtio is None else [transport.device for transport in virtio.transports]
-    blocks = [device for device in found if isinstance(device, Block)]
-    if len(blocks) < len(machine.config.drives):
-        raise StateError(
-            "snapshot: a disk is served by another process (format=qcow2 or the like), whose "
-            "state cannot be saved; use raw images"
-        )
-    return blocks[: len(machine.config.drives)]
+    config, virtio = machine.config, machine.platform.virtio
+    devices = [] if virtio is None else [transport.device for transport in virtio.transports]
+    root = config.root_parts
+    drives = config.drives
+    if root is not None and root.drive is not None:
+        drives += (root.drive,)
+    disks: list[tuple[Block, Drive]] = []
+    for device, drive in zip(devices, drives, strict=False):
+        if not isinstance(device, Block):
+            raise StateError(
+                f"snapshot: {drive.path} is served by another process (format={drive.format}), "
+                "whose state cannot be saved; use raw images"
+            )
+        if device.faults is not None:
+            raise StateError(
+                f"snapshot: {device.name} has faults set, or a volatile cache; clear() and "
+                "durable() end them"
+            )
+        disks.append((device, drive))
+    return disks
 
 
 def save(machine: Machine, directory: str, how: str) -> list[dict[str, Any]]:
     """Put the disks of a machine that is still into `directory`; what the manifest says of each."""
     return [
         _save(block, drive, directory, f"disk{number}", how)
-        for number, (block, drive) in enumerate(
-            zip(images(machine), machine.config.drives, strict=True)
-        )
+        for number, (block, drive) in enumerate(images(machine))
     ]
 
 
@@ -59,7 +69,7 @@ def _save(block: Block, drive: Drive, directory: str, name: str, how: str) -> di
     path = os.path.abspath(drive.path)
     told: dict[str, Any] = {"path": path, "size": block.image.size}
     if drive.readonly or how == KEEP:
-        if drive.snapshot and not drive.readonly:
+        if isinstance(block.image, Overlay) and not block.image.empty:
             raise StateError(
                 f"snapshot: disks=keep: {drive.path} is under a throw-away overlay "
                 "(snapshot), which goes with the machine; use disks=copy"
@@ -150,12 +160,16 @@ def drives(
 ) -> list[Drive]:
     """The drives of a restored machine: over throw-away overlays, or writing to the files."""
     found = []
-    for disk, drive in zip(disks, made_with, strict=True):
+    for disk, drive in zip(disks, made_with, strict=False):  # after them, there may be the root
         made = copy.copy(drive)
-        if disk["how"] != KEEP:
-            made.path = os.path.join(directory, disk["file"])
+        made.path = path_of(directory, disk)
         made.format = "raw"
         if not made.readonly:
             made.snapshot = use == "overlay"
         found.append(made)
     return found
+
+
+def path_of(directory: str, disk: Mapping[str, Any]) -> str:
+    """Where the disk's contents are now."""
+    return os.path.join(directory, disk["file"]) if disk["how"] != KEEP else str(disk["path"])

@@ -107,4 +107,6 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
         assert isinstance(made_with, list)
         disks.check(snapshot.path, told["disks"])
         given["drives"] = disks.drives(snapshot.path, told["disks"], made_with, disk)
+        if len(told["disks"]) > len(made_with):
+            given["root"] = disks.path_of(snapshot.path, told["disks"][-1])
     return MachineConfig(**given)

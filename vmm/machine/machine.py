@@ -12,6 +12,7 @@ from vmm.machine import exits
 from vmm.machine.begin import begin
 from vmm.machine.exits import MachineExit
 from vmm.machine.guest_calls import GuestCalls
+from vmm.machine.moments import MomentCalls
 from vmm.machine.program import ProgramCalls
 from vmm.machine.vcpu_thread import PAUSED, RUNNING, STOPPED, VcpuThread
 from vmm.memory import GuestMemory
@@ -36,7 +37,7 @@ CREATED = "created"
 CLOSED = "closed"
 
 
-class Machine(ProgramCalls, GuestCalls):
+class Machine(ProgramCalls, GuestCalls, MomentCalls):
     """One virtual machine; a context manager that leaves nothing behind.
 
     States: `created` (everything is built, nothing ran), `running`, `paused`, `stopped` (`exit`
@@ -296,63 +297,6 @@ class Machine(ProgramCalls, GuestCalls):
             for thread in self._threads:
                 thread.wait_parked()
 
-    def snapshot(
-        self, path: str, *, base: str | None = None, disks: str = "copy", track: bool = False
-    ) -> None:
-        """Keep the machine as it is now in a new directory `path`; from created, running (it pauses
-        meanwhile) or paused.
-
-        The directory appears when it is complete. See docs/snapshots.md.
-
-        Args:
-            base: an earlier snapshot: only memory that differs from it is kept, and both are needed
-                to restore.
-            disks: `copy` puts the disks' contents into the snapshot (by reflink where the file
-                system can), `keep` leaves the images where they are.
-            track: memory becomes a private mapping of the snapshot, so that the next one, based on
-                this, need not compare all of it.
-
-        Raises:
-            UsageError: `path` is there, or an argument cannot be.
-            StateError: the machine is in another state, or has a device that cannot be saved.
-            HostError: it cannot be written.
-        """
-        from vmm.snapshot.checkpoint import still
-        from vmm.snapshot.store import save
-
-        with still(self, "snapshot"):
-            save(self, str(path), base=base, disk=disks, track=track)
-
-    @classmethod
-    def restore(
-        cls,
-        path: str,
-        *,
-        verify: bool = False,
-        disks: str = "overlay",
-        pages: str = "map",
-        **changed: object,
-    ) -> Machine:
-        """A machine that goes on, when it is started, where the snapshot `path` was made.
-
-        Args:
-            verify: first read all of the snapshot and compare it with its checksums.
-            disks: `overlay`: what the guest writes goes with the machine, and the snapshot may be
-                restored again; `write`: it goes into the snapshot's disks.
-            pages: `map`: memory is a private mapping of the snapshot's files; `uffd`: another
-                process hands pages over when they are used, and compares them with their
-                checksums; `uffd=SOCKET`: one that serves many machines (docs/snapshots.md).
-            changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
-                `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
-
-        Raises:
-            SnapshotError: the snapshot is damaged, newer, or of another kind of host; or the
-                machine would be another than it was.
-        """
-        from vmm.snapshot.restore import restore
-
-        return restore(str(path), verify=verify, disk=disks, pages=pages, **changed)
-
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""
         with self._lock:
@@ -419,62 +363,7 @@ class Machine(ProgramCalls, GuestCalls):
         assert self.exit is not None
         return self.exit
 
-    # --- points to go back to, and copies ---------------------------------------------------------
-
-    def checkpoint(self, *, disks: str = "rollback") -> None:
-        """Remember this moment for `rollback`; it takes the place of an earlier one.
-
-        From created, running (parked meanwhile) or paused. See docs/clones.md.
-
-        Args:
-            disks: `rollback`: disks go back too, which takes an overlay (`snapshot`) over each that
-                is written to; `keep`: disks stay as they are then.
-
-        Raises:
-            StateError: it is stopped or closed, or has something that cannot go back.
-        """
-        from vmm.snapshot.checkpoint import Checkpoint, still
-
-        with still(self, "checkpoint"):
-            self._checkpoint = Checkpoint(self, self._checkpoint, disks)
-
-    def rollback(self) -> None:
-        """Be again what it was at the checkpoint, in place: memory, vCPUs, devices, disks, clocks.
-
-        It goes on running, or stays paused. If it has stopped, it is paused afterwards, so that
-        `resume` has it go on: a guest may end, or crash, again and again.
-
-        Raises:
-            StateError: there is no checkpoint, or the machine is closed.
-        """
-        from vmm.snapshot.checkpoint import still
-
-        if self._checkpoint is None:
-            raise StateError("rollback: there is no checkpoint; call checkpoint() first")
-        if self._state == STOPPED:
-            self._revive()
-        with still(self, "rollback"):
-            self._checkpoint.roll_back()
-
-    def clone(self, count: int = 1) -> list[Machine]:
-        """Copies of the machine as it is now, each a `Machine` to be closed by the caller.
-
-        From created, running (parked meanwhile) or paused. Copies of a running machine run, others
-        wait for `start`. Memory is shared until somebody writes to it. See docs/clones.md for what
-        each has for its own.
-
-        Raises:
-            StateError: it is stopped or closed, or has something there can be only one of.
-        """
-        from vmm.snapshot.clone import clone
-
-        with self._lock:
-            first = self._clones + 1
-            self._clones += max(count, 0)
-        numbers = range(first, first + count)
-        return clone(self, numbers, checkpoint=self._checkpoint is not None)
-
-    def _revive(self) -> None:
+    def revive(self) -> None:
         """From stopped to paused, with new threads, which park."""
         self._join()
         if self._watchdog is not None:

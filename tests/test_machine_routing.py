@@ -63,6 +63,30 @@ def test_messages_and_lines() -> None:
                 os.close(fd)
 
 
+def test_changes_kept_back() -> None:
+    """Irqfds made meanwhile have their routes afterwards."""
+    with Guest(LISTENING) as guest:
+        assert guest.done() == 1
+        routing = Routing(guest.vm)
+        routing.hold()
+        fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(3)]
+        try:
+            for number, fd in enumerate(fds):
+                gsi = routing.allocate()
+                routing.set_message(gsi, layout.LAPIC, 0x50 + number)
+                guest.vm.irqfd(fd, gsi)
+            routing.release()
+            for fd in fds:
+                os.eventfd_write(fd, 1)
+            assert requested(guest) == {0x50, 0x51, 0x52}
+            routing.set_message(routing.allocate(), layout.LAPIC, 0x60)
+            pulse(guest, PIN)
+            assert requested(guest) == {0x50, 0x51, 0x52, 0x41}
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
 @pytest.mark.parametrize("pin", range(layout.IOAPIC_PINS))
 def test_the_irqchips_routes_are_kvms_own(pin: int) -> None:
     """Each line reaches the same pins before and after KVM has our table."""

@@ -115,13 +115,24 @@ def apply(
     devices = _devices(machine)
     for name, each in state["devices"].items():
         devices[name].restore(each)
-    for transport, each in zip(_transports(machine), state["virtio"], strict=True):
-        transport.restore(each)
+    _restore_virtio(machine, state["virtio"])
     platform.vmgenid = bool(state["vmgenid"])
     if renew and platform.vmgenid:
         machine.memory.write(layout.VMGENID, os.urandom(layout.VMGENID_SIZE))
         platform.power.generation_changed()
     machine.restored = True
+
+
+def _restore_virtio(machine: Machine, states: list[Any]) -> None:
+    routing = getattr(machine.platform.virtio, "routing", None)
+    if routing is not None:
+        routing.hold()
+    try:
+        for transport, each in zip(_transports(machine), states, strict=True):
+            transport.restore(each)
+    finally:
+        if routing is not None:
+            routing.release()
 
 
 def _need(machine: Machine, call: str) -> None:

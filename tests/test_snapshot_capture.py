@@ -12,7 +12,7 @@ import pytest
 from tests.support.bare import MIB, DriverOn, Twin, bare_machine, until
 from tests.support.guests import DATA
 from tests.support.virtio_driver import BUFFERS, SplitRing
-from tests.support.virtio_pci import MachineDriver
+from tests.support.virtio_pci import VECTOR_BASE, MachineDriver
 from tests.test_kvm_vcpu_state import COUNTING, FLAG, after
 from vmm import Machine, MachineConfig, StateError, layout
 from vmm.devices.power import GED_GENERATION, GED_SELECTOR
@@ -20,6 +20,7 @@ from vmm.errors import SnapshotError
 from vmm.snapshot.capture import SCHEMA, apply, capture, quiesced
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
+from vmm.virtio.pci import NOTIFY
 from vmm.virtio.queue import Chain, VirtQueue
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(180)]
@@ -301,42 +302,50 @@ def test_an_interrupt_raised_while_paused_is_not_lost() -> None:
         assert m.wait(60).status == 6
 
 
-POLLS_LAPIC = """
+VECTOR = VECTOR_BASE + 1  # of queue 0
+POLLS_LAPIC = f"""
     enable_apic
     movl $1, DATA
-1:  mov LAPIC+0x220, %eax           # vectors 0x40 to 0x5f, requested
-    test $2, %al
+1:  mov LAPIC+{0x200 + 0x10 * (VECTOR >> 5):#x}, %eax      # requested
+    test ${1 << (VECTOR & 31):#x}, %eax
     jz 1b
     done 7
 """
 
 
-def test_messages_go_on_over_pci() -> None:
-    """MSI-X, its routes and the place of the notify addresses."""
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_messages_over_pci(when: str) -> None:
+    """MSI-X, its routes and the place of the notify addresses; an answer that was given while the
+    machine was paused is told in the copy, and so is one to a request made there."""
     device = Keeper()
-    device.at_once = True
     machine = bare_machine(POLLS_LAPIC, devices=[lambda: device], transport="pci")
     with machine as m, MachineDriver(m, device) as driver:
+        ring = driver.rings[0]
+        if when == "before":
+            ring.add([(BUFFERS, 1, False), (BUFFERS + 64, 1, True)])
+            driver.kick()
+            until(lambda: bool(device.kept))
         m.start()
         until(lambda: m.memory.read_u32(DATA) == 1)
         m.pause()
+        if when == "before":
+            device.answer()
         twin = Twin(m)
         place = driver.bus.bar(4)
     again = Keeper()
     again.at_once = True
     with twin.machine(devices=[lambda: again], transport="pci") as copy:
-        virtio = copy.platform.virtio
-        assert virtio is not None
-        transport: Any = virtio.transports[0]
+        transport: Any = copy.platform.virtio.transports[0]  # type: ignore[union-attr]
         assert transport.function.bars[4].base == place
         assert transport.msix.enabled and transport.device.status & spec.DRIVER_OK
         copy.start()
-        copy.memory.write(BUFFERS, b"x")
-        ring = driver.rings[0]
-        ring.memory = copy.memory
-        ring.add([(BUFFERS, 1, False), (BUFFERS + 64, 1, True)])
-        copy.platform.mmio.write(place + 0x3000, 2, 0)
-        until(lambda: copy.memory.read(BUFFERS + 64, 1) == b"x")
+        if when == "after":
+            copy.memory.write(BUFFERS, b"x")
+            ring.memory = copy.memory
+            ring.add([(BUFFERS, 1, False), (BUFFERS + 64, 1, True)])
+            copy.platform.mmio.write(place + NOTIFY, 2, 0)
+            until(lambda: copy.memory.read(BUFFERS + 64, 1) == b"x")
+        assert copy.wait(60).status == 7
 
 
 def test_legacy_devices() -> None:

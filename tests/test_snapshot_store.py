@@ -27,6 +27,7 @@ from vmm.errors import SnapshotError
 from vmm.snapshot import manifest, memory, plain
 from vmm.snapshot.capture import quiesced
 from vmm.snapshot.index import Index
+from vmm.snapshot.restore import _console
 from vmm.snapshot.store import Snapshot
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(180)]
@@ -675,3 +676,21 @@ def test_disks_with_faults_are_refused(tmp_path: Path) -> None:
             m.snapshot(str(tmp_path / "snap"))
         m.faults.disk(0).clear()
         m.snapshot(str(tmp_path / "snap"))
+
+
+@pytest.mark.parametrize(
+    ("had", "wanted", "has"),
+    [
+        ("none", "", "none"),
+        ("auto", "", "none"),
+        ("pty", "", "pty"),
+        ("none", "auto", "auto"),
+        ("hvc", "", "hvc,none"),
+        ("hvc,file:a,b", "", "hvc,file:a,b"),
+        ("hvc,none", "auto", "hvc,auto"),
+        ("hvc", "hvc,pty", "hvc,pty"),
+        ("file:a", "none", "none"),
+    ],
+)
+def test_what_is_behind_the_console(had: str, wanted: str, has: str) -> None:
+    assert _console(had, wanted) == has

@@ -99,10 +99,7 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
         given = {**keywords(data, where), **changed}
     except UsageError as err:
         raise SnapshotError(f"{snapshot.path}: its configuration: {err}") from None
-    console = str(changed.get("console", ""))
-    hvc = str(data.get("console", "")).partition(",")[0] == HVC
-    if hvc and console and console.partition(",")[0] != HVC:
-        given["console"] = f"{HVC},{console}"  # the device stays, what is behind it changes
+    given["console"] = _console(str(data.get("console", "none")), str(changed.get("console", "")))
     if "drives" not in changed:
         assert isinstance(made_with, list)
         disks.check(snapshot.path, told["disks"])
@@ -110,3 +107,16 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
         if len(told["disks"]) > len(made_with):
             given["root"] = disks.path_of(snapshot.path, told["disks"][-1])
     return MachineConfig(**given)
+
+
+def _console(had: str, wanted: str) -> str:
+    """What is behind the console now; the device, a virtio console or not, stays. This process's
+    terminal is taken only where it is asked for."""
+    device, _, where = had.partition(",") if had.startswith(HVC + ",") else ("", "", had)
+    if had == HVC:
+        device, where = HVC, "auto"
+    if not wanted:
+        wanted = "none" if where == "auto" else where
+    elif wanted.partition(",")[0] == HVC:
+        return wanted
+    return f"{device},{wanted}" if device else wanted

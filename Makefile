@@ -21,8 +21,10 @@ test: compiled
 
 setup: .venv/.ready
 
-# pip writes vmm/kvm/_abi.py from the C declarations, so a change of those installs again.
-.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py
+# pip writes vmm/kvm/_abi.py from the C declarations, and compiles vmm/virtio/kernel, so a change of
+# those installs again.
+.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py \
+		$(wildcard vmm/virtio/kernel/*.[ch]) vmm/virtio/kernel/build.py
 	tools/setup
 
 # The nested lane's processor is slow and its disk read-only: it must find compiled code.
@@ -38,5 +40,5 @@ bench: compiled
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache benchmarks/results
-	rm -f vmm/kvm/_abi.py
+	rm -f vmm/kvm/_abi.py vmm/virtio/kernel/_abi.py vmm/virtio/kernel/_kernel.so
 	find vmm tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

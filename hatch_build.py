@@ -1,8 +1,10 @@
-"""Build hook: write vmm/kvm/_abi.py from the C declarations in vmm/kvm/abi_build.py."""
+"""Build hook: write vmm/kvm/_abi.py from the C declarations in vmm/kvm/abi_build.py, and make
+vmm/virtio/kernel where there is a C compiler."""
 
 from __future__ import annotations
 
 import runpy
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class AbiHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Generates the out-of-line cffi module, for wheels and editable installs alike."""
+    """Generates the out-of-line cffi modules, for wheels and editable installs alike."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Run before the files are collected."""
-        script = Path(self.root) / "vmm" / "kvm" / "abi_build.py"
-        runpy.run_path(str(script), run_name="__main__")
+        package = Path(self.root) / "vmm"
+        runpy.run_path(str(package / "kvm" / "abi_build.py"), run_name="__main__")
+        kernel = runpy.run_path(str(package / "virtio" / "kernel" / "build.py"))
+        if kernel["build"]():
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{platform}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 import pytest
 
@@ -63,5 +65,23 @@ def test_discard_gives_whole_pages_back(kind: str, offset: int, size: int, pages
         assert region.resident() == (8 - len(pages)) * PAGE_SIZE
         kept = [region.data[page * PAGE_SIZE] for page in range(8)]
         assert kept == [int(page not in pages) for page in range(8)]
+    finally:
+        region.close()
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("anonymous", True), ("memfd", False)])
+def test_huge_pages_are_asked_for_private_memory_only(kind: str, asked: bool) -> None:
+    region = Region(0, map_backing(kind, 4 * MIB), kind)
+    try:
+        region.prefer_huge_pages()
+        smaps = Path("/proc/self/smaps").read_text()
+        mine = False
+        for line in smaps.splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                mine = int(match[1], 16) <= region.hva < int(match[2], 16)
+            elif mine and line.startswith("VmFlags:"):
+                assert ("hg" in line.split()) == asked
+                return
+        pytest.fail("not in smaps")
     finally:
         region.close()

@@ -18,7 +18,7 @@ import pytest
 from tests.support.virtio_driver import BUFFERS, Driver
 from vmm.block.raw import RawImage
 from vmm.errors import StateError
-from vmm.virtio import blk, mmio, spec
+from vmm.virtio import blk, kernel, mmio, spec
 from vmm.virtio.blk import Block
 
 SIZE = 8 << 20
@@ -33,9 +33,16 @@ def path(tmp_path: Path) -> Path:
     return disk
 
 
-@pytest.fixture(params=[(False, False), (True, True)], ids=["split", "packed-event"])
-def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
-    packed, event_idx = request.param
+@pytest.fixture(
+    params=[(False, False, False), (True, True, False), (False, True, True)],
+    ids=["split", "packed-event", "kernel"],
+)
+def make(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Driver]]:
+    packed, event_idx, in_c = request.param
+    if not in_c:
+        monkeypatch.setattr(kernel, "_loaded", [None])
     drivers: list[Driver] = []
 
     def driver(path: Path, *, queues: int = 1, image: RawImage | None = None, **how: Any) -> Driver:

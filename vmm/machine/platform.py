@@ -108,6 +108,9 @@ class Platform:
             self.virtio = MmioDevices(self.machine, self.mmio)
         else:
             return
+        if config.drives or config.nets:  # much is going to be copied
+            for region in self.machine.memory.regions:
+                region.prefer_huge_pages()
         drives, shares = config.drives, config.shares
         root = config.root_parts
         if root is not None:

@@ -51,6 +51,17 @@ class Region:
             return False
         return True
 
+    def prefer_huge_pages(self) -> None:
+        """Have the host use 2 MiB pages where it can (transparent ones; private memory only).
+
+        What devices copy, and what the guest touches, then costs fewer faults and look-ups.
+        """
+        if self.kind == "anonymous":
+            try:
+                self.map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # EINVAL: this host's kernel knows none
+                return
+
     def discard(self, offset: int, size: int) -> int:
         """Give the host the whole pages within [offset, offset+size) back; how many bytes.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.block.raw import RawImage
     from vmm.faults.disk_layer import DiskLayer
     from vmm.faults.volatile import FaultyImage
+    from vmm.virtio.blk_kernel import DiskKernel
     from vmm.virtio.limit import Limit
     from vmm.virtio.queue import Chain
     from vmm.virtio.throttle import Throttle
@@ -93,6 +94,7 @@ class Block(VirtioDevice):
         self.serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.stop_when_full = stop_when_full
         self._throttle: Throttle | None = None
+        self._kernel: DiskKernel | None = None
         self.capacity = image.size // SECTOR
         self.config[:] = CONFIG.pack(
             self.capacity, 0, SEG_MAX, SECTOR,
@@ -136,10 +138,15 @@ class Block(VirtioDevice):
             return self._throttle.limit
 
     def notify(self, index: int) -> None:
-        if self._throttle is None or not self._throttle.limit.active:
-            super().notify(index)
-        else:
+        if self._throttle is not None and self._throttle.limit.active:
             self._throttle.serve(index)
+        elif self._kernel is None or not self._kernel.serve(index):
+            super().notify(index)
+
+    @property
+    def buffers_writes(self) -> bool:
+        """Whether a write is done when the page cache has it."""
+        return self._writeback and not self.image.direct and not self.image.readonly
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -392,6 +399,10 @@ class Block(VirtioDevice):
         if not self.has(F_FLUSH):
             self.config[WRITEBACK] = 0  # 5.2.5.2: who cannot flush gets write-through
         self._writeback = bool(self.config[WRITEBACK])
+        if self._kernel is None:
+            from vmm.virtio import blk_kernel
+
+            self._kernel = blk_kernel.make(self)
 
     def stopped(self) -> None:
         self._parked.clear()

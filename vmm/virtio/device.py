@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.memory import GuestMemory
+    from vmm.virtio.kernel import KernelRing
 
 RING_FEATURES = spec.bits(
     spec.F_VERSION_1, spec.F_INDIRECT_DESC, spec.F_EVENT_IDX, spec.F_RING_PACKED, spec.F_RING_RESET
@@ -44,10 +45,11 @@ class QueueSlot:
         size_max: the most entries; 0 would mean that there is no such queue.
         size, desc, driver, device: entries and GPAs, as the driver wrote them.
         queue: the ring once it is enabled, else None.
+        kernel: the same ring as the C kernel sees it, once it has had it (vmm.virtio.kernel).
         lock: held while its requests are handled.
     """
 
-    __slots__ = ("desc", "device", "driver", "lock", "queue", "size", "size_max")
+    __slots__ = ("desc", "device", "driver", "kernel", "lock", "queue", "size", "size_max")
 
     def __init__(self, size_max: int) -> None:
         self.size_max = size_max
@@ -59,6 +61,7 @@ class QueueSlot:
         self.size = self.size_max
         self.desc = self.driver = self.device = 0
         self.queue: VirtQueue | None = None
+        self.kernel: KernelRing | None = None
 
 
 class VirtioDevice:

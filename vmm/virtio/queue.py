@@ -97,7 +97,7 @@ class VirtQueue:
 
     Attributes:
         size: entries.
-        event_idx: VIRTIO_F_EVENT_IDX was negotiated.
+        indirect, event_idx: VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX were negotiated.
         broken: a `QueueError` was raised; nothing more comes out.
     """
 
@@ -106,7 +106,7 @@ class VirtQueue:
         self.size = size
         self.event_idx = event_idx
         self.broken = False
-        self._indirect = indirect
+        self.indirect = indirect
         low = memory.regions[0]
         self._low = low.data
         self._low_size = low.size
@@ -175,7 +175,7 @@ class VirtQueue:
 
     def _indirect_table(self, addr: int, length: int, flags: int) -> memoryview:
         """The table an indirect descriptor points to (2.7.5.3, 2.8.8)."""
-        if not self._indirect:
+        if not self.indirect:
             raise self._bad("an indirect descriptor, which was not negotiated")
         if flags & DESC_F_NEXT:
             raise self._bad("an indirect descriptor with NEXT")

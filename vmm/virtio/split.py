@@ -139,6 +139,16 @@ class SplitQueue(VirtQueue):
         fence()
         return self._avail[1] != self._last_avail
 
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Indices, modulo 2**16, for who goes on with the ring in our place, and back (see
+        vmm.virtio.kernel): the next in the driver area and in the device area, the last shown."""
+        return self._last_avail, self._next_used, self._published
+
+    @position.setter
+    def position(self, indices: tuple[int, int, int]) -> None:
+        self._last_avail, self._next_used, self._published = indices
+
     def save(self) -> dict[str, object]:
         return {"last_avail": self._last_avail, "next_used": self._next_used}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -412,16 +413,23 @@ def test_terminal_is_untouched_by_a_failed_start(tmp_path: Path) -> None:
         assert b"no such file\r\n" in person.output
 
 
+def has_open(pid: int, name: str) -> bool:
+    """Whether a descriptor of process `pid` leads to something with `name` in its name."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if name in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                return True
+    return False
+
+
 def test_ctrl_c_before_the_guest_runs(tmp_path: Path, kernel: Make) -> None:
     """While a large initrd is read: nothing is raw yet, and nothing is traced back."""
     initrd = tmp_path / "initrd"
     with open(initrd, "wb") as file:
         file.truncate(1 << 30)
     process = started("--memory", "1100M", "--initrd", str(initrd), kernel(HALT))
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "/_abi.py" not in maps.read_text() and f"{1 << 30}" not in maps.read_text():
-        if any("kvm" in os.path.realpath(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()):
-            break
+    while process.poll() is None and not has_open(process.pid, "kvm"):
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == errors.EXIT_INTERRUPTED

@@ -131,10 +131,11 @@ def test_missing_passt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_port_in_use() -> None:
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 8080))
+        other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(UsageError, match=r"--net user: forward: passt: .*8080.*in use"):
-            Net("user", forward=["tcp:8080:80"]).open(0)
+        port = other.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"--net user: forward: passt: .*{port}.*in use"):
+            Net("user", forward=[f"tcp:{port}:80"]).open(0)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

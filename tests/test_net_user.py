@@ -109,13 +109,16 @@ def test_datagrams_to_the_host_and_back() -> None:
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 def test_forwarded_ports_reach_the_guest(protocol: str) -> None:
-    with NetGuest(nic(f"user,mac=52:54:00:00:00:05,forward={protocol}:8080:80")) as guest:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with NetGuest(nic(f"user,mac=52:54:00:00:00:05,forward={protocol}:{port}:80")) as guest:
         guest.send(netns.arp_request(MAC, HOST, GATEWAY))  # it learns the guest's MAC
         guest.frame(0x806)
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
         with socket.socket(socket.AF_INET, kind) as client:
             client.setblocking(False)
-            client.connect_ex(("127.0.0.1", 8080))
+            client.connect_ex(("127.0.0.1", port))
             if protocol == "udp":
                 client.send(b"hello")
             frame = guest.frame(0x800)

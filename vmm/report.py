@@ -172,7 +172,7 @@ def format_failure(
     lost = cause == TRIPLE_FAULT and _was_reset(regs, sregs)
     if lost:
         lines.append("  (AMD-V does not keep the state before: these are the values after reset)")
-    lines += _grid(regs, sregs)
+    lines += register_lines(regs, sregs)
     if not lost:
         lines += _code_lines(code, at, listing)
     why = _why(cause, first, code, backend, cpl)
@@ -263,7 +263,8 @@ def _was_reset(regs: Mapping[str, int], sregs: Mapping[str, int]) -> bool:
 # --- registers ----------------------------------------------------------------------------------
 
 
-def _grid(regs: Mapping[str, int], sregs: Mapping[str, int]) -> list[str]:
+def register_lines(regs: Mapping[str, int], sregs: Mapping[str, int]) -> list[str]:
+    """Lines of text for a person, from what `registers` gave."""
     flags = regs.get("rflags", 0)
     names = " ".join(name for bit, name in _RFLAGS if flags >> bit & 1)
     lines = [f"  rip  {regs.get('rip', 0):016x}  rflags {flags:08x} [{names}]"]

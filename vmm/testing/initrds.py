@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 
-from vmm.errors import HostError
+from vmm.errors import HostError, UsageError
 from vmm.initramfs import Initramfs, exit_program
+from vmm.initramfs.modules import ModuleTree
 from vmm.testing.kernels import Kernel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PROLOGUE = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -24,6 +30,43 @@ def busybox() -> str:
         if path and os.path.exists(path):
             return path
     raise HostError("no busybox here; install it: apt-get install busybox-static")
+
+
+DRIVERS = {
+    "nets": "virtio_net",
+    "drives": "virtio_blk",
+    "rng": "virtio_rng",
+    "balloon": "virtio_balloon",
+    "shares": "virtiofs",
+    "vsock": "vmw_vsock_virtio_transport",
+}
+"""The module of each of `MachineConfig`'s devices, by its keyword."""
+
+
+def waiting(kernel: Kernel, keywords: Mapping[str, Any] | None = None) -> Initramfs:
+    """An archive whose /init prints `ready` and waits until its machine is ended.
+
+    `keywords` are `MachineConfig`'s: the drivers of the devices they ask for are inserted, where
+    the kernel has them as modules.
+    """
+    values = keywords or {}
+    wanted = [name for word, name in DRIVERS.items() if values.get(word) not in (None, False, ())]
+    if wanted:
+        wanted.insert(0, "virtio_pci" if values.get("transport") == "pci" else "virtio_mmio")
+    script = "echo ready\nwhile :; do sleep 1000000; done\n"
+    return build(script, kernel=kernel, modules=_loadable(kernel, wanted))
+
+
+def _loadable(kernel: Kernel, names: Iterable[str]) -> list[str]:
+    """Those of `names` that `kernel` has as modules."""
+    if not kernel.modules.is_dir():
+        return []
+    tree, found = ModuleTree(kernel.modules), []
+    for name in names:
+        with contextlib.suppress(UsageError):
+            if tree.find(name) is not None:
+                found.append(name)
+    return found
 
 
 def build(
@@ -57,7 +100,11 @@ def build(
         for path in ram.modules(kernel.modules, modules):
             name = os.path.basename(path).removesuffix(".ko")
             given = (parameters or {}).get(name, "")
-            lines.append(f"insmod {path} {given} || echo 'init: cannot insert {name}'\n")
+            # The agent, where a machine has one, came first and may have inserted it.
+            there = f"/sys/module/{name.replace('-', '_')}"
+            lines.append(
+                f"[ -d {there} ] || insmod {path} {given} || echo 'init: cannot insert {name}'\n"
+            )
     for path, content in (files or {}).items():
         if isinstance(content, os.PathLike):
             ram.file(path, source=content)

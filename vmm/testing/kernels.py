@@ -83,6 +83,18 @@ def debian_kernel(flavour: str = "cloud-amd64", *, download: bool = True) -> Ker
     return found
 
 
+def kernel_at(path: Path) -> Kernel:
+    """The kernel in a file of one's own, with its modules if they are where packages put them (see
+    `vmm.agent.modules.find_tree`). Raises UsageError if there is no such file."""
+    from vmm.agent.modules import find_tree
+
+    if not path.is_file():
+        raise UsageError(f"kernel {path}: no such file; give a bzImage or an ELF vmlinux")
+    tree = find_tree(str(path))
+    modules = Path(tree) if tree else path.parent / "no-modules"
+    return Kernel(path.name, modules.name if tree else "", path, modules, path.parent)
+
+
 def _pattern(flavour: str) -> re.Pattern[str]:
     # linux-image-6.1.0-56-cloud-amd64_6.1.192-2_amd64; the full flavour has nothing before "amd64".
     return re.compile(rf"linux-image-([0-9][0-9.+~a-z]*(?:-[0-9]+)?-{flavour})_([^_]+)_amd64")

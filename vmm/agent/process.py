@@ -117,6 +117,7 @@ class GuestProcess:
         self._input_done = 0
         session = Session(wire.EXECUTE, flags)
         session.out += first
+        without = [session.refused, session.ended[OUT], session.ended[ERR]]
         self._connection = Connection(link.connect(), session, link.why_lost)
         self._session = session
         try:
@@ -131,9 +132,9 @@ class GuestProcess:
         self.pid = session.pid
         self._text = bool(text or encoding or errors)
         self._encoding, self._errors = encoding or "utf-8", errors or "strict"
-        self.stdin: IO[Any] | None = None if session.refused else self._file(IN, bufsize)
-        self.stdout: IO[Any] | None = None if session.ended[OUT] else self._file(OUT, bufsize)
-        self.stderr: IO[Any] | None = None if session.ended[ERR] else self._file(ERR, bufsize)
+        self.stdin: IO[Any] | None = None if without[IN] else self._file(IN, bufsize)
+        self.stdout: IO[Any] | None = None if without[OUT] else self._file(OUT, bufsize)
+        self.stderr: IO[Any] | None = None if without[ERR] else self._file(ERR, bufsize)
 
     def _file(self, stream: int, bufsize: int) -> IO[Any]:
         raw = _Writer(self._connection) if stream == IN else _Reader(self._connection, stream)

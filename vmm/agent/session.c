@@ -320,6 +320,7 @@ _Noreturn void session(int connection, int root)
         say("cannot enter the root file system", 0, 0);
     start();
     for (;;) {
+        flush(); /* first: it makes room */
         struct pollfd ready[] = {
             {host, POLLIN, 0},
             {exited || child < 0 ? -1 : signals, POLLIN, 0},
@@ -327,7 +328,6 @@ _Noreturn void session(int connection, int root)
             {window[OUT] && has_room() ? fds[OUT] : -1, POLLIN, 0},
             {window[ERR] && has_room() ? fds[ERR] : -1, POLLIN, 0},
         };
-        flush();
         if (output_size)
             ready[0].events |= POLLOUT;
         else if (exited && fds[OUT] < 0 && fds[ERR] < 0)

@@ -349,3 +349,32 @@ def test_what_a_machine_does_not_have(machine: Make, disk: Path) -> None:
 def test_a_seed_that_is_none() -> None:
     with pytest.raises(UsageError, match="fault_seed='x' is not an integer"):
         MachineConfig(fault_seed="x")  # type: ignore[arg-type]
+
+
+def test_a_fault_meets_a_queue_that_is_never_empty(machine: Make, disk: Path) -> None:
+    """Its thread is at work all the time, and must see that there is a fault now."""
+    with machine(drives=[str(disk)]) as m:
+        m.start()
+        guest = DiskRequests(m, 0)
+        over = threading.Event()
+        failed = threading.Event()
+
+        def load() -> None:
+            for _ in range(8):
+                guest.submit(blk.T_IN, 1, into=SECTOR)
+            while not over.is_set():
+                guest.answered()
+                guest.submit(blk.T_IN, 1, into=SECTOR)
+                if any(guest.status(place) == blk.S_IOERR for place in range(16)):
+                    failed.set()
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            for _ in range(20):
+                failed.clear()
+                with m.faults.disk(0).fail(on="read"):
+                    assert failed.wait(60)
+        finally:
+            over.set()
+            thread.join(60)

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from threading import Lock
 from time import monotonic
 
-from vmm.faults.rules import Fault
+from vmm.faults.rules import Fault, settle
 from vmm.net.port import LinkLost, Port, scatter
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
@@ -75,6 +75,9 @@ class NetFault(Fault):
 
     def end(self) -> None:
         self.layer.remove(self)
+
+    def settle(self) -> None:
+        settle(self.layer.device)
 
     def meet(self, passage: Passage) -> None:
         """A frame comes by, in order; under the control's lock."""

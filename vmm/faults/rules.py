@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Self
 
+    from vmm.virtio.device import VirtioDevice
+
 LOG_LIMIT = 10_000
 """Events kept of a machine's faults, and of each fault what it met."""
 EVENTS = 100
@@ -145,6 +147,7 @@ class Fault:
             self.begin()
             self.active = True
             control.faults = (*control.faults, self)
+        self.settle()
         control.record(self.device, self.kind, "set", self._details)
         return self
 
@@ -172,6 +175,9 @@ class Fault:
         if self.count <= EVENTS:
             self._control.record(self.device, self.kind, "struck", met)
 
+    def settle(self) -> None:
+        """Return when no one goes on who does not know of it yet. Without a lock."""
+
     # --- for the kinds of fault to override, under the lock ---------------------------------------
 
     def begin(self) -> None:
@@ -179,6 +185,14 @@ class Fault:
 
     def end(self) -> None:
         """No longer."""
+
+
+def settle(device: VirtioDevice) -> None:
+    """Return when whoever serves a queue of `device` has let go of it once: what was changed
+    before is known to all of them then."""
+    for slot in device.slots:
+        with slot.lock:
+            pass
 
 
 class Chance:

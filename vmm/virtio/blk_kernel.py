@@ -45,12 +45,12 @@ class DiskKernel:
                 if queue.publish():
                     device.interrupt(index)
                 device.needs_reset(f"queue {index}: {err}")
-        return True
+        return device.faults is None  # else: they have come meanwhile, and must meet the rest
 
     def _go_on(self, index: int, slot: QueueSlot, queue: VirtQueue) -> None:
         device, disk, ring = self._device, self._disk, slot.kernel
         assert ring is not None
-        while not device.quiet and not queue.broken:
+        while not device.quiet and not queue.broken and device.faults is None:
             disk.writable = device.buffers_writes
             what = ring.serve(self._function, disk)
             if what & kernel.INTERRUPT:

@@ -275,7 +275,8 @@ def test_a_command_that_ignores_sigterm(agent: HostAgent) -> None:
 def test_a_flood_and_a_slow_reader(agent: HostAgent, tmp_path: Path) -> None:
     """What the host holds is bounded: the command waits."""
     count = tmp_path / "count"
-    script = f"i=0; while :; do head -c 65536 /dev/zero || exit 9; i=$((i+1)); echo $i > {count}; done"
+    step = f"head -c 65536 /dev/zero || exit 9; i=$((i+1)); echo $i > {count}"
+    script = f"i=0; while :; do {step}; done"
     with GuestProcess(agent, ["sh", "-c", script]) as process:
         last = ""
         while not last or last != count.read_text():  # until it stands still

@@ -57,14 +57,15 @@ _HOME = {
     "MachineExit": "vmm.machine",
 }
 
+if not TYPE_CHECKING:  # a checker knows the names above, and that there are no others
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'vmm' has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'vmm' has no attribute {name!r}")
+        from importlib import import_module
 
-    if name in ("errors", "events"):
-        return import_module(f"vmm.{name}")
-    value = getattr(import_module(_HOME.get(name, "vmm.errors")), name)
-    globals()[name] = value
-    return value
+        if name in ("errors", "events"):
+            return import_module(f"vmm.{name}")
+        value = getattr(import_module(_HOME.get(name, "vmm.errors")), name)
+        globals()[name] = value
+        return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any, TypeVar, overload
 
 from vmm.aio.guest import AsyncGuestCalls
 from vmm.aio.thread import in_thread
@@ -14,7 +15,7 @@ from vmm.machine import Machine, MachineExit
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self, TypeVar
+    from typing import Self
 
     from vmm.agent.link import Link
     from vmm.aio.vsock import AsyncHandler, AsyncVsockServer
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from vmm.machine.event_hub import EventStream
     from vmm.memory import GuestMemory
 
-    T = TypeVar("T")
+T = TypeVar("T")
+E = TypeVar("E", bound=Event)
 
 
 class AsyncMachine(AsyncGuestCalls):
@@ -121,13 +123,16 @@ class AsyncMachine(AsyncGuestCalls):
         """See `Machine.event_log`."""
         return self.machine.event_log
 
-    def events(self, *kinds: type[Event], history: bool = False) -> EventStream:
+    @overload
+    def events(self, *, history: bool = False) -> EventStream[Event]: ...
+    @overload
+    def events(self, *kinds: type[E], history: bool = False) -> EventStream[E]: ...
+
+    def events(self, *kinds: type[Event], history: bool = False) -> EventStream[Any]:
         """See `Machine.events`."""
         return self.machine.events(*kinds, history=history)
 
-    def subscribe(
-        self, listener: Callable[[Event], object], *kinds: type[Event]
-    ) -> Callable[[], None]:
+    def subscribe(self, listener: Callable[[E], object], *kinds: type[E]) -> Callable[[], None]:
         """See `Machine.subscribe`; `listener` is called in other threads than the loop's."""
         return self.machine.subscribe(listener, *kinds)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from _collections import deque  # type: ignore[import-not-found]  # `collections` is slow to load
+from collections import deque
+from typing import Generic, TypeVar
 
 from vmm import events
 from vmm.events import ConsoleLine, Event, Stopped
@@ -15,13 +16,15 @@ from vmm.events import ConsoleLine, Event, Stopped
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Self
 
     from vmm.console.tail import ConsoleTail
 
     Note = tuple[float, str, tuple[object, ...]]
     """When, the name and the arguments of an event that was not made yet."""
+
+E = TypeVar("E", bound=Event)
 
 LOG_LIMIT = 1000
 """Events kept in the log."""
@@ -67,7 +70,7 @@ class EventHub:
     ) -> None:
         self._log: deque[Event] = deque(maxlen=LOG_LIMIT)
         self._listeners: tuple[tuple[Callable[[Event], object], tuple[type[Event], ...]], ...] = ()
-        self._streams: list[EventStream] = []
+        self._streams: list[EventStream[Event]] = []
         self._lock = threading.Lock()
         self._tail = tail
         self._flush = flush
@@ -120,7 +123,7 @@ class EventHub:
 
         return remove
 
-    def stream(self, kinds: tuple[type[Event], ...], history: bool) -> EventStream:
+    def stream(self, kinds: tuple[type[Event], ...], history: bool) -> EventStream[Event]:
         """A stream of events from now on."""
         kinds = kinds or (Event,)
         with self._lock:
@@ -195,7 +198,7 @@ class LineSplitter:
             self.write(b"\n")
 
 
-class EventStream:
+class EventStream(Generic[E]):
     """Events in their order, to be iterated over: `async for` in a coroutine, `for` in a thread.
 
     It begins when it is made and ends after `Stopped`, when the machine is closed, or at
@@ -205,11 +208,11 @@ class EventStream:
         dropped: how many events were lost, because more than STREAM_LIMIT waited.
     """
 
-    def __init__(self, history: Sequence[Event], kinds: tuple[type[Event], ...]) -> None:
+    def __init__(self, history: Iterable[Event], kinds: tuple[type[E], ...]) -> None:
         self.dropped = 0
         self.leave: Callable[[], None] | None = None
         self._kinds = kinds
-        self._waiting: deque[Event] = deque(event for event in history if isinstance(event, kinds))
+        self._waiting: deque[E] = deque(event for event in history if isinstance(event, kinds))
         self._over = False
         self._changed = threading.Condition(threading.Lock())
         self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
@@ -248,10 +251,10 @@ class EventStream:
             self._waiting.clear()
         self.finish()
 
-    def next(self, timeout: float | None = None) -> Event | None:
+    def next(self, timeout: float | None = None) -> E | None:
         """The next event, or None at the end. TimeoutError after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting or self._over, timeout):
+            if not self._changed.wait_for(lambda: bool(self._waiting) or self._over, timeout):
                 raise TimeoutError(f"no event within {timeout:g} s")
             return self._waiting.popleft() if self._waiting else None
 
@@ -264,7 +267,7 @@ class EventStream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Event:
+    def __next__(self) -> E:
         event = self.next()
         if event is None:
             raise StopIteration
@@ -273,15 +276,14 @@ class EventStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> E:
         from asyncio import get_running_loop
 
         loop = get_running_loop()
         while True:
             with self._changed:
                 if self._waiting:
-                    event: Event = self._waiting.popleft()
-                    return event
+                    return self._waiting.popleft()
                 if self._over:
                     raise StopAsyncIteration
                 future: asyncio.Future[None] = loop.create_future()

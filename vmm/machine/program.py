@@ -9,12 +9,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
+    from typing import Any, TypeVar, overload
 
     from vmm.events import Event
     from vmm.machine.binding import Read, Write
     from vmm.machine.event_hub import EventHub, EventStream
     from vmm.machine.machine import Machine
     from vmm.machine.vsock_binding import Handler
+
+    E = TypeVar("E", bound=Event)
 
 NOTES_MAX = 100
 """Events kept before a program asks for any."""
@@ -46,23 +49,28 @@ class ProgramCalls:
         """The last events (up to 1000, without console lines), oldest first."""
         return self._events.log()
 
-    def events(self, *kinds: type[Event], history: bool = False) -> EventStream:
+    if TYPE_CHECKING:
+
+        @overload
+        def events(self, *, history: bool = False) -> EventStream[Event]: ...
+        @overload
+        def events(self, *kinds: type[E], history: bool = False) -> EventStream[E]: ...
+
+    def events(self, *kinds: type[Event], history: bool = False) -> EventStream[Any]:
         """The events from now on, of these kinds (or of all), for `async for` or `for`.
 
         It ends when the machine stops. With `history`, those in the log come first.
         """
         return self._events.stream(kinds, history)
 
-    def subscribe(
-        self, listener: Callable[[Event], object], *kinds: type[Event]
-    ) -> Callable[[], None]:
+    def subscribe(self, listener: Callable[[E], object], *kinds: type[E]) -> Callable[[], None]:
         """Have `listener` called with each event of these kinds (or of all); what is returned ends
         that.
 
         It is called in the thread the event happens in (a vCPU's, a device's), perhaps in two at
         once, and must not wait for the machine. What it raises ends the machine, with a report.
         """
-        return self._events.subscribe(listener, kinds)
+        return self._events.subscribe(listener, kinds)  # type: ignore[arg-type]
 
     def emit(self, event: Event) -> None:
         """Log `event` and tell those who listen; from any thread."""

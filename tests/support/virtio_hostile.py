@@ -25,6 +25,8 @@ HIGH = 1 << 20
 """Bytes of guest memory above 4 GiB."""
 RINGS, STRIDE = 0x10000, 0x4000
 BUFFERS, BUFFER, BUFFER_COUNT = 0x100000, 0x2000, 16
+PREPARED = 0x180000
+"""Where buffers of chains are that keep to the rules."""
 TABLES = 0x200000
 DESC = struct.Struct("<QIHH")
 READY = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK
@@ -162,7 +164,11 @@ class _Borrowed(Driver):
 
 
 class Rig:
-    """A device, its registers, and memory for it; `fill` prepares the buffers of a case."""
+    """A device, its registers, and memory for it; `fill` prepares the buffers of a case.
+
+    In half of the cases `prelude` is called first, for what a device needs before it serves all of
+    its queues, or has something for the driver: see `prepare`.
+    """
 
     def __init__(
         self,
@@ -172,12 +178,14 @@ class Rig:
         packed: bool,
         event_idx: bool,
         fill: Callable[[GuestMemory, random.Random], None],
+        prelude: Callable[[Rig], None] | None = None,
     ) -> None:
         self.memory = GuestMemory(HOLE_START + HIGH)
         device.memory = self.memory
         self.device = device
         self.packed, self.event_idx = packed, event_idx
         self.fill = fill
+        self.prelude = prelude
         self.bugs: list[BaseException] = []
         device.on_bug = self.bugs.append
         self.registers = transport(device)
@@ -188,6 +196,7 @@ class Rig:
             self.features &= ~(1 << spec.F_EVENT_IDX)
         self.sizes: list[int] = []
         self.avail: list[int] = []
+        self.prepared = 0
 
     def close(self) -> None:
         self.registers.close()
@@ -202,6 +211,8 @@ class Rig:
         self.registers.reset()
         self._set_up(chance)
         self.fill(self.memory, chance)
+        if self.prelude is not None and chance.random() < 0.5:
+            self.prelude(self)
         for _ in range(chance.randint(1, 4)):
             kind = chance.random()
             if kind < 0.8:
@@ -218,7 +229,7 @@ class Rig:
         registers.set_status(spec.ACKNOWLEDGE | spec.DRIVER)
         registers.set_features(self.features)
         registers.set_status(READY)
-        self.sizes, self.avail = [], []
+        self.sizes, self.avail, self.prepared = [], [], 0
         for index, slot in enumerate(self.device.slots):
             size = min(chance.choice((1, 2, 4, 8, 16, 16, 16, 16, 64, 64, 256)), slot.size_max)
             if self.packed and chance.random() < 0.3:
@@ -237,6 +248,41 @@ class Rig:
             )
             registers.enable(index)
         registers.set_status(READY | spec.DRIVER_OK)
+
+    def prepare(self, index: int, data: bytes = b"", room: int = 0) -> None:
+        """Make a right chain available in queue `index`, of `data` and `room` bytes to write."""
+        rows = []
+        if data:
+            rows.append([self._place(data), len(data), spec.DESC_F_NEXT if room else 0])
+        if room:
+            rows.append([self._place(bytes(room)), room, spec.DESC_F_WRITE])
+        memory, size, avail = self.memory, self.sizes[index], self.avail[index]
+        base = RINGS + index * STRIDE
+        if self.packed:
+            self._prepare_packed(base, index, rows)
+        elif size >= len(rows) * ((avail & 0xFFFF) + 1):  # each chain has descriptors of its own
+            head = len(rows) * avail
+            for place, (addr, length, flags) in enumerate(rows, head):
+                memory.write(base + 16 * place, DESC.pack(addr, length, flags, place + 1))
+            memory.write_u16(base + 0x1004 + 2 * (avail % size), head)
+            self.avail[index] = avail + 1
+            memory.write_u16(base + 0x1002, avail + 1)
+        self.registers.notify(index)
+
+    def _prepare_packed(self, base: int, index: int, rows: list[list[int]]) -> None:
+        at, wrap = self.avail[index] >> 1, 1 - (self.avail[index] & 1)
+        if at + len(rows) >= self.sizes[index]:
+            return
+        flag = spec.PACKED_DESC_F_AVAIL if wrap else spec.PACKED_DESC_F_USED
+        for place, (addr, length, flags) in reversed(list(enumerate(rows, at))):
+            self.memory.write(base + 16 * place, DESC.pack(addr, length, 0, flags | flag))
+        self.avail[index] = (at + len(rows)) << 1 | (1 - wrap)
+
+    def _place(self, data: bytes) -> int:
+        gpa = PREPARED + 0x1000 * self.prepared
+        self.prepared += 1
+        self.memory.write(gpa, data)
+        return gpa
 
     # --- rings ------------------------------------------------------------------------------------
 

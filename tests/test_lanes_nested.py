@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes.nested import ROOT, LaneError, LaneTimeout, NestedLane
+from tests.lanes.nested import ROOT, LaneCrash, LaneError, LaneTimeout, NestedLane
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-system-x86_64") is None, reason="no qemu-system-x86_64"
@@ -171,3 +171,11 @@ def test_interactive_gives_the_command_a_terminal(rows: int, columns: int, shown
         assert os.waitstatus_to_exitcode(status) == 9
     finally:
         os.close(fd)
+
+
+def test_a_machine_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.lanes.nested.HANG", 40)
+    with NestedLane(memory=512) as lane:
+        assert run(lane, "sleep 15") == (0, b"")
+        with pytest.raises(LaneCrash, match="no sign of life for 40 s"):
+            run(lane, "kill -STOP -1; sleep 1000")

@@ -47,8 +47,12 @@ MODULES = (
 )  # fmt: skip
 RESULTS = "/run/lane/results"
 """Where commands in the lane put files for the host; also in their VMM_LANE_RESULTS."""
+HANG = 300
+"""Seconds after which a processor that has lost its interrupts is a crash: far more than any load
+makes of the milliseconds, or the 10 s between two signs of life, that it is at most."""
 _MARK = b"\x1e"
 _QUIET = 60.0
+"""Seconds after which it is said that the lane still runs."""
 
 
 class LaneError(HostError):
@@ -65,7 +69,7 @@ class LaneTimeout(LaneError):
 
 
 class LaneCrash(LaneError):
-    """The emulated machine ended by itself."""
+    """The emulated machine ended by itself, or hangs."""
 
 
 class NestedLane:
@@ -207,6 +211,7 @@ class NestedLane:
         assert self._directory is not None
         keep = [str(path) for path in (ROOT, cache_directory()) if _hidden(path)]
         cmdline = "console=ttyS0 loglevel=5 panic=-1 mitigations=off"
+        cmdline += f" rcupdate.rcu_cpu_stall_timeout={HANG} sysctl.kernel.panic_on_rcu_stall=1"
         if keep:
             cmdline += f" lane.keep={','.join(keep)}"
         # The real-time clock gives the machine its date.
@@ -261,7 +266,8 @@ class NestedLane:
         """
         link = self._port if stdin is None else self._terminal
         assert link is not None
-        began = heard = time.monotonic()
+        began = heard = beaten = time.monotonic()
+        beat = self._beat()
         answer = _MARK + token.encode() + b" "
         while True:
             status, passed = self._take(answer)
@@ -275,7 +281,7 @@ class NestedLane:
             wanted: list[socket.socket | int] = [link]
             if stdin is not None:
                 wanted.append(stdin)
-            ready = select.select(wanted, [], [], min(left, _QUIET))[0]
+            ready = select.select(wanted, [], [], min(left, _QUIET, HANG / 8))[0]
             if stdin in ready and stdin is not None:
                 link.sendall(os.read(stdin, 4096))
             if link in ready:
@@ -287,6 +293,18 @@ class NestedLane:
             elif stdin is None and time.monotonic() - heard >= _QUIET:
                 self._log(f"running for {time.monotonic() - began:.0f} s")
                 heard = time.monotonic()
+            if self._beat() != beat:
+                beat, beaten = self._beat(), time.monotonic()
+            elif stdin is None and time.monotonic() - beaten > HANG:
+                self._fail(LaneCrash, f"the emulated machine gave no sign of life for {HANG} s")
+
+    def _beat(self) -> int:
+        """When the agent last gave a sign of life, on a clock of its own."""
+        assert self._directory is not None
+        try:
+            return os.stat(self._directory / "shared" / "beat").st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _take(self, answer: bytes) -> tuple[int | None, bytes]:
         """Split what has come into (status, or None before the answer) and output to pass on."""

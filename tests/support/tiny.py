@@ -173,13 +173,14 @@ class AtTerminal:
     def kill(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
-    def expect(self, text: bytes, seconds: float = 60) -> None:
-        """Read until `text` came; what was read before it is forgotten."""
+    def expect(self, text: bytes, seconds: float = 60) -> bytes:
+        """Read until `text` came; what was read before it is returned, and forgotten."""
         deadline = time.monotonic() + seconds
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
             self._read(0.1)
-        self.output = self.output.split(text, 1)[1]
+        before, self.output = self.output.split(text, 1)
+        return before
 
     def wait(self, seconds: float = 60) -> int:
         """The status (minus a signal's number)."""

@@ -382,3 +382,20 @@ def test_a_panic_and_its_pause(machine: Make) -> None:
             "paused: the guest's kernel panicked",
         ]
         assert isinstance(m.event_log[1], events.Panicked)
+
+
+@needs_kvm
+def test_a_machine_that_is_rolled_back_from_its_end_tells_of_its_next(machine: Make) -> None:
+    with machine(tiny.prints(b"once\n") + tiny.exits(4)) as m:
+        stopped: list[Event] = []
+        m.subscribe(stopped.append, Stopped)
+        m.checkpoint()
+        for _ in range(2):
+            stream = m.events()
+            m.start() if m.state == "created" else m.resume()
+            seen = names(list(stream))
+            assert seen[0] in ("started", "resumed") and seen[1:] == ["console", "stopped"]
+            assert m.wait(60).status == 4
+            assert list(m.events()) == []
+            m.rollback()
+        assert len(stopped) == 2

@@ -59,6 +59,7 @@ class EventHub:
         tail: the console, watched for lines while somebody listens for them.
         flush: brings out what the guest has printed.
         failed: told of an exception in a listener.
+        over: the machine has ended.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class EventHub:
         tail: ConsoleTail,
         flush: Callable[[], object],
         failed: Callable[[BaseException], object],
+        over: bool = False,
     ) -> None:
         self._log: deque[Event] = deque(maxlen=LOG_LIMIT)
         self._listeners: tuple[tuple[Callable[[Event], object], tuple[type[Event], ...]], ...] = ()
@@ -76,12 +78,11 @@ class EventHub:
         self._flush = flush
         self._failed = failed
         self._lines: LineSplitter | None = None
-        self._over = False
+        self._over = over
         for time, name, arguments in notes:
             event = make(name, arguments)
             event.time = time
             self._log.append(event)
-            self._over = self._over or name == Stopped.name
 
     def log(self) -> list[Event]:
         """The last events, oldest first."""
@@ -152,6 +153,10 @@ class EventHub:
             streams, self._streams = self._streams, []
         for stream in streams:
             stream.finish()
+
+    def reopen(self) -> None:
+        """The machine has not ended after all: it was rolled back to before."""
+        self._over = False
 
     def _want_lines(self, kinds: tuple[type[Event], ...]) -> None:
         if self._lines is None and any(issubclass(ConsoleLine, kind) for kind in kinds):

@@ -372,6 +372,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         with self._lock:
             self.exit = None
             self._ended.clear()
+            self._reopen_events()
             self._state = PAUSED
             self.platform.revive()
             for thread in self._threads:

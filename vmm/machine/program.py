@@ -38,6 +38,10 @@ class ProgramCalls:
         self._notes: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=NOTES_MAX)
         self._hub: EventHub | None = None
 
+    def _reopen_events(self) -> None:
+        if self._hub is not None:
+            self._hub.reopen()
+
     def _close_events(self) -> None:
         if self._hub is not None:
             self._hub.close()
@@ -84,10 +88,12 @@ class ProgramCalls:
 
                 machine = self._machine
                 self._hub = EventHub(
-                    self._notes, machine.console, machine.platform.flush, machine.monitor_failed
+                    self._notes,
+                    machine.console,
+                    machine.platform.flush,
+                    machine.monitor_failed,
+                    machine.state in ("stopped", "closed"),
                 )
-                if machine.state == "closed":
-                    self._hub.close()
             return self._hub
 
     def listen(self, listener: Callable[[str], None] | None) -> None:

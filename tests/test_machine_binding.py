@@ -126,6 +126,7 @@ def test_bound_and_unbound_while_paused(machine: Make) -> None:
     unbind()
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize("side", ["read", "write"])
 @pytest.mark.parametrize("kind", ["port", "mmio"])
 def test_what_a_function_raises_ends_the_machine(machine: Make, kind: str, side: str) -> None:
@@ -154,6 +155,7 @@ def test_what_a_function_raises_ends_the_machine(machine: Make, kind: str, side:
     assert "in broken" in ended.report
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize("value", [256, -1, None, "x", 1.0])
 def test_what_is_no_answer_ends_the_machine(machine: Make, value: object) -> None:
     with machine(mov_dx(0x1510) + IN + tiny.exits(0)) as m:
@@ -165,9 +167,7 @@ def test_what_is_no_answer_ends_the_machine(machine: Make, value: object) -> Non
         )
 
 
-NOTHING = {"read": lambda offset, size: 0}
-
-
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("port", "size", "says"),
     [
@@ -185,6 +185,7 @@ def test_ports_that_are_taken(machine: Make, port: int, size: int, says: str) ->
         m.bind_port(port, size, read=lambda offset, size: 0)
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize(
     ("gpa", "size", "options", "says"),
     [
@@ -206,6 +207,7 @@ def test_addresses_that_are_taken(
         m.bind_mmio(gpa, size, read=lambda offset, size: 0)
 
 
+@pytest.mark.one_lane
 def test_one_over_another_and_none_at_all(machine: Make) -> None:
     with machine(tiny.HALT) as m:
         m.bind_port(0x1510, 2, read=lambda offset, size: 0)
@@ -215,6 +217,7 @@ def test_one_over_another_and_none_at_all(machine: Make) -> None:
             m.bind_port(0x1600)
 
 
+@pytest.mark.one_lane
 @pytest.mark.parametrize("state", ["running", "stopped", "closed"])
 def test_only_while_nothing_runs(machine: Make, state: str) -> None:
     with machine(tiny.HALT) as m:
@@ -231,6 +234,7 @@ def test_only_while_nothing_runs(machine: Make, state: str) -> None:
                 m.memory.read(0, 4)
 
 
+@pytest.mark.one_lane
 def test_the_state_of_a_machine_is_without_them(machine: Make) -> None:
     with machine(tiny.HALT) as m, machine(tiny.HALT) as other:
         m.bind_port(0x1510, read=lambda offset, size: 0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,12 +16,15 @@ import pytest
 from tests.support import tiny
 from tests.support.disk_guest import DiskRequests
 from tests.support.tiny import COUNTER
+from tests.test_virtio_vhost_user import qcow2
 from vmm import Machine, MachineConfig, StateError, UsageError
+from vmm.events import Panicked
 from vmm.faults import FaultEvent
 from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.virtio import blk
 
+__all__ = ["qcow2"]
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
@@ -182,6 +189,37 @@ def test_checkpoints_of_a_disk_with_faults(machine: Make, disk: Path, tmp_path: 
         assert guest.get(1, 3 * SECTOR) == b"a" * SECTOR + bytes(2 * SECTOR)
 
 
+def test_events_are_plain_data(machine: Make, disk: Path) -> None:
+    with machine(drives=[str(disk)], nets=["lan=plain"]) as m:
+        m.faults.disk(0).fail(on=["read", "write"], sectors=range(3, 5), nth=(1, 4))
+        m.faults.net(0).loss(0.5, match=len)
+        told = [event.to_dict()["details"] for event in m.faults.log]
+        assert json.loads(json.dumps(told)) == [
+            {"on": ["read", "write"], "errno": "EIO", "sectors": [3, 4], "nth": [1, 4]},
+            {"probability": 0.5, "match": "len"},
+        ]
+
+
+def test_a_power_cut_from_a_listener(machine: Make, disk: Path) -> None:
+    """In a vCPU's thread, which would wait for itself."""
+    told: list[BaseException] = []
+    with machine(tiny.PANIC + tiny.SPIN, drives=[str(disk)], on_panic="pause") as m:
+        m.faults.volatile()
+
+        def cut(event: object) -> None:
+            try:
+                m.faults.power_cut()
+            except StateError as err:
+                told.append(err)
+
+        m.subscribe(cut, Panicked)
+        m.start()
+        while not told:
+            time.sleep(0.001)
+        assert "call it in another" in str(told[0])
+        m.faults.power_cut()
+
+
 # --- clocks ---------------------------------------------------------------------------------------
 
 
@@ -344,6 +382,29 @@ def test_what_a_machine_does_not_have(machine: Make, disk: Path) -> None:
         with pytest.raises(StateError, match=r"disk\(0\).unflushed: nobody knows what a power cut"):
             m.faults.power_cut()
         assert m.state == "running"
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-storage-daemon") is None, reason="no qemu-storage-daemon here"
+)
+def test_a_disk_that_another_process_serves(machine: Make, qcow2: Callable[..., str]) -> None:
+    with machine(drives=[f"{qcow2(MIB)},format=qcow2"]) as m:
+        with pytest.raises(StateError, match="only drives with format=raw have faults"):
+            m.faults.disk(0)
+        with pytest.raises(StateError, match="qemu-storage-daemon serves it"):
+            m.faults.volatile()
+
+
+def test_without_faults_nothing_of_them_is_loaded(disk: Path) -> None:
+    code = (
+        "import sys; from vmm import Machine, MachineConfig\n"
+        f"with Machine(MachineConfig(memory=2 << 20, drives=[{str(disk)!r}])) as m:\n"
+        "    print([name for name in sys.modules if name.startswith('vmm.faults')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=tiny.environment()
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_a_seed_that_is_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
 import threading
@@ -328,6 +329,37 @@ def test_faults_add_up(stream: End) -> None:
     stream.pass_("rx", range(3))
     assert stream.numbers("rx", 3) == [1, 1, 2]
     assert time.monotonic() - begin >= 0.02
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="no passt here")
+def test_frames_through_passt() -> None:
+    """The same layer; it answers for the gateway, which is not there."""
+    with ExitStack() as stack:
+        stack.enter_context(netns.network_namespace())
+        netns.ip("tuntap add out mode tap")
+        netns.ip("addr add 10.7.0.2/24 dev out")
+        netns.ip("link set out up")
+        netns.ip("route add default via 10.7.0.1 dev out")
+        nic = Net.parse("user").open(0)
+        assert nic is not None
+        guest = NetGuest(nic, buffers=60)
+        stack.callback(guest.__exit__)
+        control = Control()
+        stack.callback(control.close)
+        faults = NetFaults(nic, control, "faults.net(0)")
+        ask = netns.arp_request(MAC, "10.7.0.2", "10.7.0.1")
+
+        def arp(data: bytes) -> bool:
+            return data[12:14] == b"\x08\x06"
+
+        with faults.loss(nth=1, direction="tx", match=arp), faults.duplicate(match=arp) as twice:
+            guest.send(ask)  # the first is lost, the second asked twice and each answer doubled
+            guest.send(ask)
+            for _ in range(4):
+                assert guest.frame(0x806, within=30)[28:32] == netns.address("10.7.0.1")
+        assert twice.count == 3
+        guest.send(ask)
+        assert guest.frame(0x806, within=30)[28:32] == netns.address("10.7.0.1")
 
 
 # --- chance, and nothing in the way ---------------------------------------------------------------

@@ -65,7 +65,7 @@ class Faults:
     # --- devices ----------------------------------------------------------------------------------
 
     def disk(self, number: int = 0) -> DiskFaults:
-        """The faults of the `number`-th of the machine's drives.
+        """The faults of the `number`-th of the machine's drives; a root image's is the one after.
 
         Raises:
             UsageError: there is no such disk.
@@ -81,8 +81,8 @@ class Faults:
                 device = self._device("disk", "blk", number, len(drives))
                 if not isinstance(device, Block):
                     raise StateError(
-                        f"faults.disk({number}): qemu-storage-daemon serves {drives[number].path}, "
-                        "faults are for format=raw"
+                        f"faults.disk({number}): qemu-storage-daemon serves it; only drives with "
+                        "format=raw have faults"
                     )
                 found = DiskFaults(device, self._control, f"faults.disk({number})")
                 self._disks[number] = found
@@ -113,7 +113,7 @@ class Faults:
             return found
 
     def _device(self, what: str, name: str, number: int, count: int) -> VirtioDevice:
-        if isinstance(number, int) and 0 <= number < count and self._machine.platform.virtio:
+        if isinstance(number, int) and self._machine.platform.virtio is not None:
             for transport in self._machine.platform.virtio.transports:
                 if transport.device.name == f"{name}{number}":
                     return transport.device
@@ -149,6 +149,11 @@ class Faults:
         from vmm.faults.disk import check_cut
 
         machine = self._machine
+        if machine.in_vcpu_thread:
+            raise StateError(
+                "faults.power_cut: called in a vCPU's own thread, which cannot wait for itself; "
+                "call it in another"
+            )
         chosen = check_cut("faults.power_cut", keep, torn)
         disks = list(self._writable("power_cut"))
         for disk in disks:

@@ -107,9 +107,24 @@ class FaultEvent(Event):
         self.what = what
         self.details = details
 
+    def to_dict(self) -> dict[str, object]:
+        details = {name: _plain(value) for name, value in self.details.items()}
+        return {**super().to_dict(), "details": details}
+
     def __str__(self) -> str:
         details = ", ".join(f"{name}={value}" for name, value in self.details.items())
         return f"fault: {self.device} {self.kind} {self.what}{': ' * bool(details)}{details}"
+
+
+def _plain(value: object) -> object:
+    """As JSON may have it: a range as its first and its last, a function as its name."""
+    if isinstance(value, range):
+        return [value.start, value.stop - 1]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return getattr(value, "__name__", repr(value))
 
 
 class Fault:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vmm import MachineConfig, UsageError
@@ -69,6 +71,13 @@ def test_host_memory_is_what_proc_says() -> None:
         words = meminfo.readline().split()
     assert words[0] == "MemTotal:"
     assert host_memory() >= int(words[1]) << 10
+
+
+def test_sizes_may_be_text_and_files_paths() -> None:
+    config = MachineConfig(Path("vmlinuz"), initrds=[Path("i")], memory="1.5G", balloon="64M")
+    assert config == MachineConfig("vmlinuz", initrds=["i"], memory=3 << 29, balloon=64 * MIB)
+    with pytest.raises(UsageError, match="--memory 'much' is not a size"):
+        MachineConfig("vmlinuz", memory="much")
 
 
 def test_command_line() -> None:

@@ -12,6 +12,7 @@ from vmm.layout import MIB, PAGE_SIZE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
 
     from vmm.agent.root import Root
     from vmm.block.drive import Drive
@@ -42,7 +43,7 @@ class MachineConfig:
             the program fills in itself.
         initrds: paths, concatenated in order.
         append: added after the default command line (see `default_cmdline`).
-        memory: guest RAM in bytes, a positive multiple of 4096.
+        memory: guest RAM in bytes, a positive multiple of 4096; or text, `512M`.
         cpus: how many vCPUs, 1 to 254.
         cpu: policy, see `vmm.cpu`: `host`, `max`, a baseline, then `,+feature,-feature`.
         console: `none` (kept in `Machine.console` only), `file:PATH`, `pty`, or `auto`: this
@@ -60,7 +61,7 @@ class MachineConfig:
         rng: whether the guest gets a virtio entropy device; `rate=BYTES` limits it.
         ports: named ports of the virtio console, each as text (`name=N,socket=PATH`) or a
             `vmm.virtio.console_config.PortConfig`.
-        balloon: bytes a memory balloon starts with (0: empty), or None for no balloon.
+        balloon: bytes a memory balloon starts with (0: empty; or text), or None for no balloon.
         vsock: a socket device, as text (`cid=3,path=PREFIX`) or a `VsockConfig`; or None.
         shares: host directories, each as text (`DIR,tag=TAG`) or a `vmm.virtio.fs.Share`.
         vhost_user_blks: disks other processes serve, each as text (`SOCKET`) or a
@@ -113,11 +114,11 @@ class MachineConfig:
 
     def __init__(
         self,
-        kernel: str | None = None,
+        kernel: str | PathLike[str] | None = None,
         *,
-        initrds: Sequence[str] = (),
+        initrds: Sequence[str | PathLike[str]] = (),
         append: str = "",
-        memory: int = 256 * MIB,
+        memory: int | str = 256 * MIB,
         cpus: int = 1,
         cpu: str = "host",
         console: str = "none",
@@ -132,14 +133,14 @@ class MachineConfig:
         nets: Sequence[str | Net] = (),
         rng: bool | str = False,
         ports: Sequence[str | PortConfig] = (),
-        balloon: int | None = None,
+        balloon: int | str | None = None,
         vsock: str | VsockConfig | None = None,
         shares: Sequence[str | Share] = (),
         vhost_user_blks: Sequence[str | VhostUserBlk] = (),
         transport: str = "mmio",
         agent: bool = False,
-        root: str | None = None,
-        modules: str | None = None,
+        root: str | PathLike[str] | None = None,
+        modules: str | PathLike[str] | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         fault_seed: int = 0,
         trace: bool = False,
@@ -147,7 +148,7 @@ class MachineConfig:
         self.kernel = None if kernel is None else str(kernel)
         self.initrds = tuple(str(path) for path in initrds)
         self.append = append
-        self.memory = memory
+        self.memory = self._size(memory, "--memory")
         self.cpus = cpus
         self.cpu = cpu
         self.console = console
@@ -167,13 +168,21 @@ class MachineConfig:
         self.nets = self._nets(nets)
         self.rng = self._rng(rng)
         self.ports = self._ports(ports)
-        self.balloon = balloon
+        self.balloon = None if balloon is None else self._size(balloon, "--balloon")
         self.vsock = self._vsock(vsock)
         self.transport = transport
         self.devices = tuple(devices)
         self.fault_seed = fault_seed
         self.trace = trace
         self._check()
+
+    @staticmethod
+    def _size(size: int | str, option: str) -> int:
+        if isinstance(size, str):
+            from vmm.units import parse_size
+
+            return parse_size(size, option)
+        return size
 
     @staticmethod
     def _drives(drives: Sequence[str | Drive]) -> tuple[Drive, ...]:
@@ -301,7 +310,7 @@ class MachineConfig:
             raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")
 
     @classmethod
-    def load(cls, path: str) -> MachineConfig:
+    def load(cls, path: str | PathLike[str]) -> MachineConfig:
         """From a TOML or JSON file (the name's end says which). The keys are this class's keywords
         (`vmm config --schema`); relative paths in it are taken from the file's directory.
 

@@ -1,5 +1,6 @@
-"""The network device under Linux's own driver: ping, HTTP both ways and iperf3, through a tap and
-through passt; two guests on a private LAN; unbind and bind. Nothing is left behind.
+"""The network device under Linux's own driver, over both transports: ping, HTTP both ways and
+iperf3, through a tap and through passt; two guests on a private LAN; unbind and bind. Nothing is
+left behind.
 
 VMM_NET_MIB is how much is transferred each time: 200 take many minutes in the nested lane.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import netns
+from tests.support import netns, programs
 from vmm import Machine, MachineConfig
 from vmm.net import pcap
 from vmm.testing.kernels import Kernel
@@ -32,7 +33,6 @@ pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(400)]
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("VMM_NET_MIB", "6"))
-MODULES = ["virtio_mmio", "virtio_net"]
 HOST, GUEST = "10.9.0.1", "10.9.0.2"
 OUT, GATEWAY = "10.7.0.2", "10.7.0.1"
 ECHO = "10.8.0.1"
@@ -75,13 +75,14 @@ fetch tap {HOST}
 fetch user {GATEWAY}
 echo "ready"
 read line
-iperf3 -c {HOST} -t 1 -f M 2>&1 | sed 's/^/tap up: /' | grep -E 'sender|error'
-iperf3 -c {HOST} -t 1 -f M -R 2>&1 | sed 's/^/tap down: /' | grep -E 'receiver|error'
-iperf3 -c {GATEWAY} -t 1 -f M 2>&1 | sed 's/^/user up: /' | grep -E 'sender|error'
-iperf3 -c {GATEWAY} -t 1 -f M -R 2>&1 | sed 's/^/user down: /' | grep -E 'receiver|error'
+/host/iperf3 -c {HOST} -t 1 -f M 2>&1 | sed 's/^/tap up: /' | grep -E 'sender|error'
+/host/iperf3 -c {HOST} -t 1 -f M -R 2>&1 | sed 's/^/tap down: /' | grep -E 'receiver|error'
+/host/iperf3 -c {GATEWAY} -t 1 -f M 2>&1 | sed 's/^/user up: /' | grep -E 'sender|error'
+/host/iperf3 -c {GATEWAY} -t 1 -f M -R 2>&1 | sed 's/^/user down: /' | grep -E 'receiver|error'
 cd /sys/bus/virtio/drivers/virtio_net
 device=$(basename $(readlink /sys/class/net/eth0/device))
 ( while :; do wget -q -O /dev/null http://{HOST}:{PORT}/file; done ) 2>/dev/null &
+load=$!
 i=0; while [ $i -lt 50 ]; do
     echo $device > unbind
     echo $device > bind
@@ -89,7 +90,7 @@ i=0; while [ $i -lt 50 ]; do
     [ $((i % 10)) = 0 ] && {{ ping -q -c 1 -W 5 {HOST} >/dev/null || echo "silent: $i"; }}
     i=$((i+1))
 done
-kill %1 2>/dev/null
+kill $load
 echo "carrier $(cat /sys/class/net/eth0/carrier)"
 echo "rounds done"
 read line
@@ -149,14 +150,9 @@ def served(namespace: None, tmp_path: Path, seed: bytes) -> Iterator[str]:
 @pytest.fixture
 def iperf(namespace: None) -> Iterator[dict[str, Path]]:
     """A running server; the program's files for the guest."""
-    path = shutil.which("iperf3")
-    if path is None:
-        pytest.skip("no iperf3 here: apt-get install iperf3")
-    files = {"bin/iperf3": Path(path)}
-    libraries = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
-    for library in re.findall(r"(/\S+\.so\S*)", libraries):
-        files[library.lstrip("/")] = Path(library)
-    with subprocess.Popen([path, "-s"], stdout=subprocess.DEVNULL) as process:
+    files = programs.with_libraries("iperf3", "iperf3")
+    command = [str(files["host/iperf3"]), "-s"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         yield files
         process.terminate()
 
@@ -194,6 +190,7 @@ def download(url: str) -> tuple[str, float]:
     return digest.hexdigest(), size / MIB / (time.monotonic() - begin)
 
 
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
 def test_a_guest_on_a_tap_and_on_passt(
     cloud_kernel: Kernel,
     make_initrd: Callable[..., Path],
@@ -201,19 +198,20 @@ def test_a_guest_on_a_tap_and_on_passt(
     iperf: dict[str, Path],
     seed: bytes,
     tmp_path: Path,
+    transport: str,
 ) -> None:
     if shutil.which("passt") is None:
         pytest.skip("no passt here: apt-get install passt")
     initrd = make_initrd(
         SCRIPT,
         kernel=cloud_kernel,
-        modules=MODULES,
+        modules=[f"virtio_{transport}", "virtio_net"],
         files={"seed": seed, "bin/dhcp": DHCP, **iperf},
     )
     capture = tmp_path / "net.pcap"
     config = MachineConfig(
         str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=380, cpus=2,
-        memory=512 * MIB,
+        memory=512 * MIB, transport=transport,
         nets=[f"tap,address={HOST}/24,mac=52:54:00:00:00:05,queues=2,pcap={capture}",
               "user,forward=tcp:8080:80"],
     )  # fmt: skip
@@ -286,21 +284,21 @@ read line
 )
 
 
-def test_two_guests_on_a_private_lan(
+def test_two_guests_of_either_transport_on_a_private_lan(
     cloud_kernel: Kernel, make_initrd: Callable[..., Path], seed: bytes
 ) -> None:
     machines = []
     try:
-        for number in (1, 2):
+        for number, transport in ((1, "mmio"), (2, "pci")):
             initrd = make_initrd(
                 LAN,
                 kernel=cloud_kernel,
-                modules=MODULES,
+                modules=[f"virtio_{transport}", "virtio_net"],
                 files={"seed": seed, "number": f"{number}\n".encode()},
             )
             config = MachineConfig(
                 str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=300,
-                memory=512 * MIB, nets=["lan=test"],
+                memory=512 * MIB, transport=transport, nets=["lan=test"],
             )  # fmt: skip
             machines.append(Machine(config))
             machines[-1].start()

@@ -1,13 +1,15 @@
-"""The socket device under Linux's own driver: data both ways, many connections, unbind and bind."""
+"""The socket device under Linux's own driver, over both transports: data both ways, many
+connections, unbind and bind under load.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +17,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import programs
 from vmm import Machine, MachineConfig
 from vmm.testing.kernels import Kernel
 
-pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.needs_linux_kvm,
+    pytest.mark.timeout(400),
+    pytest.mark.parametrize("transport", ["mmio", "pci"]),
+]
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("VMM_VSOCK_MIB", "32"))
 """MiB each way; 100 take 40 s in the nested lane."""
 PARALLEL = 50
-SOURCE = Path(__file__).parent / "support" / "vsock_pipe.c"
+ROUNDS = 50
 DRIVER = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
 
 SCRIPT = f"""
@@ -47,7 +54,15 @@ echo "asked: $(echo question | vsock-pipe connect 2 2002)"
 read line
 cd {DRIVER}
 device=$(echo virtio*)
-for i in 1 2 3 4 5; do echo $device > unbind; echo $device > bind; done
+( while :; do vsock-pipe connect 2 2004 < /seed || sleep 0.05; done ) > /dev/null 2>&1 &
+load=$!
+i=0; while [ $i -lt {ROUNDS} ]; do
+    echo $device > unbind
+    echo $device > bind
+    [ $((i % 10)) = 0 ] && echo done | vsock-pipe connect 2 2003
+    i=$((i+1))
+done
+kill $load
 vsock-pipe listen 1002 cat &
 echo "bound again"
 read line
@@ -56,9 +71,7 @@ read line
 
 @pytest.fixture(scope="module")
 def vsock_pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pipe") / "vsock-pipe"
-    subprocess.run(["gcc", "-static", "-O1", "-o", str(path), str(SOURCE)], check=True)
-    return path
+    return programs.compiled("vsock_pipe", tmp_path_factory.mktemp("pipe"))
 
 
 @pytest.fixture
@@ -69,17 +82,17 @@ def seed() -> bytes:
 @pytest.fixture
 def machine(
     cloud_kernel: Kernel, make_initrd: Callable[..., Path], vsock_pipe: Path, seed: bytes,
-    tmp_path: Path,
+    tmp_path: Path, transport: str,
 ) -> Iterator[Machine]:  # fmt: skip
     initrd = make_initrd(
         SCRIPT,
         kernel=cloud_kernel,
-        modules=["virtio_mmio", "vmw_vsock_virtio_transport"],
+        modules=[f"virtio_{transport}", "vmw_vsock_virtio_transport"],
         files={"bin/vsock-pipe": vsock_pipe, "seed": seed, "part": seed[:20000]},
     )
     config = MachineConfig(
-        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=280, cpus=2,
-        vsock=f"cid=5,path={tmp_path}/v",
+        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=380, cpus=2,
+        transport=transport, vsock=f"cid=5,path={tmp_path}/v",
     )  # fmt: skip
 
     def answer(sock: socket.socket) -> None:
@@ -116,6 +129,39 @@ def listen(path: str) -> socket.socket:
     sock.bind(path)
     sock.listen(64)
     return sock
+
+
+class Taken:
+    """A listener that takes whatever comes, one connection after the other (a context manager).
+
+    Attributes:
+        count, size: connections and bytes taken.
+        data: the first bytes.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.count = self.size = 0
+        self.data = b""
+        self._server = listen(path)
+        self._server.settimeout(None)
+        self._thread = threading.Thread(target=self._take)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
+
+    def _take(self) -> None:
+        with contextlib.suppress(OSError):  # it was shut down
+            while True:
+                with self._server.accept()[0] as sock, contextlib.suppress(ConnectionError):
+                    self.count += 1
+                    while part := sock.recv(MIB):
+                        self.size += len(part)
+                        self.data = (self.data + part)[:1000]
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -184,9 +230,10 @@ def test_a_guests_sockets(machine: Machine, tmp_path: Path, seed: bytes) -> None
 
     assert "QUESTION" in console.wait_for(re.compile("asked: .*\n"), timeout=60)
 
-    with connect(path, 1001) as held:
+    loads, probes = Taken(f"{path}_2004"), Taken(f"{path}_2003")
+    with connect(path, 1001) as held, loads, probes:
         machine.platform.uart.receive(b"\n")
-        console.wait_for("bound again", timeout=60)
+        console.wait_for("bound again", timeout=200)
         with pytest.raises(OSError):  # it was reset with the device
             while held.send(b"x"):
                 time.sleep(0.1)
@@ -194,6 +241,9 @@ def test_a_guests_sockets(machine: Machine, tmp_path: Path, seed: bytes) -> None
         sock.sendall(b"still here")
         sock.shutdown(socket.SHUT_WR)
         assert read_all(sock) == b"still here"
+    print(f"{loads.size / MIB:.1f} MiB over {loads.count} connections meanwhile")
+    assert loads.size > 0
+    assert probes.data == b"done\n" * (ROUNDS // 10)
     machine.platform.uart.receive(b"\n")
     assert machine.wait(60).kind == "poweroff"
     machine.close()

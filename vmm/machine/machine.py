@@ -62,6 +62,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         on_error: told in a line of what goes wrong with a device while the machine goes on.
         origin: what it comes from, if it did not boot.
         restored: a state was put into it, so that to start it is to go on.
+        doubt: asked at the end for a reason behind the one that shows.
         moment: held by who takes its state, from pausing it to having it go on.
         kept_still: its state is being taken, and must not change.
         paused_for: why a device had it paused, until it goes on; else an empty string.
@@ -72,6 +73,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self.origin = origin
         self.restored = False
         self.kept_still = 0
+        self.doubt: Callable[[], MachineExit | None] | None = None
         self.moment = threading.RLock()
         self.exit: MachineExit | None = None
         self.on_error: Callable[[str], object] | None = None
@@ -384,6 +386,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def end(self, reason: MachineExit) -> None:
         """The machine is over; the first reason given stays. From any thread."""
+        if self.doubt is not None:
+            reason = self.doubt() or reason
         with self._lock:
             if self.exit is not None:
                 return

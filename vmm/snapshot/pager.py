@@ -40,8 +40,8 @@ class FromHandler(FromFiles):
         self._where = where
         self._child: Child | None = None
         self._sock: socket.socket | None = None
-        self._wrong = ""
         self._closing = False
+        self._reason: MachineExit | None = None
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
         snapshot = self._snapshot
@@ -106,6 +106,7 @@ class FromHandler(FromFiles):
     def apply(self, machine: Machine) -> None:
         thread = threading.Thread(target=self._watch, args=(machine,), name="pager", daemon=True)
         machine.at_close(lambda: self._close(thread))
+        machine.doubt = self._is_lost
         thread.start()
         super().apply(machine)
 
@@ -118,14 +119,22 @@ class FromHandler(FromFiles):
             said = sock.recv(4096)
         if self._closing:
             return
-        why = "it has ended"
-        with suppress(ValueError, KeyError, IndexError):
-            why = json.loads(said.splitlines()[0])["error"]
-        text = f"pages of its snapshot that it had not read yet are lost: {why}"
-        machine.end(MachineExit(exits.MEMORY_LOST, text))
+        self._reason = _lost(said)
+        machine.end(self._reason)
         # Now that no vCPU will enter the guest, who waits for a page may go on with zeroes.
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
+
+    def _is_lost(self) -> MachineExit | None:
+        """Whether the handler has ended, which is then why the guest fails: this process may have
+        waited for a page itself, and not have been able to do anything."""
+        sock = self._sock
+        if sock is None or self._closing or self._reason is not None:
+            return self._reason
+        try:
+            return _lost(sock.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:  # it has not
+            return None
 
     def _close(self, thread: threading.Thread) -> None:
         self._closing = True
@@ -141,3 +150,12 @@ class FromHandler(FromFiles):
             child.close()
         if sock is not None:
             sock.close()
+
+
+def _lost(said: bytes) -> MachineExit:
+    """For what the handler said last, if anything."""
+    why = "it has ended"
+    with suppress(ValueError, KeyError, IndexError):
+        why = json.loads(said.splitlines()[0])["error"]
+    text = f"pages of its snapshot that it had not read yet are lost: {why}"
+    return MachineExit(exits.MEMORY_LOST, text)

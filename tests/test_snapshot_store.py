@@ -399,9 +399,9 @@ def truncate(path: Path) -> None:
     os.truncate(path, os.stat(path).st_size - 4096 if os.stat(path).st_size > 4096 else 10)
 
 
-def change(directory: Path, **values: object) -> None:
+def change(snapshot: Path, /, **values: object) -> None:
     """The manifest, with a checksum that is right: as another version would have made it."""
-    path = directory / manifest.NAME
+    path = snapshot / manifest.NAME
     data = json.loads(path.read_text())
     data.update(values)
     data[manifest.CHECKSUM] = manifest.checksum(data)
@@ -469,6 +469,21 @@ def test_flipped_bits_in_memory_and_disks_are_found_by_verify(made: Path) -> Non
 def test_a_newer_schema(made: Path) -> None:
     change(made / "full", schema=manifest.SCHEMA + 1, vmm="9.9")
     refused(made / "full", "has schema 2, newer than 1, .* it was made by vmm 9.9")
+
+
+@pytest.mark.parametrize("key", manifest.KEYS)
+def test_a_manifest_that_lacks_something(made: Path, key: str) -> None:
+    change(made / "full", **{key: 7})
+    refused(made / "full", f"manifest.json is not whole: {key} is missing")
+
+
+def test_a_manifest_that_names_files_elsewhere(made: Path) -> None:
+    told = json.loads((made / "full" / "manifest.json").read_text())
+    disks = [{**told["disks"][0], "file": "../disk.img"}]
+    change(made / "full", disks=disks)
+    refused(made / "full", "names files that are not in it: ../disk.img")
+    change(made / "full", disks=[], files={**told["files"], "/etc/passwd": {"size": 1}})
+    refused(made / "full", "names files that are not in it: /etc/passwd")
 
 
 def test_a_newer_state(made: Path) -> None:

@@ -18,6 +18,16 @@ SCHEMA = 1
 """Of the manifest and the files it names; a snapshot of a higher one is refused."""
 SIZE_MAX = 16 << 20
 CHECKSUM = "checksum"
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "base": (dict, type(None)),
+    "host": dict,
+    "guest": dict,
+    "config": dict,
+    "directory": str,
+    "disks": list,
+    "files": dict,
+}
+"""What every manifest has."""
 
 
 def write(directory: str, manifest: dict[str, Any]) -> None:
@@ -57,6 +67,13 @@ def read(directory: str) -> dict[str, Any]:
         )
     if data.get(CHECKSUM) != checksum(data):
         raise SnapshotError(f"{path} is corrupt: its checksum is another")
+    for key, kind in KEYS.items():
+        if not isinstance(data.get(key), kind):
+            raise SnapshotError(f"{path} is not whole: {key} is missing")
+    names = [*data["files"], *(disk.get("file", "") for disk in data["disks"])]
+    outside = [name for name in names if name != os.path.basename(name)]
+    if outside:
+        raise SnapshotError(f"{path} names files that are not in it: {', '.join(outside)}")
     return data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -316,6 +317,41 @@ def test_cancelled_on_entering(config: Config, ticks: int) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    run(main())
+
+
+@needs_kvm
+def test_cancelled_anywhere_nothing_is_left(config: Config) -> None:
+    machine = config(tiny.ECHO, memory=4 << 20, cpus=2, vsock="cid=3")
+
+    async def life() -> None:
+        async with AsyncMachine(machine) as m:
+            m.bind_vsock(7, lambda reader, writer: asyncio.sleep(1))
+            await m.start()
+            await m.wait_for("ready", timeout=60)
+            await m.checkpoint()
+            m.send("x")
+            await m.wait_for("[x]", timeout=60)
+            await m.rollback()
+            one, two = await m.clone(2)
+            async with one, two:
+                assert one.config.vsock != two.config.vsock
+                await one.pause()
+            m.send("q")
+            assert (await m.wait(60)).status == 7
+
+    async def main() -> None:
+        begin = time.monotonic()
+        await life()
+        whole = time.monotonic() - begin
+        for part in range(10):
+            task = asyncio.ensure_future(life())
+            await asyncio.sleep(whole * part / 10)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() or task.exception() is None
+            assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(main())
 

@@ -208,8 +208,12 @@ class AsyncMachine(AsyncGuestCalls):
         try:
             await in_thread(clone)
         except asyncio.CancelledError:
-            for machine in made:
-                await machine.close()
+
+            def close() -> None:  # in one call, whatever else is cancelled
+                for copy in made:
+                    copy.machine.close()
+
+            await in_thread(close)
             raise
         return made
 

@@ -86,6 +86,6 @@ def _vsock(vsock: VsockConfig, number: int) -> VsockConfig:
         _last_cid = max(_last_cid, vsock.cid) + 1
         cid = _last_cid
     try:
-        return VsockConfig(cid, f"{vsock.path}.{number}")
+        return VsockConfig(cid, vsock.path and f"{vsock.path}.{number}")
     except UsageError as err:
         raise StateError(f"clone: {err}") from err

@@ -390,6 +390,18 @@ def test_a_panic_and_its_pause(machine: Make) -> None:
 
 
 @needs_kvm
+def test_a_panic_that_was_only_printed(machine: Make) -> None:
+    text = b"Kernel panic - not syncing: no init\n"
+    with machine(tiny.prints(text) + tiny.RESET + tiny.HALT) as m:
+        m.start()
+        assert m.wait(60).kind == exits.PANIC
+        assert [str(event) for event in m.event_log[1:]] == [
+            "panicked: printed",
+            "stopped: the guest's kernel panicked: Kernel panic - not syncing: no init (status 120)",
+        ]
+
+
+@needs_kvm
 def test_a_machine_that_is_rolled_back_from_its_end_tells_of_its_next(machine: Make) -> None:
     with machine(tiny.prints(b"once\n") + tiny.exits(4)) as m:
         stopped: list[Event] = []

@@ -99,10 +99,12 @@ class ConsoleLine(Event):
 
 
 class Panicked(Event):
-    """The guest told pvpanic that its kernel panicked.
+    """The guest's kernel panicked.
 
     Attributes:
-        how: `panicked`, or `crash-loaded` where a crash kernel takes over.
+        how: what is known of it: it told pvpanic that it has `panicked`, or that a crash kernel
+            takes over (`crash-loaded`); it has `printed` so, and then reset the machine; KVM has
+            `reported` it (KVM_SYSTEM_EVENT_CRASH).
     """
 
     __slots__ = ("how",)

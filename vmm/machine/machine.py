@@ -419,7 +419,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def panicked(self, event: str) -> None:
         """The guest told pvpanic of a panic."""
-        self._tell("panicked", event)
+        self.panic_seen(event)
         if event != "panicked":
             return  # a crash kernel takes over
         if self.config.on_panic == "exit":
@@ -442,6 +442,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
             elif kind == constants.SYSTEM_EVENT_RESET:
                 self.end(MachineExit(exits.REBOOT, "the guest rebooted"))
             else:
+                self.panic_seen("reported")
                 self.end(MachineExit(exits.PANIC, "the guest reported a crash"))
             return False
         from vmm.machine import failure

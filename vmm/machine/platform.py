@@ -318,6 +318,7 @@ class Platform:
             # A kernel whose pvpanic driver was not loaded reboots on a panic like on any other
             # occasion (panic=-1); that it printed one tells the difference.
             line = text[at:].split("\n", 1)[0].strip()
+            self.machine.panic_seen("printed")
             self.machine.end(MachineExit(exits.PANIC, f"the guest's kernel panicked: {line}"))
             return
         self.machine.end(MachineExit(exits.REBOOT, "the guest rebooted"))

@@ -118,6 +118,10 @@ class ProgramCalls:
 
         hub.emit(make(event, arguments))
 
+    def panic_seen(self, how: str) -> None:
+        """Tell that the guest's kernel has panicked; see `events.Panicked`."""
+        self._tell("panicked", how)
+
     # --- functions of the program -----------------------------------------------------------------
 
     def bind_port(

@@ -391,13 +391,13 @@ def test_a_panic_and_its_pause(machine: Make) -> None:
 
 @needs_kvm
 def test_a_panic_that_was_only_printed(machine: Make) -> None:
-    text = b"Kernel panic - not syncing: no init\n"
+    text = b"Kernel panic - not syncing: hm\n"
     with machine(tiny.prints(text) + tiny.RESET + tiny.HALT) as m:
         m.start()
         assert m.wait(60).kind == exits.PANIC
         assert [str(event) for event in m.event_log[1:]] == [
             "panicked: printed",
-            "stopped: the guest's kernel panicked: Kernel panic - not syncing: no init (status 120)",
+            "stopped: the guest's kernel panicked: Kernel panic - not syncing: hm (status 120)",
         ]
 
 

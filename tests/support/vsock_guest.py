@@ -43,7 +43,7 @@ class Guest:
     """
 
     def __init__(
-        self, path: str, *, packed: bool = False, event_idx: bool = False, loop: bool = True,
+        self, path: str | None, *, packed: bool = False, event_idx: bool = False, loop: bool = True,
         buffers: int = 8, rx_chain: tuple[int, ...] = (vp.HEADER_SIZE, RX_SIZE), cid: int = CID,
     ) -> None:  # fmt: skip
         self.errors: list[BaseException] = []

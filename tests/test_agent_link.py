@@ -1,0 +1,167 @@
+"""The way to the agent over the socket device, with a driver of the test in place of a guest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.vsock_guest import Guest
+from vmm.agent import wire
+from vmm.agent.link import HELLO_PORT, PORT, Link
+from vmm.errors import AgentError
+from vmm.virtio import vsock_packet as vp
+
+HELLO = wire.HELLO.pack(wire.MAGIC, wire.VERSION, 0)
+
+
+class Console:
+    text = b"a kernel's words\n"
+
+    def __call__(self) -> bytes:
+        return self.text
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    with Guest(None) as made:
+        yield made
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console()
+
+
+@pytest.fixture
+def link(guest: Guest, console: Console) -> Link:
+    return Link(guest.device, console)
+
+
+def call(guest: Guest, hello: bytes = HELLO, port: int = HELLO_PORT) -> None:
+    """What the agent does first."""
+    guest.send(vp.OP_REQUEST, port, PORT)
+    guest.expect(vp.OP_RESPONSE)
+    guest.send(vp.OP_RW, port, PORT, hello)
+
+
+def test_the_agent_calls(guest: Guest, link: Link) -> None:
+    assert not link.ready
+    told = threading.Event()
+    link.when_ready(told.set)
+    call(guest)
+    link.wait(30)
+    assert told.wait(30)
+    assert link.ready
+
+
+def test_connections(guest: Guest, link: Link) -> None:
+    call(guest)
+    link.wait(30)
+    with link.connect() as sock:
+        sock.settimeout(30)
+        sock.sendall(b"before it is accepted")
+        request = guest.expect(vp.OP_REQUEST)
+        assert request.dst_port == PORT
+        guest.send(vp.OP_RESPONSE, PORT, request.src_port)
+        assert guest.expect(vp.OP_RW).data == b"before it is accepted"
+        guest.send(vp.OP_RW, PORT, request.src_port, b"and back")
+        assert sock.recv(100) == b"and back"
+        guest.send(vp.OP_RST, PORT, request.src_port)
+        assert sock.recv(100) == b""
+    with link.connect() as sock:  # nobody listens
+        sock.settimeout(30)
+        guest.send(vp.OP_RST, PORT, guest.expect(vp.OP_REQUEST).src_port)
+        assert sock.recv(100) == b""
+
+
+def test_who_may_call(guest: Guest, link: Link) -> None:
+    """A program in the guest that is not root has no such port."""
+    guest.send(vp.OP_REQUEST, 2000, PORT)
+    guest.expect(vp.OP_RESPONSE)
+    assert guest.expect(vp.OP_SHUTDOWN).dst_port == 2000
+    assert not link.ready
+
+
+@pytest.mark.parametrize(
+    ("hello", "said"),
+    [
+        (wire.HELLO.pack(wire.MAGIC, 9, 0), "speaks version 9"),
+        (wire.HELLO.pack(5, wire.VERSION, 0), "is not vmm's agent"),
+        (b"short", "says 5 bytes for a greeting"),
+        (HELLO + b"more", "says 12 bytes for a greeting"),
+    ],
+)
+def test_greetings_that_are_none(guest: Guest, link: Link, hello: bytes, said: str) -> None:
+    call(guest, hello)
+    with pytest.raises(AgentError, match=said):
+        link.wait(30)
+    guest.expect(vp.OP_SHUTDOWN)
+    guest.send(vp.OP_RST, HELLO_PORT, PORT)
+    call(guest)  # another agent is another matter
+    limit = time.monotonic() + 30
+    while True:
+        try:
+            if link.ready:
+                break
+        except AgentError:
+            pass
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_the_agent_goes_and_comes_back(guest: Guest, link: Link) -> None:
+    call(guest)
+    link.wait(30)
+    guest.send(vp.OP_RST, HELLO_PORT, PORT)
+    limit = time.monotonic() + 30
+    while link.ready:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    call(guest)
+    link.wait(30)
+
+
+def test_no_answer(link: Link, console: Console) -> None:
+    with pytest.raises(AgentError, match=r"not answered within 0.1 s; .*: a kernel's words"):
+        link.wait(0.1)
+    console.text = b"[    1.0]\r\nvmm-agent: cannot listen on a vsock; no\r\nmore\r\n"
+    with pytest.raises(AgentError, match=r"does not run: vmm-agent: cannot listen on a vsock; no$"):
+        link.wait(30)
+
+
+def test_the_machine_ends(guest: Guest, link: Link) -> None:
+    call(guest)
+    link.wait(30)
+    with link.connect() as sock:
+        sock.settimeout(30)
+        waiting = threading.Thread(target=lambda: sock.recv(1))
+        waiting.start()
+        link.end("the guest powered off")
+        waiting.join(30)
+        assert not waiting.is_alive()
+    assert link.why_lost() == "the machine ended: the guest powered off"
+    with pytest.raises(AgentError, match="ended before its agent answered: the guest powered off"):
+        link.wait(30)
+    with pytest.raises(AgentError, match="the machine has ended: the guest powered off"):
+        link.connect()
+    link.revive()
+    assert link.ready
+
+
+def test_the_end_wakes_who_waits(link: Link) -> None:
+    found: list[str] = []
+
+    def wait() -> None:
+        try:
+            link.wait(60)
+        except AgentError as err:
+            found.append(str(err))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    link.end("pulled")
+    waiting.join(30)
+    assert found == ["the machine ended before its agent answered: pulled"]

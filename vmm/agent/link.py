@@ -126,6 +126,11 @@ class Link:
             self._ended = ""
             self._ready = self._hello is not None
 
+    def cut(self) -> None:
+        """The guest is at another point of its life: its agent is there once it calls again."""
+        with self._changed:
+            self._ready = False
+
     # --- for commands -----------------------------------------------------------------------------
 
     @property

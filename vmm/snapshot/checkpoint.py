@@ -91,6 +91,8 @@ class Checkpoint:
             for device, frozen in self._disks:
                 _undo(device, frozen)
             apply(machine, self.state, elapse=False, renew=False)
+            if machine.platform.agent is not None:
+                machine.platform.agent.cut()
 
     def close(self) -> None:
         """Forget it; the machine goes on as it is. Harmless twice."""

@@ -15,7 +15,7 @@ from vmm.memory import GuestMemory, point
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import apply, capture, quiesced
 from vmm.snapshot.checkpoint import freeze, overlaid_disks, still
-from vmm.snapshot.identity import own_config
+from vmm.snapshot.identity import free_cid, own_config
 from vmm.virtio import spec
 
 TYPE_CHECKING = False
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.virtio.blk import Block
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.net import Nic
+    from vmm.virtio.vsock import Vsock
 
 KEEP_PAGES = 128
 """So many pages each copy may get at once, where the base is another's (a snapshot's file)."""
@@ -113,6 +114,11 @@ class Copy(Origin):
         return memory
 
     def apply(self, machine: Machine) -> None:
+        if machine.config.vsock is None:  # there may be one for the agent
+            for device in _devices(machine):
+                if device.ID == spec.ID_VSOCK:
+                    vsock: Vsock = device  # type: ignore[assignment]
+                    vsock.set_cid(free_cid(vsock.cid))
         apply(machine, self._source.state)
         for place, device in enumerate(_devices(machine)):
             if place in self._source.disks:

@@ -81,11 +81,15 @@ def _net(net: Net, number: int) -> Net:
 def _vsock(vsock: VsockConfig, number: int) -> VsockConfig:
     from vmm.virtio.vsock_config import VsockConfig
 
-    global _last_cid
-    with _lock:
-        _last_cid = max(_last_cid, vsock.cid) + 1
-        cid = _last_cid
     try:
-        return VsockConfig(cid, vsock.path and f"{vsock.path}.{number}")
+        return VsockConfig(free_cid(vsock.cid), vsock.path and f"{vsock.path}.{number}")
     except UsageError as err:
         raise StateError(f"clone: {err}") from err
+
+
+def free_cid(cid: int) -> int:
+    """The next CID that no copy in this process has had, above `cid`, the original's."""
+    global _last_cid
+    with _lock:
+        _last_cid = max(_last_cid, cid) + 1
+        return _last_cid

@@ -93,8 +93,7 @@ class Vsock(VirtioDevice):
 
     def __init__(self, cid: int, host: VsockHost, name: str = "vsock") -> None:
         super().__init__(name)
-        self.cid = cid
-        self.config[:] = cid.to_bytes(8, "little")
+        self.set_cid(cid)
         self.host = host
         self._mutex = RLock()
         for slot in self.slots:
@@ -114,11 +113,17 @@ class Vsock(VirtioDevice):
         self._hungry: dict[Stream, None] = {}
         self._tx_waits = False
 
+    def set_cid(self, cid: int) -> None:
+        """Another address for the guest, before it runs."""
+        self.cid = cid
+        self.config[:] = cid.to_bytes(8, "little")
+
     # --- life -------------------------------------------------------------------------------------
 
     def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._thread = get_ident()
+
     def started(self) -> None:
         self.call(self.host.start)
         if self._transport_reset:

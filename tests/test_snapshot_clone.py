@@ -238,6 +238,7 @@ def test_wrong_uses() -> None:
 
 def test_a_copy_that_cannot_be_made_takes_the_others_with_it() -> None:
     """Descriptors run out; the machine itself goes on."""
+    gc.collect()  # what earlier tests left is not to go in between
     with running(bare_machine(COUNTING, regs=START)) as m:
         m.clone()[0].close()
         before, threads = tiny.descriptors(), threading.active_count()
@@ -249,7 +250,7 @@ def test_a_copy_that_cannot_be_made_takes_the_others_with_it() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert tiny.descriptors() == before
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         steps = counter(m)
         until(lambda: counter(m) > steps)
 
@@ -277,7 +278,7 @@ def test_fifty_copies_leave_nothing() -> None:
         assert resident() - base < 50 * MIB
         close(clones)
         assert tiny.descriptors() == before
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
     assert tiny.descriptors() == descriptors
     assert len(mappings()) == maps
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads

@@ -94,8 +94,14 @@ class MomentCalls:
         """
         from vmm.snapshot.checkpoint import Checkpoint, still
 
+        former = self._checkpoint
         with still(self._machine, "checkpoint"):
-            self._checkpoint = Checkpoint(self._machine, self._checkpoint, disks)
+            try:
+                self._checkpoint = Checkpoint(self._machine, former, disks)
+            except BaseException:
+                if former is not None and former.closed:
+                    self._checkpoint = None
+                raise
 
     def rollback(self) -> None:
         """Be again what it was at the checkpoint, in place: memory, vCPUs, devices, disks, clocks.

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from vmm.memory.region import Region
 
 CHUNK = 64 << 10
+REFUSED = {
+    "hugetlbfs": "memory of huge pages (hugetlbfs)",
+    "uffd": "memory that another process hands over (pages='uffd')",
+}
+"""Kinds of regions that stay what they are."""
 GAP = 8 * PAGE_SIZE
 """Where pages are given up, runs with less than that between them are one."""
 
@@ -107,10 +112,11 @@ def copy(memory: GuestMemory, pagemap: Pagemap) -> Base:
     Takes as long as copying what is in use.
 
     Raises:
-        StateError: memory of huge pages cannot be private page by page.
+        StateError: its kind of memory cannot be private page by page.
     """
-    if any(region.kind == "hugetlbfs" for region in memory.regions):
-        raise StateError("memory of huge pages (hugetlbfs) cannot be copied on write")
+    for region in memory.regions:
+        if region.kind in REFUSED:
+            raise StateError(f"{REFUSED[region.kind]} cannot be copied on write")
     fds: list[int] = []
     try:
         for number, region in enumerate(memory.regions):
@@ -138,7 +144,7 @@ def settle(memory: GuestMemory, pagemap: Pagemap) -> Base:
     memfd is the base itself. Else what is in use is copied.
 
     Raises:
-        StateError: memory of huge pages cannot be private page by page.
+        StateError: its kind of memory cannot be private page by page.
     """
     if memory.base is not None and not memory.base.fixed:
         _commit(memory, memory.base, pagemap)

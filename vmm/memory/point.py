@@ -79,7 +79,7 @@ def take(
             as it is, and what is in use is copied.
 
     Raises:
-        StateError: memory of huge pages cannot be private page by page.
+        StateError: its kind of memory cannot be private page by page.
     """
     base = memory.base
     if base is not None and (base.fixed or not remap):

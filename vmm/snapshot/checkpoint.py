@@ -55,6 +55,9 @@ def still(machine: Machine, call: str) -> Iterator[None]:
 class Checkpoint:
     """What `machine`, whose vCPUs are parked, is now.
 
+    Attributes:
+        closed: it cannot be gone back to any more.
+
     Args:
         former: the checkpoint this one replaces; closed, unless this one cannot be.
         disks: one of DISKS.
@@ -67,7 +70,7 @@ class Checkpoint:
         if disks not in DISKS:
             raise UsageError(f"checkpoint: disks={disks!r} is not one of {', '.join(DISKS)}")
         self._machine = machine
-        self._closed = False
+        self.closed = False
         self._disks: list[tuple[Block, Frozen]] = []
         overlays = overlaid_disks(machine, "checkpoint") if disks == "rollback" else []
         self._pagemap = Pagemap()
@@ -96,9 +99,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Forget it; the machine goes on as it is. Harmless twice."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         self._pagemap.close()
         self._memory.close()
         disks, self._disks = self._disks, []

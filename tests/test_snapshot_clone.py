@@ -236,6 +236,7 @@ def test_wrong_uses() -> None:
         m.clone()
 
 
+@pytest.mark.one_lane
 def test_a_copy_that_cannot_be_made_takes_the_others_with_it() -> None:
     """Descriptors run out; the machine itself goes on."""
     gc.collect()  # what earlier tests left is not to go in between
@@ -258,6 +259,7 @@ def test_a_copy_that_cannot_be_made_takes_the_others_with_it() -> None:
 # --- nothing is left ------------------------------------------------------------------------------
 
 
+@pytest.mark.one_lane
 def test_fifty_copies_leave_nothing() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

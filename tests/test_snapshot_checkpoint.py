@@ -453,6 +453,16 @@ def test_a_disk_without_overlay_is_refused(image: Path) -> None:
         m.checkpoint()
 
 
+def test_what_another_process_serves_is_refused(tmp_path: Path) -> None:
+    """It writes to guest memory by itself, and its state is not ours."""
+    with running(bare_machine(COUNTING, regs=START, shares=[f"{tmp_path},tag=a"])) as m:
+        for call in (m.checkpoint, m.clone):
+            with pytest.raises(StateError, match="served by another process"):
+                call()
+            assert m.state == "running"
+            assert all(region.kind == "memfd" for region in m.memory.regions)
+
+
 def test_wrong_uses() -> None:
     with bare_machine(COUNTING) as m:
         with pytest.raises(UsageError, match="disks='both' is not one of rollback, keep"):

@@ -87,6 +87,44 @@ def test_power_cut(machine: Make, disk: Path, keep: str) -> None:
         assert DiskRequests(m, 0).get(0) == b"a" * SECTOR
 
 
+def test_images_of_all_disks_at_one_moment(machine: Make, disk: Path, tmp_path: Path) -> None:
+    """What is written to one after the other must not be in the second alone."""
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MIB))
+    with machine(drives=[str(disk), str(other)]) as m:
+        m.start()
+        m.faults.volatile()
+        first, second = DiskRequests(m, 0), DiskRequests(m, 1, area=8 * MIB)
+        over = threading.Event()
+        written = [0]
+
+        def write() -> None:
+            number = 0
+            while not over.is_set():
+                number += 1
+                for guest in (first, second):
+                    assert guest.put(0, number.to_bytes(4, "little") * (SECTOR // 4)) == blk.S_OK
+                written[0] = number
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(10):
+                before = written[0]
+                while written[0] == before and writer.is_alive():
+                    time.sleep(0.001)
+                cuts = m.faults.power_cut_images(str(tmp_path), keep="all", torn=0)
+                assert len(cuts) == 2
+                numbers = [
+                    int.from_bytes((tmp_path / f"disk{at}.img").read_bytes()[:4], "little")
+                    for at in (0, 1)
+                ]
+                assert before < numbers[1] <= numbers[0] <= numbers[1] + 1
+        finally:
+            over.set()
+            writer.join(60)
+
+
 def test_power_cut_with_requests_under_way(machine: Make, disk: Path) -> None:
     with machine(drives=[str(disk)]) as m:
         m.start()

@@ -33,8 +33,8 @@ class Requests(Driver):
     ) -> tuple[int, int]:
         """The chain's head, and the place of its data."""
         self.place = (self.place + 1) % PLACES
-        header, status = HEADER + 32 * self.place, STATUS + self.place
-        data = DATA + SLOT * self.place
+        header, status = self.area + HEADER + 32 * self.place, self.area + STATUS + self.place
+        data = self.area + DATA + SLOT * self.place
         self.memory.write(header, struct.pack("<IIQ", kind, 0, sector))
         self.memory.write_u8(status, 0xAA)
         buffers = [(header, 16, False)]
@@ -59,7 +59,7 @@ class Requests(Driver):
         return done
 
     def status(self, place: int) -> int:
-        return self.memory.read_u8(STATUS + place)
+        return self.memory.read_u8(self.area + STATUS + place)
 
     def request(self, kind: int, sector: int = 0, out: bytes = b"", into: int = 0) -> int:
         _, place = self.submit(kind, sector, out, into)
@@ -69,7 +69,7 @@ class Requests(Driver):
     def get(self, sector: int, size: int = 512) -> bytes:
         """Read from the disk."""
         assert self.request(blk.T_IN, sector, into=size) == blk.S_OK
-        return self.memory.read(DATA + SLOT * self.place, size)
+        return self.memory.read(self.area + DATA + SLOT * self.place, size)
 
     def put(self, sector: int, data: bytes) -> int:
         """Write to the disk: the status."""
@@ -99,7 +99,8 @@ class DiskGuest(Requests):
 class DiskRequests(Requests):
     """The driver of a disk of `machine`, in the place of its guest's."""
 
-    def __init__(self, machine: Machine, number: int) -> None:
+    def __init__(self, machine: Machine, number: int, area: int = 0) -> None:
+        self.area = area
         assert machine.platform.virtio is not None
         self._transport = machine.platform.virtio.transports[number]
         super().__init__(self._transport.device, memory=machine.memory, size=64)

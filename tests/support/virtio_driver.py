@@ -24,9 +24,11 @@ DESC = struct.Struct("<QIHH")
 class Ring:
     """Driver side of one queue; `add` and `used` are all a test needs."""
 
-    def __init__(self, memory: GuestMemory, index: int, size: int, event_idx: bool) -> None:
+    def __init__(
+        self, memory: GuestMemory, index: int, size: int, event_idx: bool, area: int = 0
+    ) -> None:
         self.memory, self.size, self.event_idx = memory, size, event_idx
-        base = RINGS + (index << 16)
+        base = area + RINGS + (index << 16)
         self.desc, self.driver, self.device = base, base + 0x6000, base + 0x8000
 
     def add(self, buffers: list[tuple[int, int, bool]], *, indirect: int = 0) -> int:
@@ -56,8 +58,10 @@ def table(buffers: list[tuple[int, int, bool]]) -> bytes:
 
 
 class SplitRing(Ring):
-    def __init__(self, memory: GuestMemory, index: int, size: int, event_idx: bool) -> None:
-        super().__init__(memory, index, size, event_idx)
+    def __init__(
+        self, memory: GuestMemory, index: int, size: int, event_idx: bool, area: int = 0
+    ) -> None:
+        super().__init__(memory, index, size, event_idx, area)
         self.free = list(range(size))
         self.chains: dict[int, list[int]] = {}
         self.avail_idx = self.used_idx = self.kicked = 0
@@ -110,8 +114,10 @@ class SplitRing(Ring):
 
 
 class PackedRing(Ring):
-    def __init__(self, memory: GuestMemory, index: int, size: int, event_idx: bool) -> None:
-        super().__init__(memory, index, size, event_idx)
+    def __init__(
+        self, memory: GuestMemory, index: int, size: int, event_idx: bool, area: int = 0
+    ) -> None:
+        super().__init__(memory, index, size, event_idx, area)
         self.ids = list(range(size))
         self.chains: dict[int, int] = {}
         self.avail, self.avail_wrap, self.at, self.wrap = 0, 1, 0, 1
@@ -188,7 +194,10 @@ class Driver:
 
     Attributes:
         interrupts: how often the device raised its interrupt (read by `take_interrupts`).
+        area: GPA of what it uses; drivers of several devices in one memory need one each.
     """
+
+    area = 0
 
     def __init__(
         self,
@@ -260,7 +269,8 @@ class Driver:
     def enable(self, index: int) -> None:
         self.write(mmio.QUEUE_SEL, index)
         size = min(self.size, self.read(mmio.QUEUE_NUM_MAX))
-        ring = (PackedRing if self.packed else SplitRing)(self.memory, index, size, self.event_idx)
+        kind = PackedRing if self.packed else SplitRing
+        ring = kind(self.memory, index, size, self.event_idx, self.area)
         self.memory.fill(ring.desc, 0x10000)
         self.rings[index:] = [ring]
         self.write(mmio.QUEUE_NUM, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno as errors
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from vmm.block.vector import whole
 from vmm.errors import HostError, StateError, UsageError
@@ -15,7 +15,7 @@ from vmm.faults.volatile import CACHE, SECTOR, Cut, copy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any, TypedDict, TypeVar, Unpack
 
     from vmm.faults.rules import Control, Fault
@@ -179,7 +179,7 @@ class DiskFaults:
     @property
     def unflushed(self) -> int:
         """Writes that a power cut may take back now."""
-        return self._log("unflushed").unflushed
+        return self.write_log("unflushed").unflushed
 
     def power_cut_image(
         self, path: str, keep: str | float = "some", *, torn: float = 0.5
@@ -189,31 +189,33 @@ class DiskFaults:
         What was written before the last flush that has been answered is in it. `keep` and `torn`
         as in `Faults.power_cut`. A file that is there already is replaced.
         """
-        log = self._log("power_cut_image")
-        keep, torn = check_cut(f"{self._name}.power_cut_image", keep, torn)
+        where = f"{self._name}.power_cut_image"
+        [cut] = cut_images([(self, path)], *check_cut(where, keep, torn))
+        return cut
+
+    def write_cut(self, path: str, keep: float, torn: float) -> Cut:
+        """The file of `power_cut_image`; the log's lock is held."""
+        where, log = f"{self._name}.power_cut_image", self.write_log("power_cut_image")
         image, chance = self._layer.image.base, self._control.stream(self._device.name, "power cut")
         path = os.fspath(path)
         if os.path.exists(path) and os.path.samefile(path, image.path):
-            raise UsageError(f"{self._name}.power_cut_image: {path} is the disk itself")
+            raise UsageError(f"{where}: {path} is the disk itself")
         unfinished = f"{path}.{os.getpid()}.part"
         try:
             fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                with log.lock:
-                    copy(image, fd)
-                    cut = log.cut(
-                        lambda at, data: whole(os.pwritev, fd, [memoryview(data)], at),
-                        keep, torn, chance,
-                    )  # fmt: skip
+                copy(image, fd)
+                cut = log.cut(
+                    lambda at, data: whole(os.pwritev, fd, [memoryview(data)], at),
+                    keep, torn, chance,
+                )  # fmt: skip
             finally:
                 os.close(fd)
             os.rename(unfinished, path)
         except OSError as err:
             with suppress(OSError):
                 os.unlink(unfinished)
-            raise HostError(
-                f"{self._name}.power_cut_image: {path}: {os.strerror(err.errno or errors.EIO)}"
-            ) from err
+            raise HostError(f"{where}: {path}: {os.strerror(err.errno or errors.EIO)}") from err
         self._control.record(
             self._device.name, "power cut", "struck",
             {"image": path, "lost": cut.lost, "kept": cut.kept, "torn": cut.torn},
@@ -222,7 +224,7 @@ class DiskFaults:
 
     def cut(self, keep: float, torn: float) -> Cut:
         """Make the image itself what a power cut leaves; no request may be under way."""
-        log = self._log("power_cut")
+        log = self.write_log("power_cut")
         image, chance = self._layer.image.base, self._control.stream(self._device.name, "power cut")
         with log.lock:
             cut = log.cut(
@@ -245,7 +247,8 @@ class DiskFaults:
         """The device."""
         return self._device
 
-    def _log(self, call: str) -> WriteLog:
+    def write_log(self, call: str) -> WriteLog:
+        """What a power cut may take back. StateError, in the name of `call`, without."""
         log = self._layer.image.log
         if log is None:
             raise StateError(
@@ -306,6 +309,14 @@ class DiskFaults:
         if not 0 <= sectors.start < sectors.stop <= last:
             raise UsageError(f"{where}: sectors={sectors!r} is not within the {last} there are")
         return sectors
+
+
+def cut_images(disks: Sequence[tuple[DiskFaults, str]], keep: float, torn: float) -> list[Cut]:
+    """What each disk would hold after a power cut at one moment for all, in the file beside it."""
+    with ExitStack() as stack:
+        for disk, _ in disks:
+            stack.enter_context(disk.write_log("power_cut_image").lock)
+        return [disk.write_cut(path, keep, torn) for disk, path in disks]
 
 
 def check_cut(where: str, keep: str | float, torn: float) -> tuple[float, float]:

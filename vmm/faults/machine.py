@@ -168,6 +168,23 @@ class Faults:
             cuts.append(disk.cut(*chosen))
         return cuts
 
+    def power_cut_images(
+        self, directory: str, keep: str | float = "some", *, torn: float = 0.5
+    ) -> list[Cut]:
+        """Write what each disk would hold after a power cut now, all at one moment, to `disk0.img`
+        and so on in `directory`; the guest goes on. See `DiskFaults.power_cut_image`."""
+        from os.path import join
+
+        from vmm.faults.disk import check_cut, cut_images
+
+        chosen = check_cut("faults.power_cut_images", keep, torn)
+        drives = self._machine.config.drives
+        numbers = [each for each, drive in enumerate(drives) if not drive.readonly]
+        disks = zip(numbers, self._writable("power_cut_images"), strict=True)
+        return cut_images(
+            [(disk, join(directory, f"disk{number}.img")) for number, disk in disks], *chosen
+        )
+
     def _writable(self, call: str) -> Iterator[DiskFaults]:
         drives = self._machine.config.drives
         if not drives:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import random
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL
 
 import pytest
 
@@ -67,7 +70,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_cancelled_command_is_hung_up_on(guest: Guest, tmp_path: Path) -> None:
+def test_a_cancelled_command_is_killed(guest: Guest, tmp_path: Path) -> None:
     told = tmp_path / "pid"
     script = f"echo $$ > {told}.new; mv {told}.new {told}; exec sleep 1000"
 
@@ -86,14 +89,107 @@ def test_a_cancelled_command_is_hung_up_on(guest: Guest, tmp_path: Path) -> None
     until(lambda: gone(pid))
 
 
+@pytest.mark.parametrize("trap", ["", "trap '' HUP TERM; "])
+def test_cancelled_with_all_that_it_has_started(guest: Guest, tmp_path: Path, trap: str) -> None:
+    script = f"{trap}sleep 1000 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(60) as limit:
+                task = asyncio.ensure_future(guest.run(["sh", "-c", script]))
+                while not (tmp_path / "pid").exists():
+                    await asyncio.sleep(0.001)
+                limit.reschedule(asyncio.get_running_loop().time())
+                await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    before = tiny.descriptors()
+    asyncio.run(main())
+    assert tiny.descriptors() == before
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: gone(pid))
+
+
+def test_what_was_said_before_it_was_late(guest: Guest) -> None:
+    async def main() -> None:
+        script = "echo first; echo err >&2; setsid sleep 8 & exec sleep 1000"
+        with pytest.raises(subprocess.TimeoutExpired) as late:
+            await guest.run(["sh", "-c", script], timeout=3)
+        assert (late.value.output, late.value.stderr) == (b"first\n", b"err\n")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_much_both_ways_at_once(guest: Guest) -> None:
+    data = random.Random(3).randbytes(8 << 20)
+
+    async def main() -> list[bytes]:
+        done = await asyncio.gather(*(guest.run(["cat"], input=data) for _ in range(3)))
+        return [each.stdout for each in done]
+
+    assert asyncio.run(main()) == [data] * 3
+
+
 def test_a_process(guest: Guest) -> None:
     async def main() -> None:
-        process = await guest.popen(["cat"])
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(b"hello\n")
-        process.stdin.close()
-        assert await asyncio.to_thread(process.stdout.read) == b"hello\n"
-        assert await asyncio.to_thread(process.wait) == 0
+        async with await guest.popen(["sh", "-c", "echo ready; cat; exit 3"]) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert await process.stdout.readline() == b"ready\n"
+            await process.stdin.write(b"one\ntwo\nthree")
+            assert await process.stdout.read(2) == b"on"
+            assert await process.stdout.readline() == b"e\n"
+            process.stdin.close()
+            assert [line async for line in process.stdout] == [b"two\n", b"three"]
+            assert await process.stdout.read(5) == b"" == await process.stdout.read()
+            assert process.stderr is not None and await process.stderr.read() == b""
+        assert process.returncode == 3 == await process.wait()
+        assert "returncode: 3" in repr(process)
+
+    before = tiny.descriptors(), threading.active_count()
+    asyncio.run(main())
+    assert (tiny.descriptors(), threading.active_count()) == before
+
+
+def test_signals_and_ends(guest: Guest) -> None:
+    async def main() -> None:
+        process = await guest.popen(["sleep", "1000"], stdin=DEVNULL, stdout=DEVNULL)
+        assert (process.stdin, process.stdout, process.returncode) == (None, None, None)
+        process.terminate()
+        assert await process.wait() == -signal.SIGTERM
+        process.terminate()  # it has ended: nothing
+        process.close()
+        process.close()
+        process = await guest.popen(["sleep", "1000"])
+        process.close()
+        with pytest.raises(AgentError, match="this command's connection is closed"):
+            await process.wait()
+        with pytest.raises(ZeroDivisionError):
+            async with await guest.popen(["sleep", "1000"]) as process:
+                _ = 1 // 0
+        until(lambda: gone(process.pid))
+        process = await guest.popen(["true"])
+        await process.wait()
+        assert process.stdin is not None
+        with pytest.raises(BrokenPipeError):
+            while True:
+                await process.stdin.write(b"x" * 1000)
+        assert await process.communicate(b"nobody reads this") == (b"", b"")
+        process.close()
+
+    before = tiny.descriptors(), threading.active_count()
+    asyncio.run(main())
+    assert (tiny.descriptors(), threading.active_count()) == before
+
+
+def test_text_and_a_terminal(guest: Guest) -> None:
+    async def main() -> None:
+        process = await guest.popen(["cat"], encoding="latin-1")
+        assert await process.communicate("\xe4\r\n") == ("\xe4\n", "")
+        process.close()
+        process = await guest.popen(["stty", "size"], tty=True, size=(12, 34), text=True)
+        out, err = await process.communicate()
+        assert (out, err) == ("12 34\n", None)
         process.close()
 
     asyncio.run(main())

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, TypeVar
 
     from vmm.agent.link import Link
-    from vmm.agent.process import Args, Dialer, GuestProcess
+    from vmm.agent.process import Args, Dialer
+    from vmm.aio.process import AsyncGuestProcess
 
     T = TypeVar("T")
 
@@ -55,7 +56,8 @@ class Line:
 
 
 class AsyncGuestCalls:
-    """`GuestCalls` for asyncio. A call that is cancelled hangs up: its command gets a SIGHUP."""
+    """`GuestCalls` for asyncio. A call that is cancelled hangs up, and what it did in the guest
+    ends."""
 
     def _agent(self) -> Link:
         """The way to the agent; StateError."""
@@ -87,17 +89,21 @@ class AsyncGuestCalls:
                     await changed.wait()
 
     async def run(self, args: Args, **options: Any) -> subprocess.CompletedProcess[Any]:
-        """See `Machine.run`."""
-        from vmm.agent.process import run
+        """See `Machine.run`. Cancelled, it kills the command's process group."""
+        from vmm.aio.process import run
 
-        return await self._over_a_line(lambda line: run(line, args, **options))
+        await self.wait_for_agent()
+        return await run(self._agent(), args, **options)
 
-    async def popen(self, args: Args, **options: Any) -> GuestProcess:
-        """See `Machine.popen`. What is returned blocks: `await m.call(process.wait)`; with
-        `abort=process.close` where that may be cancelled."""
-        from vmm.agent.process import GuestProcess
+    async def popen(self, args: Args, **options: Any) -> AsyncGuestProcess:
+        """Start a command in the guest, as asyncio.create_subprocess_exec on the host with pipes.
 
-        return await self._over_a_line(lambda line: GuestProcess(line, args, **options))
+        See vmm.aio.process.AsyncGuestProcess for the options and what can be done with it.
+        """
+        from vmm.aio.process import AsyncGuestProcess
+
+        await self.wait_for_agent()
+        return await AsyncGuestProcess.start(self._agent(), args, **options)
 
     async def put(
         self,

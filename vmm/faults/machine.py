@@ -77,8 +77,7 @@ class Faults:
                 from vmm.faults.disk import DiskFaults
                 from vmm.virtio.blk import Block
 
-                drives = self._machine.config.drives
-                device = self._device("disk", "blk", number, len(drives))
+                device = self._device("disk", "blk", number)
                 if not isinstance(device, Block):
                     raise StateError(
                         f"faults.disk({number}): qemu-storage-daemon serves it; only drives with "
@@ -102,7 +101,7 @@ class Faults:
                 from vmm.virtio.net import Nic
 
                 nets = self._machine.config.nets
-                device = self._device("net", "net", number, len(nets))
+                device = self._device("net", "net", number)
                 if not isinstance(device, Nic):
                     raise StateError(
                         f"faults.net({number}): the frames of {nets[number].what} are carried by "
@@ -112,12 +111,15 @@ class Faults:
                 self._nets[number] = found
             return found
 
-    def _device(self, what: str, name: str, number: int, count: int) -> VirtioDevice:
-        if isinstance(number, int) and self._machine.platform.virtio is not None:
-            for transport in self._machine.platform.virtio.transports:
-                if transport.device.name == f"{name}{number}":
-                    return transport.device
-        raise UsageError(f"faults.{what}({number!r}): the machine has {count} of them, from 0 on")
+    def _device(self, what: str, name: str, number: int) -> VirtioDevice:
+        virtio = self._machine.platform.virtio
+        devices = [transport.device for transport in virtio.transports] if virtio else []
+        found = {device.name: device for device in devices}
+        if isinstance(number, int) and f"{name}{number}" in found:
+            return found[f"{name}{number}"]
+        have = [each.removeprefix(name) for each in found if each.removeprefix(name).isdecimal()]
+        numbers = f"numbers {', '.join(have)}" if have else "none"
+        raise UsageError(f"faults.{what}({number!r}): there is no such; the machine has {numbers}")
 
     # --- power ------------------------------------------------------------------------------------
 

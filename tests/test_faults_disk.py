@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.disk_guest import DATA, SLOT, DiskGuest
 from vmm.errors import StateError, UsageError
+from vmm.faults import disk_kinds
 from vmm.faults.rules import EVENTS, Fault
 from vmm.virtio import blk, mmio
 
@@ -205,14 +206,27 @@ def test_torn_writes(guest: DiskGuest, some: bool) -> None:
         assert any(each and each != tuple(range(len(each))) for each in kept)
 
 
+def test_a_large_write_is_torn_at_one_place(
+    guest: DiskGuest, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_kinds, "SOME_MAX", 4)
+    guest.faults.torn(some=True)
+    for round_ in range(1, 11):
+        assert guest.put(0, pattern(0, 8, version=round_)) == blk.S_OK
+        found = path.read_bytes()
+        new = [at for at in range(8) if found[at * 512 :][:512] == pattern(at, version=round_)]
+        assert new == list(range(len(new)))
+
+
 def test_corruption(guest: DiskGuest, path: Path) -> None:
     with guest.faults.corrupt(nth=1):
         bad, good = guest.get(7, 4096), guest.get(7, 4096)
     assert good == pattern(7, 8)
     assert bits(bad, good) == 1
     with guest.faults.corrupt(on="write"):
-        assert guest.put(7, good) == blk.S_OK
-    assert bits(path.read_bytes()[7 * 512 :][:4096], good) == 1
+        for _ in range(20):
+            assert guest.put(7, good) == blk.S_OK
+            assert bits(path.read_bytes()[7 * 512 :][:4096], good) == 1
 
 
 def bits(one: bytes, other: bytes) -> int:

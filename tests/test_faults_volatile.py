@@ -165,6 +165,16 @@ def test_a_cache_that_is_full_is_written_out(path: Path, tmp_path: Path) -> None
     assert left == b"x" * (10 * SECTOR) + bytes(10 * SECTOR)
 
 
+def test_a_write_that_no_cache_holds_is_written_out(path: Path) -> None:
+    with DiskGuest(path) as guest:
+        guest.faults.volatile(cache=10 * SECTOR)
+        assert guest.put(1, b"a" * SECTOR) == blk.S_OK
+        assert guest.put(8, b"b" * 11 * SECTOR) == blk.S_OK
+        assert guest.faults.unflushed == 0
+        assert guest.put(2, b"c" * SECTOR) == blk.S_OK
+        assert guest.faults.unflushed == 1
+
+
 def test_a_volatile_cache_can_be_taken_away(guest: DiskGuest, path: Path) -> None:
     assert guest.put(3, b"a" * SECTOR) == blk.S_OK
     guest.faults.durable()

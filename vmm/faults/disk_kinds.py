@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vmm.faults.disk_layer import Request
 
 
+SOME_MAX = 8192
+"""Sectors of a write that are kept or lost each by itself."""
+
+
 class InjectedError(OSError):
     """An error that a fault made: the guest is told, a person is not, see `Block._failed`."""
 
@@ -100,7 +104,7 @@ class Drop(DiskFault):
 class Torn(DiskFault):
     """Only some sectors of a write reach the disk, and it is answered as if all had.
 
-    `some`: any of them; else the first few.
+    `some`: any of them, where it is of SOME_MAX at most; else the first few.
     """
 
     some = False
@@ -109,13 +113,20 @@ class Torn(DiskFault):
         data, offset = request.data(), request.offset
         count = sum(map(len, data)) // SECTOR
         kept = self.random.randrange(max(count, 1))
-        places = self.random.sample(range(count), kept) if self.some else range(kept)
+        write = self.layer.image.write
+        if not self.some or count > SOME_MAX:
 
-        def torn() -> None:
-            whole = b"".join(data)
-            for place in sorted(places):
-                at = place * SECTOR
-                self.layer.image.write([memoryview(whole[at : at + SECTOR])], offset + at)
+            def torn() -> None:
+                if kept:
+                    write(cut(data, kept * SECTOR)[0], offset)
+        else:
+            places = sorted(self.random.sample(range(count), kept))
+
+            def torn() -> None:
+                whole = b"".join(data)
+                for place in places:
+                    at = place * SECTOR
+                    write([memoryview(whole[at : at + SECTOR])], offset + at)
 
         request.work = torn
 
@@ -136,9 +147,9 @@ class Corrupt(DiskFault):
             view[0] ^= bit
 
         def corrupt_write() -> None:
-            whole = bytearray(b"".join(data))
-            whole[at] ^= bit
-            self.layer.image.write([memoryview(whole)], request.offset)
+            before, (view, *rest) = cut(data, at)
+            bad = memoryview(bytes((view[0] ^ bit,)))
+            self.layer.image.write([*before, bad, view[1:], *rest], request.offset)
 
         request.work = corrupt_read if request.what == "read" else corrupt_write
 

@@ -87,8 +87,13 @@ class WriteLog:
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write `views` at byte `offset`."""
-        new = b"".join(views)
+        size = sum(map(len, views))
         with self.lock:
+            if size > self._limit:  # no cache holds that: it and all before it are written out
+                self._image.write(views, offset)
+                self.forget()
+                return
+            new = b"".join(views)
             old = self._read(offset, len(new))
             # Before it is made: half a write that failed is undone too.
             self._add(Entry(offset, len(new), old, _or_none(new)))

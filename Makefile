@@ -23,7 +23,7 @@ setup: .venv/.ready
 
 # pip writes vmm/kvm/_abi.py from the C declarations, and compiles vmm/virtio/kernel, so a change of
 # those installs again.
-.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py \
+.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py $(wildcard vmm/agent/*.[ch]) \
 		$(wildcard vmm/virtio/kernel/*.[ch]) vmm/virtio/kernel/build.py
 	tools/setup
 

@@ -1,9 +1,10 @@
-"""Build hook: write vmm/kvm/_abi.py from the C declarations in vmm/kvm/abi_build.py, and make
-vmm/virtio/kernel where there is a C compiler."""
+"""Build hook: write vmm/kvm/_abi.py from the C declarations in vmm/kvm/abi_build.py; where there is
+a C compiler, make vmm/virtio/kernel and the guest's agent (else compiled when first needed)."""
 
 from __future__ import annotations
 
 import runpy
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -23,3 +24,16 @@ class AbiHook(BuildHookInterface):  # type: ignore[type-arg]
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{platform}"
+        self._compile_agent()
+
+    def _compile_agent(self) -> None:
+        sys.path.insert(0, self.root)
+        try:
+            from vmm.agent import binary
+            from vmm.errors import HostError
+
+            binary.ship()
+        except HostError as err:
+            self.app.display_warning(str(err))
+        finally:
+            sys.path.remove(self.root)

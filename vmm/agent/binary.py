@@ -16,7 +16,8 @@ FLAGS = (
     *("-Wall", "-Wextra", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,norelro"),
 )
 SHIPPED = "vmm-agent"
-"""The file beside the sources that hatch_build.py makes where there is a compiler."""
+"""The beginning of the name: beside the sources, where hatch_build.py had a compiler, or in the
+cache."""
 HERE = os.path.dirname(__file__)
 
 
@@ -35,6 +36,17 @@ def program() -> str:
     os.makedirs(_cache(), exist_ok=True)
     build(path)
     return path
+
+
+def ship() -> None:
+    """Compile it beside its sources, for a package. Raises HostError."""
+    name = f"{SHIPPED}-{fingerprint()}"
+    for former in os.listdir(HERE):
+        if former.startswith(f"{SHIPPED}-") and former != name:
+            os.unlink(os.path.join(HERE, former))
+    path = os.path.join(HERE, name)
+    if not os.path.exists(path):
+        build(path)
 
 
 def fingerprint() -> str:

@@ -71,7 +71,8 @@ def guest_init(config: MachineConfig) -> str | None:
 def command_line(line: str) -> str:
     """A kernel command line with the agent as the first program."""
     words, dashes, arguments = f" {line} ".partition(" -- ")
-    return f"{words.strip()} rdinit={RDINIT}" + (f" -- {arguments.strip()}" if dashes else "")
+    line = f"{words.strip()} rdinit={RDINIT}".lstrip()
+    return f"{line} -- {arguments.strip()}" if dashes else line
 
 
 def parameter(cmdline: str, name: str) -> str | None:

@@ -50,6 +50,17 @@ def test_many_at_once(guest: Guest) -> None:
     assert [(one.stdout, one.returncode) for one in done] == [(f"{n}\n", n) for n in range(20)]
 
 
+def test_quick_commands_lose_nothing(guest: Guest) -> None:
+    """Of some, all has come before they are known to have started."""
+
+    async def main() -> None:
+        for _ in range(100):
+            done = await guest.run(["sh", "-c", "echo out; echo err >&2"], input=b"")
+            assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
+
+    asyncio.run(main())
+
+
 def test_what_it_raises(guest: Guest) -> None:
     async def main() -> None:
         with pytest.raises(FileNotFoundError):

@@ -10,13 +10,13 @@ from subprocess import DEVNULL, PIPE
 
 from vmm.agent import wire
 from vmm.agent.process import KILL_WITHIN, flags_of, words
-from vmm.agent.wire import ERR, OUT, Session
+from vmm.agent.wire import ERR, IN, OUT, Session
 from vmm.aio.connection import AsyncConnection
 from vmm.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any, Self
 
     from vmm.agent.process import Args, Dialer, Word
@@ -121,14 +121,18 @@ class AsyncGuestProcess:
     """
 
     def __init__(
-        self, args: Args, connection: AsyncConnection, text: tuple[str, str] | None
+        self,
+        args: Args,
+        connection: AsyncConnection,
+        pipes: Sequence[bool],
+        text: tuple[str, str] | None,
     ) -> None:
         session = connection.session
         self.args = args
         self.pid = session.pid
-        self.stdin = None if session.refused else Input(connection)
-        self.stdout = None if session.ended[OUT] else Output(connection, OUT)
-        self.stderr = None if session.ended[ERR] else Output(connection, ERR)
+        self.stdin = Input(connection) if pipes[IN] else None
+        self.stdout = Output(connection, OUT) if pipes[OUT] else None
+        self.stderr = Output(connection, ERR) if pipes[ERR] else None
         self._connection = connection
         self._session = session
         self._text = text
@@ -160,6 +164,8 @@ class AsyncGuestProcess:
             wire.EXECUTE, argv, directory=cwd or "", environment=wire.environment(env),
             flags=flags, size=size,
         )  # fmt: skip
+        # Now: once it is started, a quick command's may have ended.
+        pipes = (not session.refused, not session.ended[OUT], not session.ended[ERR])
         connection = AsyncConnection(link.connect(), session, link.why_lost)
         try:
             connection.flush()
@@ -171,7 +177,7 @@ class AsyncGuestProcess:
             connection.close()
             raise
         as_text = (encoding or "utf-8", errors or "strict") if text or encoding or errors else None
-        return cls(args, connection, as_text)
+        return cls(args, connection, pipes, as_text)
 
     async def __aenter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ from tests.test_virtio_vhost_user import (
 from vmm import MachineConfig
 from vmm.block.storage_daemon import ExternalDisk
 from vmm.block.vhost_user import VhostUserBlk
-from vmm.errors import HostError, UsageError
+from vmm.errors import HostError, StateError, UsageError
 from vmm.virtio import blk, mmio
 from vmm.virtio.vhost_user import AWAY, SERVED, VhostUserDevice, dial
 from vmm.virtio.vhost_user_wire import Connection
@@ -58,6 +58,17 @@ def test_a_disk(serve: Callable[..., BlkBackend], image: Path) -> None:
         blocks(driver, blk.T_FLUSH, 0, 0)
         assert image.read_bytes()[4096:8192] == b"y" * 4096
         assert not driver.features >> blk.F_RO & 1
+
+
+def test_a_snapshot_is_refused_and_the_disk_goes_on(
+    serve: Callable[..., BlkBackend], image: Path
+) -> None:
+    with External(VhostUserBlk(str(serve().socket)).open(0)) as driver:
+        assert blocks(driver, blk.T_IN, 8, 512) == image.read_bytes()[4096:4608]
+        for call in (driver.device.hold, driver.device.save, driver.transport.save):
+            with pytest.raises(StateError, match="vhost-user-blk0 is served by another process"):
+                call()
+        assert blocks(driver, blk.T_IN, 16, 512) == image.read_bytes()[8192:8704]
 
 
 def test_queues(serve: Callable[..., BlkBackend], image: Path) -> None:

@@ -284,3 +284,17 @@ def test_fifty_copies_leave_nothing() -> None:
     assert tiny.descriptors() == descriptors
     assert len(mappings()) == maps
     assert threading.active_count() <= threads
+
+
+def test_a_copy_keeps_the_limits_of_its_cards() -> None:
+    from vmm.snapshot.identity import own_config
+
+    net = own_config(MachineConfig(nets=["tap,vhost=off,rx-bps=5M,tx-pps=7"]), 1).nets[0]
+    assert (net.vhost, net.rx_bps, net.tx_pps, net.mac) == ("off", 5 << 20, 7, "")
+
+
+def test_a_disk_of_another_process_cannot_be_copied() -> None:
+    from vmm.snapshot.identity import own_config
+
+    with pytest.raises(StateError, match="clone: --vhost-user-blk /x is served by another process"):
+        own_config(MachineConfig(vhost_user_blks=["/x"]), 1)

@@ -422,3 +422,24 @@ def test_a_state_that_cannot_be(pair: tuple[NetGuest, Wire]) -> None:
     for key, value in (("pairs", 2), ("pairs", 0), ("filter", None), ("offloads", None)):
         with pytest.raises(ValueError, match="state of net"):
             pair[0].nic.restore({**state, key: value})
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_queue_that_is_reset_goes_on(pair: tuple[NetGuest, Wire], index: int) -> None:
+    guest, wire = pair
+    frame = random_frame(100)
+    for _ in range(5):
+        guest.send(frame)
+        assert wire.receive() == frame
+        guest.write(mmio.QUEUE_SEL, index)
+        guest.write(mmio.QUEUE_RESET, 1)
+        assert guest.read(mmio.QUEUE_READY) == 0
+        wire.send(frame)
+        rings = list(guest.rings)
+        guest.enable(index)
+        guest.rings[:] = [*rings[:index], guest.rings[index], *rings[index + 1 :]]
+        if not index:
+            guest.where.clear()
+            guest.given = 0
+            guest.give(16)
+        assert guest.frame() == frame

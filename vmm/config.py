@@ -268,6 +268,11 @@ class MachineConfig:
                 f"--memory {self.memory // MIB}M is more than this host can back: it has "
                 f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
             )
+        if self.agent and self.vsock is not None and self.vsock.vhost:
+            raise UsageError(
+                f"--vsock cid={self.vsock.cid},vhost: the agent is spoken to by a socket device of "
+                "ours; leave vhost out"
+            )
         if self.balloon is not None and not 0 <= self.balloon < self.memory:
             raise UsageError(
                 f"--balloon={self.balloon} bytes is not from 0 to less than --memory "

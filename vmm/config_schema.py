@@ -9,7 +9,7 @@ from __future__ import annotations
 from vmm.block.drive import CACHES, FORMATS, QUEUES_MAX, WERRORS
 from vmm.config import BOOT_MODES, MAX_CPUS, ON_PANIC, TRANSPORTS
 from vmm.errors import UsageError
-from vmm.net.config import KINDS
+from vmm.net.config import KINDS, VHOSTS
 from vmm.virtio.console_config import PORTS_MAX
 from vmm.virtio.net_spec import MTU_MAX, PAIRS_MAX
 from vmm.virtio.rate import RATE_MAX
@@ -88,6 +88,7 @@ NET = {
     "mtu": _number("bytes of the largest packet; 0: what the kind has", 0, MTU_MAX, 0),
     "address": _text("ADDRESS/BITS of the host's side of a tap that is made", ""),
     "queues": _number("queue pairs of a tap", 1, PAIRS_MAX, 1),
+    "vhost": _text("whether the kernel carries a tap's frames", "off", enum=list(VHOSTS)),
     "forward": _list("tcp:HOST:GUEST or udp:HOST:GUEST, each", {"type": "string"}),
 }
 for _way, _where in (("rx", "to the guest"), ("tx", "from the guest")):
@@ -103,6 +104,7 @@ PORT = {
 VSOCK = {
     "cid": _number("the guest's address", CID_MIN, CID_MAX),
     "path": _text("the UNIX socket programs connect to; with _PORT, those the guest reaches", ""),
+    "vhost": _flag("the host's kernel serves it, by AF_VSOCK"),
 }
 SHARE = {
     "path": _text("the directory"),

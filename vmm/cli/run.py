@@ -83,7 +83,8 @@ PARSER = Parser(
             metavar="NET",
             repeat=True,
             help="user, tap[=NAME], bridge=BR, socket=PATH or none, then ,mac=M ,pcap=FILE ,mtu=N; "
-            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N; limits, a second: "
+            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N ,vhost=on "
+            "(vhost-net) or auto; limits, a second: "
             ",rx-bps=BYTES ,rx-burst=BYTES ,rx-pps=N ,rx-pps-burst=N, the same with tx-",
         ),
         Option(
@@ -115,7 +116,7 @@ PARSER = Parser(
             "--vsock",
             metavar="VSOCK",
             help="cid=N,path=PREFIX: sockets to the guest (connect to PREFIX, write CONNECT port) "
-            "and from it (it reaches PREFIX_PORT)",
+            "and from it (it reaches PREFIX_PORT); or cid=N,vhost: by AF_VSOCK (vhost-vsock)",
         ),
         Option(
             "--transport",
@@ -178,7 +179,7 @@ def configure(
         config = MachineConfig(kernel, **values)  # type: ignore[arg-type]
     if config.console_where == "auto" and sys.stdout is None:
         raise UsageError("--console auto: standard output is closed; try --console none")
-    if config.vsock is not None and not config.vsock.path:
+    if config.vsock is not None and not config.vsock.path and not config.vsock.vhost:
         raise UsageError("--vsock: no path; say for example --vsock cid=3,path=/tmp/vm.vsock")
     return config
 

@@ -102,7 +102,7 @@ class Faults:
 
                 nets = self._machine.config.nets
                 device = self._device("net", "net", number)
-                if not isinstance(device, Nic):
+                if not isinstance(device, Nic) or not device.FRAMES_HERE:
                     raise StateError(
                         f"faults.net({number}): the frames of {nets[number].what} are carried by "
                         "another, where no fault can meet them"

@@ -151,7 +151,7 @@ class Platform:
         config = self.machine.config
         device = config.vsock.open() if config.vsock else Vsock(3, VsockHost(None))
         virtio.add(device)
-        if config.agent:
+        if config.agent and isinstance(device, Vsock):
             from vmm.agent.link import Link
 
             self.agent = Link(device, self._console_bytes)

@@ -60,14 +60,14 @@ class VirtioDevices:
         if device.ON_LOOP:
             self._start_on_loop(device)
         for index, fd in enumerate(transport.notify_fds):
-            if device.EXTERNAL:
+            if device.EXTERNAL or index in device.external:
                 continue
             if device.ON_LOOP:
                 self.loop.serve(device, index, fd)
             else:
                 thread = QueueThread(device, index, fd, self._machine.monitor_failed)
                 self._threads.append(thread)
-        if device.EXTERNAL:
+        if device.EXTERNAL or device.external:
             device.connect(transport.notify_fds)
         transport.served = True
 

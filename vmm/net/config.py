@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from vmm.errors import UsageError
+from vmm.errors import HostError, UsageError
 from vmm.virtio.net_spec import MTU_MAX, MTU_MIN, PAIRS_MAX
 
 TYPE_CHECKING = False
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmm.net.port import Backend
     from vmm.virtio.net import Nic
     from vmm.virtio.rate import Rate
+    from vmm.virtio.vhost import Vhost
 
 RX = ("rx-bps", "rx-burst", "rx-pps", "rx-pps-burst")
 TX = ("tx-bps", "tx-burst", "tx-pps", "tx-pps-burst")
@@ -24,15 +25,17 @@ TX = ("tx-bps", "tx-burst", "tx-pps", "tx-pps-burst")
 ALL = ("mac", "pcap", "mtu")
 KINDS: dict[str, tuple[str, ...]] = {
     "user": (*ALL, "forward", *RX, *TX),
-    "tap": (*ALL, "address", "queues", *RX, *TX),
-    "bridge": (*ALL, "queues", *RX, *TX),
+    "tap": (*ALL, "address", "queues", "vhost", *RX, *TX),
+    "bridge": (*ALL, "queues", "vhost", *RX, *TX),
     "socket": (*ALL, *RX, *TX),
     "lan": (*ALL, *RX, *TX),
     "none": (),
 }
 """The keys each kind takes."""
+VHOSTS = ("auto", "on", "off")
 NAMED = ("bridge", "socket", "lan")
 """Kinds that need a name after `=`; `tap` may have one."""
+VHOST_NET = "/dev/vhost-net"
 IFNAME_MAX = 15
 MAC_PREFIX = b"\x52\x54\x00"
 """Of addresses we make up: locally administered, QEMU's and KVM's habit."""
@@ -49,6 +52,8 @@ class Net:
         mtu: bytes of the largest packet; 0: what the kind has.
         address: `A.B.C.D/BITS`, the host's on a tap that is made.
         queues: queue pairs of a tap, 1 to 8.
+        vhost: whether the host's kernel serves the queues of a tap (vhost-net): `on`, `off`, or
+            `auto`: where it can, and nothing (pcap, limits) needs the frames to come by here.
         forward: ports of the host that reach the guest, each `tcp|udp:[ADDRESS:]HOST:GUEST`.
         rx_bps, rx_pps: bytes and packets a second to the guest: numbers, or text as `10M`; 0: no
             limit.
@@ -78,6 +83,7 @@ class Net:
         "tx_burst",
         "tx_pps",
         "tx_pps_burst",
+        "vhost",
     )
 
     def __init__(
@@ -90,6 +96,7 @@ class Net:
         mtu: int = 0,
         address: str = "",
         queues: int = 1,
+        vhost: str = "off",
         forward: Sequence[str] = (),
         rx_bps: int | str = 0,
         rx_burst: int | str = 0,
@@ -107,6 +114,7 @@ class Net:
         self.mtu = mtu
         self.address = address
         self.queues = queues
+        self.vhost = vhost
         self.forward = tuple(forward)
         self.rx = self._rate(RX, (rx_bps, rx_burst, rx_pps, rx_pps_burst))
         self.tx = self._rate(TX, (tx_bps, tx_burst, tx_pps, tx_pps_burst))
@@ -145,6 +153,11 @@ class Net:
         """The option, as far as it says which card this is."""
         return f"--net {self.kind}={self.name}" if self.name else f"--net {self.kind}"
 
+    @property
+    def _watched(self) -> str:
+        """What needs the frames to come by here; empty: nothing."""
+        return "pcap" if self.pcap else "limit" if self.rx or self.tx else ""
+
     def _check(self) -> None:
         what = self.what
         if self.kind not in KINDS:
@@ -160,6 +173,15 @@ class Net:
                 raise UsageError(f"{what}: {key} is not for this; {_takes(self.kind)}")
         if self.queues != 1 and "queues" not in KINDS[self.kind]:
             raise UsageError(f"{what}: queues is not for this; {_takes(self.kind)}")
+        if self.vhost not in VHOSTS:
+            raise UsageError(f"{what}: vhost={self.vhost} is not one of {', '.join(VHOSTS)}")
+        if self.vhost != "off" and "vhost" not in KINDS[self.kind]:
+            raise UsageError(f"{what}: vhost is not for this; {_takes(self.kind)}")
+        if self.vhost == "on" and self._watched:
+            raise UsageError(
+                f"{what}: vhost=on has the kernel carry frames, and knows no {self._watched}; say "
+                "vhost=off"
+            )
         if (self.rx or self.tx) and self.kind == "none":
             raise UsageError(f"{what}: no card, no limits; {_takes(self.kind)}")
         if not 1 <= self.queues <= PAIRS_MAX:
@@ -207,6 +229,7 @@ class Net:
             mac=values.get("mac", ""),
             pcap=values.get("pcap", ""),
             address=values.get("address", ""),
+            vhost=values.get("vhost", "off"),
             forward=forward,
             mtu=numbers.get("mtu", 0),
             queues=numbers.get("queues", 1),
@@ -232,6 +255,11 @@ class Net:
                 capture.close()
             raise
         name = f"net{number}"
+        vhosts = self._vhosts(backend)
+        if vhosts:
+            from vmm.virtio.vhost_net import VhostNic
+
+            return VhostNic(backend, vhosts, mac=mac, name=name)  # type: ignore[arg-type]
         if capture is None:
             nic = Nic(backend, mac=mac, name=name)
         else:
@@ -250,6 +278,26 @@ class Net:
         if self.tx:
             self.tx.apply(nic.tx_limit)
         return nic
+
+    def _vhosts(self, backend: Backend) -> list[Vhost]:
+        """A vhost-net a queue pair; none where there is none, or it is not wanted."""
+        wanted = "vhost" in KINDS[self.kind] and self.vhost != "off" and not self._watched
+        if not wanted or (self.vhost == "auto" and not os.access(VHOST_NET, os.R_OK | os.W_OK)):
+            return []
+        from vmm.virtio.vhost import Vhost
+
+        made: list[Vhost] = []
+        try:
+            for _ in backend.ports:
+                made.append(Vhost(VHOST_NET, f"{self.what}: vhost={self.vhost}"))
+        except BaseException as err:
+            for each in made:
+                each.close()
+            if self.vhost == "auto" and isinstance(err, HostError):
+                return []
+            backend.close()
+            raise
+        return made
 
     def _backend(self) -> Backend:
         what = self.what

@@ -40,6 +40,7 @@ _OFFLOADS = (
     (n.F_GUEST_USO4, TUN_F_USO4),
     (n.F_GUEST_USO6, TUN_F_USO6),
 )
+_USO_FLAGS = TUN_F_USO4 | TUN_F_USO6
 _BASE = bits(
     n.F_CSUM, n.F_HOST_TSO4, n.F_HOST_TSO6, n.F_HOST_ECN,
     n.F_GUEST_CSUM, n.F_GUEST_TSO4, n.F_GUEST_TSO6, n.F_GUEST_ECN, n.F_CTRL_GUEST_OFFLOADS,
@@ -68,9 +69,8 @@ class TapPort(Port):
 
     def features(self) -> int:
         """The offloads this kernel's taps know."""
-        uso = TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6
         try:
-            fcntl.ioctl(self.fd, TUNSETOFFLOAD, uso)
+            fcntl.ioctl(self.fd, TUNSETOFFLOAD, TUN_F_CSUM | _USO_FLAGS)
         except OSError:  # before Linux 6.2
             return _BASE
         finally:
@@ -80,8 +80,13 @@ class TapPort(Port):
     def set_offloads(self, offloads: int) -> None:
         """What may come out of `read`, as GUEST_* bits; of the whole interface."""
         mask = sum(flag for bit, flag in _OFFLOADS if offloads >> bit & 1)
+        # The kernel refuses combinations that make no sense to it; a driver may choose any.
         if not mask & TUN_F_CSUM:
             mask = 0
+        if not mask & (TUN_F_TSO4 | TUN_F_TSO6):
+            mask &= ~TUN_F_TSO_ECN
+        if mask & _USO_FLAGS != _USO_FLAGS:
+            mask &= ~_USO_FLAGS
         fcntl.ioctl(self.fd, TUNSETOFFLOAD, mask)
 
     def set_attached(self, attached: bool) -> None:

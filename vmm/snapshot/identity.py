@@ -33,6 +33,11 @@ def own_config(config: MachineConfig, number: int) -> MachineConfig:
             f"clone: --fs {config.shares[0].path} is served by another process, whose state "
             "cannot be copied"
         )
+    if config.vhost_user_blks:
+        raise StateError(
+            f"clone: {config.vhost_user_blks[0].what} is served by another process, whose state "
+            "cannot be copied"
+        )
     own.nets = tuple(_net(net, number) for net in config.nets)
     own.vsock = _vsock(config.vsock, number) if config.vsock is not None else None
     if config.ports:
@@ -56,7 +61,7 @@ def own_config(config: MachineConfig, number: int) -> MachineConfig:
 
 
 def _net(net: Net, number: int) -> Net:
-    from vmm.net.config import Net
+    from vmm.net.config import RX, TX, Net
 
     if net.kind == "tap" and net.name:
         raise StateError(
@@ -75,6 +80,8 @@ def _net(net: Net, number: int) -> Net:
         mtu=net.mtu,
         address=net.address,
         queues=net.queues,
+        vhost=net.vhost,
+        **{key.replace("-", "_"): getattr(net, key.replace("-", "_")) for key in RX + TX},
     )
 
 
@@ -82,7 +89,8 @@ def _vsock(vsock: VsockConfig, number: int) -> VsockConfig:
     from vmm.virtio.vsock_config import VsockConfig
 
     try:
-        return VsockConfig(free_cid(vsock.cid), vsock.path and f"{vsock.path}.{number}")
+        path = vsock.path and f"{vsock.path}.{number}"
+        return VsockConfig(free_cid(vsock.cid), path, vhost=vsock.vhost)
     except UsageError as err:
         raise StateError(f"clone: {err}") from err
 

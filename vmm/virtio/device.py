@@ -92,6 +92,8 @@ class VirtioDevice:
     """The largest size of each queue."""
     EXTERNAL = False
     """Another process serves the queues: a `VhostUserDevice`, whose `connect` gets the eventfds."""
+    external: Sequence[int] = ()
+    """The queues somebody else serves, if not all: the host's kernel (vmm.virtio.vhost)."""
     ON_LOOP = False
     """Queues are served on the machine's event loop, not each by a thread; see `loop_running`."""
 
@@ -145,7 +147,7 @@ class VirtioDevice:
         """Called once, on the machine's event loop, before the first `started` (ON_LOOP only)."""
 
     def connect(self, kicks: Sequence[int]) -> None:
-        """The eventfds KVM writes for a notify, one a queue (EXTERNAL only)."""
+        """The eventfds KVM writes for a notify, one a queue (EXTERNAL and `external` only)."""
 
     def stopped(self) -> None:
         """Reset: no queue is there any more; forget what was under way."""

@@ -47,6 +47,8 @@ class Nic(VirtioDevice):
             bytes the largest frame needs, with its header.
     """
 
+    FRAMES_HERE = True
+    """They pass through `ports`, where faults, captures and limits meet them."""
     ID = spec.ID_NET
     FEATURES = spec.bits(
         n.F_MAC, n.F_MRG_RXBUF, n.F_STATUS, n.F_CTRL_VQ, n.F_CTRL_RX, n.F_CTRL_VLAN,

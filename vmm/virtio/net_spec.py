@@ -46,6 +46,7 @@ NUM_BUFFERS = 10
 HDR_F_NEEDS_CSUM = 1
 HDR_F_DATA_VALID = 2
 HDR_GSO_NONE = 0
+HDR_GSO_UDP_L4 = 5
 
 # --- configuration space (5.1.4) ------------------------------------------------------------------
 CONFIG = struct.Struct("<6sHHH")

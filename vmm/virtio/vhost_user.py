@@ -209,9 +209,16 @@ class VhostUserDevice(VirtioDevice):
             except BackEndGone as err:
                 self._lost(str(err))
 
+    def hold(self) -> None:
+        """StateError: what the back end knows cannot be had, so it is not stopped either."""
+        raise self._not_ours()
+
     def save(self) -> dict[str, object]:
-        """StateError: what the back end knows cannot be had."""
-        raise StateError(
+        """StateError."""
+        raise self._not_ours()
+
+    def _not_ours(self) -> StateError:
+        return StateError(
             f"{self.name} is served by another process ({self._connection.name}), whose state "
             "cannot be saved; make snapshots of machines without it"
         )

@@ -11,10 +11,19 @@ if TYPE_CHECKING:
 
 
 class Origin:
-    """Given to `Machine`, it stands for the kernel."""
+    """Given to `Machine`, it stands for the kernel.
+
+    Attributes:
+        begun: the VM's first half, where it was begun before; the machine takes it over.
+    """
+
+    begun: tuple[Kvm, Vm] | None = None
 
     def begin(self, config: MachineConfig) -> tuple[Kvm, Vm]:
-        """The VM's first half, see `vmm.machine.begin`; it may have been begun before."""
+        """The VM's first half, see `vmm.machine.begin`."""
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            return begun
         from vmm.machine.begin import begin
 
         return begin(config)

@@ -103,10 +103,7 @@ class Copy(Origin):
 
     def __init__(self, source: Source, begun: tuple[Kvm, Vm]) -> None:
         self._source = source
-        self._begun = begun
-
-    def begin(self, config: MachineConfig) -> tuple[Kvm, Vm]:
-        return self._begun
+        self.begun = begun
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
         memory = GuestMemory(config.memory, base=self._source.memory.base)

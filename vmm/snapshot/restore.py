@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vmm.config import HVC, MachineConfig
 from vmm.errors import KvmError, SnapshotError, UsageError
-from vmm.kvm import Kvm
 from vmm.machine import Machine
+from vmm.machine.begin import begin
 from vmm.snapshot import disks, host
 from vmm.snapshot.capture import apply
 from vmm.snapshot.memory import map_layers
@@ -73,14 +73,23 @@ def restore(
         if verify:
             snapshot.verify()
         config = configure(snapshot, disk, changed)
-        with Kvm(config.device) as kvm:
+        kvm, vm = begin(config)  # a grace period passes while the rest is read
+        try:
             told = snapshot.manifest
             host.check(kvm, told["host"], told["guest"]["features"].split(), snapshot.path)
-        if how == "uffd":
-            from vmm.snapshot.pager import FromHandler
+            state = snapshot.state()
+            if how == "uffd":
+                from vmm.snapshot.pager import FromHandler
 
-            return Machine(config, origin=FromHandler(snapshot, snapshot.state(), where))
-        return Machine(config, origin=FromFiles(snapshot, snapshot.state()))
+                origin: FromFiles = FromHandler(snapshot, state, where)
+            else:
+                origin = FromFiles(snapshot, state)
+        except BaseException:
+            vm.close()
+            kvm.close()
+            raise
+        origin.begun = kvm, vm
+        return Machine(config, origin=origin)
 
 
 def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> MachineConfig:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 RDINIT = "/.vmm/init"
 DEFAULT_INIT = "/init"
+ROOT_TYPES = ("ext4", "xfs", "btrfs")
+"""What `root=` without an initrd is tried as, where the kernel has them as modules."""
+BY_ANOTHER_NAME = "crc32c_generic"
+"""File systems ask the kernel for crc32c, which no module is called."""
 
 
 def build(config: MachineConfig) -> bytes:
@@ -36,7 +40,11 @@ def build(config: MachineConfig) -> bytes:
         optional = []
         if root is not None:
             wanted += root.wanted
-            optional.append("crc32c_generic")  # file systems ask for it by another name
+            optional.append(BY_ANOTHER_NAME)
+        elif not config.initrds and parameter(config.append, "root") is not None:
+            types = parameter(config.append, "rootfstype")
+            optional += [BY_ANOTHER_NAME, "virtio_blk", "virtiofs"]
+            optional += types.split(",") if types else ROOT_TYPES
         for number, module in enumerate(collect(tree, wanted, optional)):
             path = f"/.vmm/modules/{number:02}.ko"
             ram.file(path, data=module)

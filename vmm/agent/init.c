@@ -32,7 +32,7 @@ static void insert(const char *path)
     long error = fd < 0 ? fd : SYS3(finit_module, fd, "", 0);
 
     if (error && error != -EEXIST)
-        say("cannot insert module", path, error);
+        say("not inserted:", path, error); /* others may do */
     if (fd >= 0)
         sys_close(fd);
 }

@@ -143,7 +143,7 @@ def _run(
                 machine.start()
                 relay.wait_for_agent()
                 if machine.exit is None:
-                    with Terminal(0 if tty else -1):
+                    with Terminal(0 if tty else -1, post=False):
                         relay.serve(first)
             except AgentError as err:
                 if machine.exit is None:

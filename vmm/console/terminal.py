@@ -36,10 +36,15 @@ def in_foreground(fd: int) -> bool:
 
 
 class Terminal:
-    """A context manager: the terminal `fd` is raw inside. Does nothing where it is none."""
+    """A context manager: the terminal `fd` is raw inside. Does nothing where it is none.
 
-    def __init__(self, fd: int = 0) -> None:
+    `post`: whether output is processed still (a line feed goes to the beginning of the next line);
+    a terminal in the guest has done that itself.
+    """
+
+    def __init__(self, fd: int = 0, *, post: bool = True) -> None:
         self.fd = fd
+        self.post = post
         self.is_terminal = fd >= 0 and os.isatty(fd)
         self._saved: list[Any] | None = None
         self._handlers: dict[int, object] = {}
@@ -89,7 +94,7 @@ class Terminal:
                 | termios.ICRNL
                 | termios.IXON
             )
-            oflag |= termios.OPOST
+            oflag = oflag | termios.OPOST if self.post else oflag & ~termios.OPOST
             lflag &= ~(
                 termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN | termios.ISIG
             )

@@ -54,7 +54,7 @@ def test_quick_commands_lose_nothing(guest: Guest) -> None:
     """Of some, all has come before they are known to have started."""
 
     async def main() -> None:
-        for _ in range(100):
+        for _ in range(40):
             done = await guest.run(["sh", "-c", "echo out; echo err >&2"], input=b"")
             assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
 
@@ -133,7 +133,7 @@ def test_what_was_said_before_it_was_late(guest: Guest) -> None:
 
 
 def test_much_both_ways_at_once(guest: Guest) -> None:
-    data = random.Random(3).randbytes(8 << 20)
+    data = random.Random(3).randbytes(2 << 20)
 
     async def main() -> list[bytes]:
         done = await asyncio.gather(*(guest.run(["cat"], input=data) for _ in range(3)))

@@ -261,6 +261,19 @@ def test_a_guest_ends_or_crashes_again_and_again() -> None:
     assert events.count("stopped") == 9
 
 
+def test_it_may_end_at_that_moment() -> None:
+    """A rollback that meets the guest's end undoes that too."""
+    with bare_machine(FUZZED) as m:
+        m.checkpoint()
+        m.start()
+        for _ in range(100):
+            m.rollback()
+            assert m.state in ("running", "paused", "stopped")  # it may have ended again
+            if m.state == "paused":  # it had ended before
+                m.resume()
+        assert m.wait(60).status == 0
+
+
 def test_the_console_and_the_time_limit_work_after_the_end(tmp_path: Path) -> None:
     code = tiny.prints(b"ready\n") + tiny.exits(4)
     from vmm import MachineConfig

@@ -116,10 +116,20 @@ class MomentCalls:
 
         if self._checkpoint is None:
             raise StateError("rollback: there is no checkpoint; call checkpoint() first")
-        if self._machine.state == "stopped":
-            self._machine.revive()
-        with still(self._machine, "rollback"):
-            self._checkpoint.roll_back()
+        machine = self._machine
+        running = machine.state == "running"
+        while True:
+            if machine.state == "stopped":
+                machine.revive()
+            try:
+                with still(machine, "rollback"):
+                    self._checkpoint.roll_back()
+                break
+            except StateError:
+                if machine.state != "stopped":  # it ended while it was about to be paused
+                    raise
+        if running and machine.state == "paused":
+            machine.resume()
 
     def clone(self, count: int = 1) -> list[Machine]:
         """Copies of the machine as it is now, each a `Machine` to be closed by the caller.

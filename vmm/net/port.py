@@ -22,11 +22,13 @@ class Port:
         fd: readable when there is something to read; -1 where nothing ever comes.
         blocked: a write is waiting for `fd` to be writable; call `resume` then.
         dropped: frames that could not be sent.
+        plain: `read` and `write` are no more than readv(2) and writev(2) of `fd`.
     """
 
     fd = -1
     blocked = False
     dropped = 0
+    plain = False
 
     def read(self, views: list[memoryview]) -> int:
         """Take one frame: header and frame go into `views`, as far as they go.

@@ -53,6 +53,8 @@ GONE = (errno.EBADFD, errno.ENODEV)
 class TapPort(Port):
     """A queue of a tap interface, attached by `attach`."""
 
+    plain = True
+
     def __init__(self) -> None:
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self.attached = True

@@ -11,8 +11,8 @@ from _thread import allocate_lock
 
 from vmm.net.filter import Filter
 from vmm.net.port import LinkLost
+from vmm.virtio import kernel, net_kernel, spec
 from vmm.virtio import net_spec as n
-from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.net_pump import Pump
 from vmm.virtio.net_rx import Receiver
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vmm.net.port import Backend, Port
     from vmm.virtio.limit import Limit
+    from vmm.virtio.net_kernel import NetKernel
     from vmm.virtio.net_limit import NicLimits
     from vmm.virtio.queue import Chain, VirtQueue
 
@@ -42,6 +43,7 @@ class Nic(VirtioDevice):
         receivers: the receive side of each pair.
         filter: what the driver wants to receive.
         pairs: queue pairs in use.
+        kernel: serves queues in C, where there is a library and the first driver has started.
         link_up: frames pass; see `set_link`.
         mergeable, checksums, receive_size: what was negotiated: MRG_RXBUF, GUEST_CSUM, and the
             bytes the largest frame needs, with its header.
@@ -81,6 +83,7 @@ class Nic(VirtioDevice):
         self._plugged = True
         self.link_up = True
         self.limits: NicLimits | None = None
+        self.kernel: NetKernel | None = None
         self.config += n.CONFIG.pack(mac, n.S_LINK_UP, self._max_pairs, backend.mtu)
         self.filter = Filter(mac)
         self.pairs = 1
@@ -111,6 +114,8 @@ class Nic(VirtioDevice):
     def started(self) -> None:
         self._negotiated()
         self.filter.reset(self._own_mac(), vlans=self.has(n.F_CTRL_VLAN))
+        if self.kernel is None:
+            self.kernel = net_kernel.make(self)
         if not self._pumps:
             self._pumps = [
                 Pump(self, pair, receiver) for pair, receiver in enumerate(self.receivers)
@@ -162,7 +167,16 @@ class Nic(VirtioDevice):
     def request(self, index: int, chain: Chain) -> int:
         from vmm.virtio.net_control import answer
 
-        return answer(self, chain)
+        written = answer(self, chain)
+        self._catch_up(2)
+        return written
+
+    def _catch_up(self, step: int) -> None:
+        """Wait until no queue (2: no receive queue) is at work by what was in force before."""
+        if self.kernel is not None:
+            for slot in self.slots[: 2 * self._max_pairs : step]:
+                with slot.lock:
+                    pass
 
     def _transmit(self, index: int) -> None:
         slot, port = self.slots[index], self.ports[index >> 1]
@@ -172,7 +186,14 @@ class Nic(VirtioDevice):
                 return
             try:
                 while not self.quiet and not port.blocked:
-                    chains = queue.pop_batch(BATCH)
+                    what = net_kernel.NOT_HERE
+                    if self.kernel is not None:
+                        what = self.kernel.send(index, queue)
+                        if what == kernel.IDLE:
+                            return
+                        if what == kernel.MORE:
+                            continue
+                    chains = queue.pop_batch(1 if what == kernel.OTHER else BATCH)
                     if chains:
                         if self.limits is not None and self.limits.tx.active:
                             chains = self.limits.admit(index, queue, chains)
@@ -249,6 +270,7 @@ class Nic(VirtioDevice):
         """Plug the cable in, or pull it; the driver is told. From any thread."""
         self._plugged = up
         self._update_link()
+        self._catch_up(1)
 
     def lost(self, pair: int, err: LinkLost) -> bool:
         """The back end is gone; whether it is (a queue that was switched off only seems so)."""

@@ -169,6 +169,10 @@ int vmm_net_receive(struct vmm_ring *ring, struct vmm_receive *receive)
 			receive->dropped++;
 			continue;
 		}
+		if ((size_t)size > w.room && !receive->mergeable) {
+			receive->dropped++;
+			continue;
+		}
 		if ((size_t)size > w.room || !takes(receive, w.buffer[w.first_buffer].iov_base)) {
 			hold(receive, &w, size);
 			next = VMM_HELD;

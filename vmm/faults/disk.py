@@ -10,7 +10,7 @@ from vmm.block.vector import whole
 from vmm.errors import HostError, StateError, UsageError
 from vmm.faults import disk_kinds as kinds
 from vmm.faults.disk_layer import DiskFault, DiskLayer
-from vmm.faults.rules import Chance, seconds, settle
+from vmm.faults.rules import Chance, seconds
 from vmm.faults.volatile import CACHE, SECTOR, Cut, copy
 
 TYPE_CHECKING = False
@@ -164,7 +164,7 @@ class DiskFaults:
                 raise UsageError(f"{self._name}.volatile: the disk is readonly: nothing is written")
             if self._layer.image.log is None:
                 self._layer.keep_log(cache)
-        settle(self._device)
+        self._device.settle()
         self._control.record(self._device.name, "volatile", "set", {"cache": cache})
 
     def durable(self) -> None:

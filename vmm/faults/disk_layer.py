@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from time import monotonic
 
-from vmm.faults.rules import Fault, settle
+from vmm.faults.rules import Fault
 from vmm.faults.volatile import SECTOR, FaultyImage, WriteLog
 
 TYPE_CHECKING = False
@@ -108,7 +108,7 @@ class DiskFault(Fault):
         self.layer.remove(self)
 
     def settle(self) -> None:
-        settle(self.layer.device)
+        self.layer.device.settle()
 
     def meets(self, request: Request) -> bool:
         """Whether it strikes `request`; called once for each, in order."""

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from threading import Lock
 from time import monotonic
 
-from vmm.faults.rules import Fault, settle
+from vmm.faults.rules import Fault
 from vmm.net.port import LinkLost, Port, scatter
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
@@ -77,7 +77,7 @@ class NetFault(Fault):
         self.layer.remove(self)
 
     def settle(self) -> None:
-        settle(self.layer.device)
+        self.layer.device.settle()
 
     def meet(self, passage: Passage) -> None:
         """A frame comes by, in order; under the control's lock."""

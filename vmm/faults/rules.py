@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Self
 
-    from vmm.virtio.device import VirtioDevice
 
 LOG_LIMIT = 10_000
 """Events kept of a machine's faults, and of each fault what it met."""
@@ -200,14 +199,6 @@ class Fault:
 
     def end(self) -> None:
         """No longer."""
-
-
-def settle(device: VirtioDevice) -> None:
-    """Return when whoever serves a queue of `device` has let go of it once: what was changed
-    before is known to all of them then."""
-    for slot in device.slots:
-        with slot.lock:
-            pass
 
 
 class Chance:

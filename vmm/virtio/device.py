@@ -336,6 +336,12 @@ class VirtioDevice:
                 pass
         self.drain()
 
+    def settle(self) -> None:
+        """Wait until nobody serves a queue by what was in force before. With no lock held."""
+        for slot in self.slots:
+            with slot.lock:
+                pass
+
     def read_config(self, offset: int, size: int) -> int:
         """`size` bytes of the configuration space at `offset`; what lies beyond reads 0."""
         return int.from_bytes(self.config[offset : offset + size], "little")

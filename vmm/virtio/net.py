@@ -43,7 +43,7 @@ class Nic(VirtioDevice):
         receivers: the receive side of each pair.
         filter: what the driver wants to receive.
         pairs: queue pairs in use.
-        kernel: serves queues in C, where there is a library and the first driver has started.
+        fast: serves queues in C, where there is a library and the first driver has started.
         link_up: frames pass; see `set_link`.
         mergeable, checksums, receive_size: what was negotiated: MRG_RXBUF, GUEST_CSUM, and the
             bytes the largest frame needs, with its header.
@@ -83,7 +83,7 @@ class Nic(VirtioDevice):
         self._plugged = True
         self.link_up = True
         self.limits: NicLimits | None = None
-        self.kernel: NetKernel | None = None
+        self.fast: NetKernel | None = None
         self.config += n.CONFIG.pack(mac, n.S_LINK_UP, self._max_pairs, backend.mtu)
         self.filter = Filter(mac)
         self.pairs = 1
@@ -114,8 +114,8 @@ class Nic(VirtioDevice):
     def started(self) -> None:
         self._negotiated()
         self.filter.reset(self._own_mac(), vlans=self.has(n.F_CTRL_VLAN))
-        if self.kernel is None:
-            self.kernel = net_kernel.make(self)
+        if self.fast is None:
+            self.fast = net_kernel.make(self)
         if not self._pumps:
             self._pumps = [
                 Pump(self, pair, receiver) for pair, receiver in enumerate(self.receivers)
@@ -168,15 +168,10 @@ class Nic(VirtioDevice):
         from vmm.virtio.net_control import answer
 
         written = answer(self, chain)
-        self._catch_up(2)
+        for receive in self.slots[: 2 * self._max_pairs : 2]:  # nobody goes on by what was before
+            with receive.lock:
+                pass
         return written
-
-    def _catch_up(self, step: int) -> None:
-        """Wait until no queue (2: no receive queue) is at work by what was in force before."""
-        if self.kernel is not None:
-            for slot in self.slots[: 2 * self._max_pairs : step]:
-                with slot.lock:
-                    pass
 
     def _transmit(self, index: int) -> None:
         slot, port = self.slots[index], self.ports[index >> 1]
@@ -187,8 +182,8 @@ class Nic(VirtioDevice):
             try:
                 while not self.quiet and not port.blocked:
                     what = net_kernel.NOT_HERE
-                    if self.kernel is not None:
-                        what = self.kernel.send(index, queue)
+                    if self.fast is not None:
+                        what = self.fast.send(index, queue)
                         if what == kernel.IDLE:
                             return
                         if what == kernel.MORE:
@@ -270,7 +265,7 @@ class Nic(VirtioDevice):
         """Plug the cable in, or pull it; the driver is told. From any thread."""
         self._plugged = up
         self._update_link()
-        self._catch_up(1)
+        self.settle()
 
     def lost(self, pair: int, err: LinkLost) -> bool:
         """The back end is gone; whether it is (a queue that was switched off only seems so)."""

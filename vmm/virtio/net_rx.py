@@ -90,7 +90,7 @@ class Receiver:
 
     def _serve_plainly(self, queue: VirtQueue) -> int:
         """By the C kernel, as far as it goes."""
-        fast = self._device.kernel
+        fast = self._device.fast
         if fast is None or self._held:
             return self._serve(queue)
         if self._chains or self._spare:

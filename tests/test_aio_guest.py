@@ -21,6 +21,7 @@ from tests.support.host_agent import HostAgent
 from vmm import AgentError, AsyncMachine, MachineConfig, StateError
 from vmm.agent.link import Link
 from vmm.aio.guest import AsyncGuestCalls
+from vmm.aio.process import LINE_MAX
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -191,6 +192,17 @@ def test_signals_and_ends(guest: Guest) -> None:
     before = tiny.descriptors(), threading.active_count()
     asyncio.run(main())
     assert (tiny.descriptors(), threading.active_count()) == before
+
+
+def test_a_line_without_end(guest: Guest) -> None:
+    async def main() -> None:
+        process = await guest.popen(["cat", "/dev/zero"])
+        assert process.stdout is not None
+        with pytest.raises(ValueError, match=f"a line of more than {LINE_MAX} bytes"):
+            await process.stdout.readline()
+        process.close()
+
+    asyncio.run(main())
 
 
 def test_text_and_a_terminal(guest: Guest) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from vmm.agent.process import Args, Dialer, Word
 
 
+LINE_MAX = 1 << 20
+"""Bytes of a line: a guest could send one without end."""
+
+
 class Output:
     """The command's output; `async for` gives its lines."""
 
@@ -44,10 +48,12 @@ class Output:
         return data
 
     async def readline(self) -> bytes:
-        """A line with its end; what is left at the end of the output."""
+        """A line with its end; what is left at the end of the output. ValueError: over LINE_MAX."""
         looked = 0
         while not self._over and self._rest.find(b"\n", looked) < 0:
             looked = len(self._rest)
+            if looked > LINE_MAX:
+                raise ValueError(f"a line of more than {LINE_MAX} bytes")
             await self._more()
         end = self._rest.find(b"\n") + 1 or len(self._rest)
         line = bytes(self._rest[:end])

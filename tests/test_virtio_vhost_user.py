@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -18,7 +19,7 @@ from vmm.errors import HostError, UsageError
 from vmm.memory import GuestMemory
 from vmm.virtio import blk, mmio, spec
 from vmm.virtio.fs import Share
-from vmm.virtio.vhost_user import VhostUserDevice
+from vmm.virtio.vhost_user import DEAD, VhostUserDevice
 
 MIB = 1 << 20
 
@@ -154,11 +155,14 @@ def leftovers() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
-def kill(program: str) -> None:
-    """SIGKILL a child of ours."""
+def kill(program: str, signum: int = signal.SIGKILL) -> None:
+    """Signal a child of ours, or what serves in its place: virtiofsd's own child."""
     pids = [pid for pid in leftovers() if Path(f"/proc/{pid}/comm").read_text().startswith(program)]
     assert len(pids) == 1
-    os.kill(int(pids[0]), signal.SIGKILL)
+    while pids:
+        pid = pids[0]
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(pid), signum)
 
 
 def ask(driver: External, number: int, kind: int = blk.T_IN) -> int:
@@ -222,15 +226,63 @@ def until_reset_is_needed(driver: External) -> None:
 def test_a_directory_whose_daemon_dies(tmp_path: Path) -> None:
     share = Share.parse(f"{tmp_path},tag=data").open()
     with External(share) as driver:
+        for _ in range(3):
+            assert fuse_init(driver) == 0
+        driver.take_interrupts()
+        kill("virtiofsd")
+        limit = time.monotonic() + 20
+        while share.state != DEAD:
+            assert time.monotonic() < limit
+        assert fuse_init(driver) == -errno.EIO
+        assert driver.take_interrupts() & 1
+        driver.rings[0].add([(BUFFERS, 56, False)])  # as FUSE_FORGET, without an answer
+        driver.kick(0)
+        driver.wait(0)
+        driver.start()
+        assert fuse_init(driver) == -errno.EIO
+        assert driver.errors == [
+            "fs-data: virtiofsd has ended; the guest gets I/O errors from now on"
+        ]
+    assert leftovers() == []
+
+
+def test_a_directory_whose_daemon_dies_with_requests(tmp_path: Path) -> None:
+    """Which of them it has taken is not known: the rings must begin anew."""
+    share = Share.parse(f"{tmp_path},tag=data").open()
+    with External(share) as driver:
+        kill("virtiofsd", signal.SIGSTOP)
+        driver.rings[1].add([(BUFFERS, 56, False), (BUFFERS + 0x1000, 256, True)])
+        driver.kick(1)
         kill("virtiofsd")
         until_reset_is_needed(driver)
         limit = time.monotonic() + 20
         while not driver.take_interrupts() & 2:
             assert time.monotonic() < limit
         assert driver.errors == ["fs-data: virtiofsd has ended; the driver must reset the device"]
-        driver.start()  # it may; but there is nobody any more
-        until_reset_is_needed(driver)
+        driver.start()
+        assert fuse_init(driver) == -errno.EIO
     assert leftovers() == []
+
+
+def fuse_request(opcode: int, data: bytes) -> bytes:
+    """struct fuse_in_header (len, opcode, unique, ...), and more."""
+    return struct.pack("<IIQQIIII", 40 + len(data), opcode, 7, 0, 0, 0, 0, 0) + data
+
+
+def fuse_answer(driver: External) -> int:
+    """The error in the answer to the one request there is."""
+    driver.wait(1)
+    _, error, unique = struct.unpack("<IiQ", driver.memory.read(BUFFERS + 0x1000, 16))
+    assert unique == 7
+    return int(error)
+
+
+def fuse_init(driver: External) -> int:
+    request = fuse_request(26, struct.pack("<IIII", 7, 31, 0, 0))
+    driver.memory.write(BUFFERS, request)
+    driver.rings[1].add([(BUFFERS, len(request), False), (BUFFERS + 0x1000, 256, True)])
+    driver.kick(1)
+    return fuse_answer(driver)
 
 
 def test_a_directory(tmp_path: Path) -> None:

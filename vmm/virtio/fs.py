@@ -5,6 +5,7 @@ In the guest: `mount -t virtiofs TAG /mnt`.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -17,10 +18,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 
+    from vmm.child import Child
+    from vmm.virtio.queue import Chain
+    from vmm.virtio.vhost_user_wire import Connection
+
 TAG_BYTES = 36
 QUEUE_SIZE = 1024
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _CONFIG = struct.Struct("<36sI")
+_IN = struct.Struct("<IIQ")
+"""struct fuse_in_header's beginning: len, opcode, unique."""
+_OUT = struct.Struct("<IiQ")
+"""struct fuse_out_header: len, error, unique."""
 
 
 class Share:
@@ -129,6 +138,13 @@ class VirtioFs(VhostUserDevice):
 
     ID = spec.ID_FS
 
-    def __init__(self, tag: str, connection: object, child: object) -> None:
-        super().__init__(f"fs-{tag}", connection, (QUEUE_SIZE, QUEUE_SIZE), child=child)  # type: ignore[arg-type]
+    def __init__(self, tag: str, connection: Connection, child: Child) -> None:
+        super().__init__(f"fs-{tag}", connection, (QUEUE_SIZE, QUEUE_SIZE), child=child)
         self.config[:] = _CONFIG.pack(tag.encode(), 1)
+
+    def fail(self, chain: Chain) -> int:
+        request = b"".join(bytes(view[:_IN.size]) for view in chain.readable[:2])
+        if not chain.writable or len(request) < _IN.size:  # FUSE_FORGET has no answer
+            return 0
+        unique = _IN.unpack_from(request)[2]
+        return chain.write(_OUT.pack(_OUT.size, -errno.EIO, unique))

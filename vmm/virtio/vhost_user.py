@@ -91,6 +91,7 @@ class VhostUserDevice(VirtioDevice):
         """Held while the connection is used; taken before slots' locks, never after."""
         self.state = SERVED
         self._closing = False
+        self._trying: Connection | None = None
         self._wake = -1
         offered = self._introduce(connection)
         super().__init__(name)
@@ -354,11 +355,14 @@ class VhostUserDevice(VirtioDevice):
         except UsageError:
             return
         with self._session:
+            self._trying = connection
             try:
                 self._resume(connection)
             except HostError:
                 connection.close()
                 self.state = AWAY
+            finally:
+                self._trying = None
 
     def _resume(self, connection: Connection) -> None:
         offered = self._introduce(connection)
@@ -394,6 +398,10 @@ class VhostUserDevice(VirtioDevice):
 
     def close(self) -> None:
         self._closing = True
+        trying = self._trying
+        if trying is not None:  # it may not answer
+            with suppress(OSError):
+                trying.sock.shutdown(socket.SHUT_RDWR)
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
             self._watcher.join()
@@ -410,6 +418,7 @@ def dial(path: str, option: str) -> Connection:
     """Connect to a back end that listens on the UNIX socket `path`. Raises UsageError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock.settimeout(wire.TIMEOUT)  # a full backlog is an error then
         sock.connect(path)
     except OSError as err:
         sock.close()

@@ -138,6 +138,9 @@ def test_configurations_that_cannot_be(kernel: str, tmp_path: Path) -> None:
         MachineConfig(kernel, agent=True, append="rdinit=x")
     with pytest.raises(UsageError, match=r"--modules .* has no directory 'kernel'"):
         MachineConfig(kernel, agent=True, modules=str(tmp_path))
+    with pytest.raises(UsageError, match="--no-acpi: the agent's device over MMIO is found"):
+        MachineConfig(kernel, agent=True, acpi=False)
+    MachineConfig(kernel, agent=True, acpi=False, transport="pci")
     with pytest.raises(UsageError, match="--root /no/such: No such file or directory"):
         MachineConfig(kernel, root="/no/such")
 

@@ -64,6 +64,11 @@ def check(config: MachineConfig) -> None:
 
     if config.modules is not None:
         check_tree(config.modules)
+    if not config.acpi and config.transport == "mmio":
+        raise UsageError(
+            "--no-acpi: the agent's device over MMIO is found by ACPI; leave it out, or use "
+            "--transport pci"
+        )
     init = guest_init(config)
     if init is not None and not init.startswith("/"):
         raise UsageError(f"--append: init {init!r} is not a path that begins with /")

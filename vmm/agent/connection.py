@@ -100,6 +100,10 @@ class Connection:
             if not data:
                 raise AgentError(self._why())
             self.session.feed(data)
+            if self.session.complete:  # nothing more will come: it needs no `close`
+                self._closed = True
+                self.error = AgentError("the command has ended")
+                self._sock.close()
         except AgentError as err:
             self.error = err
         return True

@@ -28,7 +28,7 @@ _PAIR = struct.Struct("<II")
 REQUEST, DATA, END, CREDIT, SIGNAL, RESIZE = 1, 2, 3, 4, 5, 6
 STARTED, FAILED, EXITED = 16, 17, 18
 IN, OUT, ERR = 0, 1, 2
-EXECUTE, PUT, GET = 1, 2, 3
+EXECUTE, PUT, GET, POWER_OFF = 1, 2, 3, 4
 NULL_IN, NULL_OUT, NULL_ERR, ERR_TO_OUT, TERMINAL = 1, 2, 4, 8, 16
 CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START = 0, 1, 2
 
@@ -195,6 +195,8 @@ class Session:
             if status > 255 or signum > 127:
                 raise AgentError(f"the guest's agent sent exit status {status}, signal {signum}")
             self.returncode = -signum if signum else status
+        if self.complete:
+            self.refused = True
 
     def failure(self, argv: Sequence[object], directory: object) -> Exception | None:
         """`failed` as subprocess raises it: FileNotFoundError, PermissionError, ..."""

@@ -51,6 +51,7 @@ mount --bind /dev /tools/dev
 mount -t proc proc /tools/proc
 mount -t tmpfs tmp /tools/tmp
 ifconfig lo 127.0.0.1
+ifconfig eth0 up
 udhcpc -q -f -n -i eth0 -s /bin/dhcp
 (chroot /tools {FIO} > /fio 2>&1; echo "ended: $?" >> /fio) &
 i=0
@@ -94,7 +95,7 @@ def tools_image(path: Path) -> Path:
     commands += [f"write {os.path.realpath(source)} {target}" for target, source in files.items()]
     commands += [f"set_inode_field {target} mode 0100755" for target in files]
     mke2fs, debugfs = (shutil.which(name, path=SBIN) or name for name in ("mke2fs", "debugfs"))
-    options = ["-O", "^has_journal", "-N", "256", "-E", "root_owner=0:0"]
+    options = ["-b", "4096", "-O", "^has_journal", "-N", "256", "-E", "root_owner=0:0"]
     path.touch()
     os.truncate(path, 128 * MIB)
     subprocess.run([mke2fs, "-q", "-t", "ext4", *options, str(path)], check=True)
@@ -115,7 +116,13 @@ class Guest:
         self.machine = machine
 
     def shell(self, line: str) -> str:
-        done = self.machine.run(["sh", "-c", line], text=True, timeout=PATIENCE)
+        try:
+            done = self.machine.run(["sh", "-c", line], text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            processes = self.machine.run(["ps"], text=True, timeout=PATIENCE).stdout
+            raise AssertionError(
+                f"{line}\n{processes}\n{self.machine.console.text()[-2000:]}"
+            ) from None
         return str(done.stdout).strip()
 
     def ready(self) -> None:

@@ -33,6 +33,8 @@ class Lost(events.Event):
         (events.Paused(), {"event": "paused", "why": ""}, "paused"),
         (events.Paused("no space"), {"event": "paused", "why": "no space"}, "paused: no space"),
         (events.Resumed(), {"event": "resumed"}, "resumed"),
+        (events.Snapshotted("/x"), {"event": "snapshot", "path": "/x"}, "snapshot: /x"),
+        (events.RolledBack(), {"event": "rolled back"}, "rolled back"),
         (events.ConsoleLine("x"), {"event": "console", "line": "x"}, "console: x"),
         (events.Panicked(), {"event": "panicked", "how": "panicked"}, "panicked: panicked"),
         (

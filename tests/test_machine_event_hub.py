@@ -416,3 +416,17 @@ def test_a_machine_that_is_rolled_back_from_its_end_tells_of_its_next(machine: M
             assert list(m.events()) == []
             m.rollback()
         assert len(stopped) == 2
+
+
+@needs_kvm
+def test_snapshots_and_going_back_are_told_between_pauses(machine: Make, tmp_path: Path) -> None:
+    with machine(tiny.SPIN) as m:
+        m.start()
+        m.checkpoint()
+        m.rollback()
+        m.snapshot(str(tmp_path / "snap"))
+        assert [str(event) for event in m.event_log[1:]] == [
+            *("paused", "resumed"),
+            *("paused", "rolled back", "resumed"),
+            *("paused", f"snapshot: {tmp_path}/snap", "resumed"),
+        ]

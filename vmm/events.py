@@ -81,6 +81,28 @@ class Resumed(Event):
     name = "resumed"
 
 
+class Snapshotted(Event):
+    """A snapshot of it is complete.
+
+    Attributes:
+        path: its directory.
+    """
+
+    __slots__ = ("path",)
+    name = "snapshot"
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+
+class RolledBack(Event):
+    """It is again what it was at its checkpoint."""
+
+    __slots__ = ()
+    name = "rolled back"
+
+
 class ConsoleLine(Event):
     """The guest has printed a line, or its last words without an end of line.
 
@@ -131,7 +153,7 @@ class DeviceError(Event):
 
 
 class Stopped(Event):
-    """The machine is over: the last event.
+    """The machine is over: the last event, unless it is rolled back to before.
 
     Attributes:
         exit: why.

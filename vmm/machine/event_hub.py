@@ -39,6 +39,8 @@ KINDS: dict[str, type[Event]] = {
         events.Started,
         events.Paused,
         events.Resumed,
+        events.Snapshotted,
+        events.RolledBack,
         events.Panicked,
         events.DeviceError,
         events.Stopped,

@@ -49,6 +49,7 @@ class MomentCalls:
 
         with still(self._machine, "snapshot"):
             save(self._machine, str(path), base=base, disk=disks, track=track)
+            self._machine._tell("snapshot", str(path))
 
     @classmethod
     def restore(
@@ -124,6 +125,7 @@ class MomentCalls:
             try:
                 with still(machine, "rollback"):
                     self._checkpoint.roll_back()
+                    machine._tell("rolled back")
                 break
             except StateError:
                 if machine.state != "stopped":  # it ended while it was about to be paused

@@ -72,12 +72,12 @@ def test_printed_with_its_values() -> None:
 
 
 def test_a_machine_can_make_each_but_console_lines() -> None:
-    made = {
-        type(make(name, (END,) if name == "stopped" else ()))
-        for name in KINDS
-        if name != "device error"
+    needs: dict[str, tuple[object, ...]] = {
+        "stopped": (END,),
+        "device error": ("x",),
+        "snapshot": ("/x",),
     }
-    made.add(type(make("device error", ("x",))))
+    made = {type(make(name, needs.get(name, ()))) for name in KINDS}
     all_kinds = {
         kind
         for kind in vars(events).values()

@@ -1,0 +1,150 @@
+"""vmm.cli.relay: what `vmm exec` carries between here and the command, which runs on this host."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny
+from tests.support.host_agent import HostAgent
+from tests.support.terminals import on_a_terminal, read_until
+
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """A command line up to the options."""
+    directory = tmp_path_factory.mktemp("exec")
+    kernel = tiny.kernel(directory, tiny.prints(b"no Linux\n") + tiny.HALT)
+    with HostAgent(directory) as agent:
+        yield [
+            sys.executable, "-m", "tests.support.exec_on_host", agent.path, str(kernel),
+            "--memory", "32M", "--append", "root=none",
+        ]  # fmt: skip
+
+
+def execute(words: list[str], *command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    options.setdefault("stdin", subprocess.DEVNULL) if "input" not in options else None
+    return subprocess.run(
+        [*words, "--", *command], capture_output=True, check=False, timeout=100, **options
+    )
+
+
+def test_output_and_status(words: list[str]) -> None:
+    done = execute(words, "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
+    assert execute(words, "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
+    assert execute([*words, "-w", "/usr", "-e", "A=b"], "sh", "-c", "pwd; echo $A").stdout == (
+        b"/usr\nb\n"
+    )
+
+
+def test_what_cannot_be_executed(words: list[str], tmp_path: Path) -> None:
+    done = execute(words, "/no/such/program")
+    assert done.stderr == b"vmm: /no/such/program: No such file or directory (in the guest)\n"
+    assert done.returncode == 127
+    done = execute(words, str(tmp_path))
+    assert done.stderr == f"vmm: {tmp_path}: Permission denied (in the guest)\n".encode()
+    assert done.returncode == 126
+    done = execute([*words, "--workdir", "/no/such"], "true")
+    assert done.stderr == b"vmm: /no/such: No such file or directory (in the guest)\n"
+
+
+def test_megabytes_both_ways(words: list[str]) -> None:
+    data = random.Random(8).randbytes(16 << 20)
+    done = execute(words, "sh", "-c", "tee /dev/stderr", input=data)
+    want = hashlib.sha256(data).digest()
+    assert hashlib.sha256(done.stdout).digest() == want
+    assert hashlib.sha256(done.stderr).digest() == want
+    assert done.returncode == 0
+
+
+def test_files(words: list[str], tmp_path: Path) -> None:
+    data = random.Random(9).randbytes(3 << 20)
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("wb") as target:
+        command = [*words, "--", "cat"]
+        subprocess.run(command, stdin=source, stdout=target, check=True, timeout=100)
+    assert (tmp_path / "out").read_bytes() == data
+
+
+def test_a_reader_that_goes(words: list[str]) -> None:
+    """The command finds its pipe broken, as in a pipeline."""
+    with subprocess.Popen([*words, "--", "yes"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.wait(100) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_go_to_the_command(words: list[str], signum: signal.Signals) -> None:
+    trap = f"trap 'echo caught; exit 9' {signum.name[3:]}"
+    script = f"{trap}; echo ready; while :; do sleep 0.05; done"
+    with subprocess.Popen([*words, "--", "sh", "-c", script], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signum)
+        assert process.stdout.read() == b"caught\n"
+        assert process.wait(100) == 9
+
+
+def test_the_third_ctrl_c_ends_the_machine(words: list[str]) -> None:
+    script = "trap 'echo caught' INT; echo ready; while :; do sleep 0.05; done"
+    with subprocess.Popen([*words, "--", "sh", "-c", script], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"ready\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == b"caught\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(100) == 130
+        assert process.stderr.read() == (
+            b"vmm: ended by SIGINT, before the command had ended (status 130)\n"
+        )
+
+
+def test_a_reader_that_waits_holds_up_no_signal(words: list[str]) -> None:
+    script = "trap 'exit 8' INT; while :; do head -c 100000 /dev/zero; done"
+    with subprocess.Popen([*words, "--", "sh", "-c", script], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"\0"
+        process.send_signal(signal.SIGINT)  # `head` is ended by it, in the middle of a write
+        assert set(process.stdout.read()) == {0}
+        assert process.wait(100) == 8
+
+
+def test_a_time_limit(words: list[str]) -> None:
+    done = execute([*words, "--timeout", "2"], "sleep", "1000")
+    assert done.returncode == 124
+    assert done.stderr.startswith(b"vmm: no end within 2 s (--timeout), before the command")
+
+
+def test_terminals(words: list[str]) -> None:
+    with on_a_terminal([*words, "--tty", "--", "sh", "-c", "stty size; exec cat"]) as (run, tty):
+        before = termios.tcgetattr(tty)
+        read_until(tty, b"33 101\r\n")
+        os.write(tty, b"typed\r")
+        read_until(tty, b"typed\r\ntyped\r\n")
+        os.write(tty, b"\x04")
+        assert run.wait(100) == 0
+        assert termios.tcgetattr(tty) == before
+    with on_a_terminal([*words, "--", "sh", "-c", "echo ready; exec cat"]) as (run, tty):
+        read_until(tty, b"ready\r\n")
+        os.write(tty, b"\x03")
+        assert run.wait(100) == 130

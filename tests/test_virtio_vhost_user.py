@@ -15,7 +15,8 @@ import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
 from vmm.block.drive import Drive
-from vmm.errors import HostError, UsageError
+from vmm.block.storage_daemon import ExternalDisk
+from vmm.errors import HostError, StateError, UsageError
 from vmm.memory import GuestMemory
 from vmm.virtio import blk, mmio, spec
 from vmm.virtio.fs import Share
@@ -119,11 +120,32 @@ def test_a_qcow2_disk(qcow2: Callable[..., str], event_idx: bool) -> None:
 
 def test_a_qcow2_disk_with_a_limit(qcow2: Callable[..., str]) -> None:
     disk = Drive.parse(f"{qcow2(MIB)},format=qcow2,bps=1M,burst=2M,iops=100").open(0)
-    assert isinstance(disk, VhostUserDevice)
+    assert isinstance(disk, ExternalDisk)
     with External(disk) as driver:
         for number in range(15):  # of 10 requests at once
             blocks(driver, blk.T_OUT, number, b"x" * 512)
             assert blocks(driver, blk.T_IN, number, 512) == b"x" * 512
+        assert disk.limit.rates == (MIB, 100)
+        with pytest.raises(UsageError, match=r"qemu-storage-daemon: bps_max.* than bps"):
+            disk.limit.change(bytes=10, burst_bytes=5)
+        disk.limit.change()
+        assert disk.limit.rates == (0, 0)
+        for number in range(50):
+            blocks(driver, blk.T_IN, number, 512)
+        disk.limit.change(bytes=1)
+        places = [ask(driver, number) for number in range(5)]
+        driver.wait(0)
+        time.sleep(0.1)
+        assert driver.rings[0].used() == []  # they wait for minutes each
+        kill("qemu-storage")
+        assert statuses(driver, places[1:]) == [blk.S_IOERR] * 4
+        with pytest.raises(HostError, match="qemu-storage-daemon's monitor does not answer"):
+            disk.limit.change(bytes=10)
+    other = Drive.parse(f"{qcow2(MIB)},format=qcow2").open(0)
+    with pytest.raises(StateError, match="blk0: no limit to change; start with one"):
+        other.limit  # type: ignore[attr-defined]  # noqa: B018
+    other.close()
+    assert leftovers() == []
 
 
 def test_two_on_one_image_are_refused(qcow2: Callable[..., str]) -> None:

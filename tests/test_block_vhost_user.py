@@ -188,7 +188,7 @@ def test_idle_ones_are_not_missed(serve: Callable[..., BlkBackend], image: Path)
 def test_what_it_had_taken_is_done_by_its_successor(
     serve: Callable[..., BlkBackend], image: Path
 ) -> None:
-    backend = serve(iops=1)
+    backend = serve(slow=True)
     disk = Recording(backend)
     with External(disk) as driver:
         places = [ask(driver, number) for number in range(4)]
@@ -198,7 +198,7 @@ def test_what_it_had_taken_is_done_by_its_successor(
         backend.kill()
         until(AWAY, disk)
         places.append(ask(driver, 4))
-        backend.iops = 0
+        backend.slow = False
         backend.start()
         assert set(statuses(driver, places)) == {blk.S_OK}
         data = image.read_bytes()
@@ -208,7 +208,7 @@ def test_what_it_had_taken_is_done_by_its_successor(
 
 
 def test_without_a_record_the_driver_must_reset(serve: Callable[..., BlkBackend]) -> None:
-    backend = serve(iops=1)
+    backend = serve(slow=True)
     disk = VhostUserBlk(str(backend.socket)).open(0)
     with External(disk) as driver:
         for number in range(4):
@@ -218,7 +218,7 @@ def test_without_a_record_the_driver_must_reset(serve: Callable[..., BlkBackend]
         until_reset_is_needed(driver)
         driver.start()  # before it is back, and is served then
         places = [ask(driver, number) for number in range(3)]
-        backend.iops = 0
+        backend.slow = False
         backend.start()
         assert statuses(driver, places) == [blk.S_OK] * 3
 

@@ -185,6 +185,12 @@ def kill(program: str, signum: int = signal.SIGKILL) -> None:
         pid = pids[0]
         pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(int(pid), signum)
+    limit = time.monotonic() + 20
+    while signum == signal.SIGSTOP and not all(
+        stat.read_text().rsplit(")", 1)[1].split()[0] == "T"
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+    ):  # one of its threads may be about to take a request
+        assert time.monotonic() < limit
 
 
 def ask(driver: External, number: int, kind: int = blk.T_IN) -> int:
@@ -213,11 +219,11 @@ def test_a_disk_whose_daemon_dies_gives_errors(
     qcow2: Callable[..., str], event_idx: bool
 ) -> None:
     """For what the daemon had taken, and for all that comes; also after a reset."""
-    disk = Drive(qcow2(MIB), format="qcow2", iops=1).open(0)
+    disk = Drive(qcow2(MIB), format="qcow2", bps=1).open(0)
     assert isinstance(disk, VhostUserDevice)
     with External(disk, event_idx=event_idx) as driver:
         places = [ask(driver, number) for number in range(5)]
-        # The first is answered; the daemon has the others, and keeps them for a second each.
+        # The first is answered; the daemon has the others, and keeps them for minutes.
         driver.wait(0)
         limit = time.monotonic() + 20
         while len(disk._heads(0)) < 4:
@@ -272,6 +278,8 @@ def test_a_directory_whose_daemon_dies_with_requests(tmp_path: Path) -> None:
     """Which of them it has taken is not known: the rings must begin anew."""
     share = Share.parse(f"{tmp_path},tag=data").open()
     with External(share) as driver:
+        assert fuse_init(driver) == 0  # it is there, with its child
+        driver.take_interrupts()
         kill("virtiofsd", signal.SIGSTOP)
         driver.rings[1].add([(BUFFERS, 56, False), (BUFFERS + 0x1000, 256, True)])
         driver.kick(1)

@@ -11,9 +11,15 @@ class BlkBackend:
     """It listens on `socket`; `start` and `kill` as often as one likes."""
 
     def __init__(
-        self, image: Path, socket: Path, *, queues: int = 1, writable: bool = True, iops: int = 0
+        self,
+        image: Path,
+        socket: Path,
+        *,
+        queues: int = 1,
+        writable: bool = True,
+        slow: bool = False,
     ) -> None:
-        self.iops = iops
+        self.slow = slow
         self.image, self.socket, self.queues, self.writable = image, socket, queues, writable
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -22,8 +28,8 @@ class BlkBackend:
         node = f"driver=file,node-name=disk,filename={self.image},discard=unmap"
         writable = "on" if self.writable else "off"
         limits, name = [], "disk"
-        if self.iops:  # requests beyond that are taken, and kept
-            limits = ["--object", f"throttle-group,id=g,limits.iops-total={self.iops}",
+        if self.slow:  # takes requests, does the first and keeps the others for minutes
+            limits = ["--object", "throttle-group,id=g,limits.bps-total=1",
                       "--blockdev", "driver=throttle,node-name=slow,throttle-group=g,file=disk"]
             name = "slow"
         self.process = subprocess.Popen(

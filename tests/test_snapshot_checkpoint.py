@@ -150,6 +150,7 @@ def test_a_newer_checkpoint_takes_the_olders_place() -> None:
             assert ram(m) == point
 
 
+@pytest.mark.one_lane
 def test_a_restored_machine_needs_no_copy_and_a_snapshot_does_not_disturb(tmp_path: Path) -> None:
     """It stays over the snapshot's file; one made meanwhile puts it over another."""
     with bare_machine(COUNTING, regs=START) as m:
@@ -183,6 +184,7 @@ def test_a_restored_machine_needs_no_copy_and_a_snapshot_does_not_disturb(tmp_pa
         assert m.memory.read(PATTERN + 10, 16) == b"after the point."
 
 
+@pytest.mark.one_lane
 def test_a_machine_restored_from_a_differential(tmp_path: Path) -> None:
     """Its memory is mapped from several files."""
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
@@ -205,6 +207,7 @@ def test_a_machine_restored_from_a_differential(tmp_path: Path) -> None:
         assert ram(m) == point
 
 
+@pytest.mark.one_lane
 def test_memory_another_process_hands_over_is_refused(tmp_path: Path) -> None:
     with bare_machine(COUNTING, regs=START) as m:
         m.snapshot(str(tmp_path / "one"))
@@ -274,6 +277,7 @@ def test_it_may_end_at_that_moment() -> None:
         assert m.wait(60).status == 0
 
 
+@pytest.mark.one_lane
 def test_the_console_and_the_time_limit_work_after_the_end(tmp_path: Path) -> None:
     code = tiny.prints(b"ready\n") + tiny.exits(4)
     from vmm import MachineConfig
@@ -381,6 +385,7 @@ class Disk:
         assert request(self.driver, blk.T_OUT, number, out=data)[0] == blk.S_OK
 
 
+@pytest.mark.one_lane
 def test_disks_go_back_too(image: Path) -> None:
     was = image.read_bytes()
     m = running(bare_machine(COUNTING, regs=START, drives=[f"{image},snapshot"]))
@@ -410,6 +415,7 @@ def test_disks_go_back_too(image: Path) -> None:
     assert image.read_bytes() == was
 
 
+@pytest.mark.one_lane
 def test_disks_can_be_kept(image: Path) -> None:
     m = running(bare_machine(COUNTING, regs=START, drives=[str(image)]))
     with DriverOn(m) as driver:
@@ -423,6 +429,7 @@ def test_disks_can_be_kept(image: Path) -> None:
     assert image.read_bytes()[3 * 512 :].startswith(b"stays")
 
 
+@pytest.mark.one_lane
 def test_a_checkpoint_that_fails_leaves_the_former_or_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -456,6 +463,7 @@ def test_a_checkpoint_that_fails_leaves_the_former_or_none(
 # --- refusals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_lane
 def test_a_disk_without_overlay_is_refused(image: Path) -> None:
     with bare_machine(COUNTING, drives=[str(image)]) as m:
         with pytest.raises(StateError, match=r"checkpoint: blk0: .*disk.img is written to; .*snap"):
@@ -466,6 +474,7 @@ def test_a_disk_without_overlay_is_refused(image: Path) -> None:
         m.checkpoint()
 
 
+@pytest.mark.one_lane
 def test_what_another_process_serves_is_refused(tmp_path: Path) -> None:
     """It writes to guest memory by itself, and its state is not ours."""
     with running(bare_machine(COUNTING, regs=START, shares=[f"{tmp_path},tag=a"])) as m:
@@ -476,6 +485,7 @@ def test_what_another_process_serves_is_refused(tmp_path: Path) -> None:
             assert all(region.kind == "memfd" for region in m.memory.regions)
 
 
+@pytest.mark.one_lane
 def test_wrong_uses() -> None:
     with bare_machine(COUNTING) as m:
         with pytest.raises(UsageError, match="disks='both' is not one of rollback, keep"):
@@ -532,6 +542,7 @@ def mappings() -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line]
 
 
+@pytest.mark.one_lane
 def test_nothing_is_left(image: Path) -> None:
     gc.collect()  # views of earlier tests' memory keep its mappings
     threads = threading.active_count()

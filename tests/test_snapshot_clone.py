@@ -130,6 +130,7 @@ def test_a_checkpoint_outlives_copies() -> None:
 # --- devices --------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_lane
 def test_each_disk_is_its_own(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(random.Random(1).randbytes(MIB))
@@ -170,6 +171,7 @@ def device(machine: Machine, number: int) -> object:
     return machine.platform.virtio.transports[number].device
 
 
+@pytest.mark.one_lane
 def test_addresses_are_each_ones_own(tmp_path: Path) -> None:
     options = {
         "nets": ["lan=test-clones,mac=52:54:00:00:00:01"],
@@ -206,6 +208,7 @@ def test_addresses_are_each_ones_own(tmp_path: Path) -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_lane
 def test_what_there_can_be_only_one_of_is_refused(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(MIB))
@@ -224,6 +227,7 @@ def test_what_there_can_be_only_one_of_is_refused(tmp_path: Path) -> None:
         own_config(MachineConfig(shares=[f"{tmp_path},tag=a"]), 1)
 
 
+@pytest.mark.one_lane
 def test_wrong_uses() -> None:
     with bare_machine("done 1") as m:
         with pytest.raises(UsageError, match="clone: 0 copies; at least 1"):

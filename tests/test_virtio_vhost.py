@@ -232,8 +232,8 @@ class SocketGuest(Driver):
     def packet(self) -> tuple[int, bytes]:
         """The next packet's op and data."""
         while not self.packets:
-            for head, size in self.wait(0):
-                at = self.where.pop(head)
+            # All places first: a buffer given again takes any free head.
+            for at, size in [(self.where.pop(head), size) for head, size in self.wait(0)]:
                 data = self.memory.read(at, size)
                 op = vp.HEADER.unpack_from(data)[6]
                 if op != vp.OP_CREDIT_UPDATE:

@@ -24,7 +24,7 @@ import pytest
 from tests.support import netns, tiny
 from tests.test_virtio_vhost_user import qcow2
 
-pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(1200)]
 
 __all__ = ["qcow2"]
 

@@ -50,7 +50,6 @@ def meet(guest: NetGuest) -> bytes:
             break
         except AssertionError:
             assert time.monotonic() < limit
-    assert guest.nic.receivers[0].dropped == guest.nic.ports[0].dropped == 0
     assert reply[:6] == MAC and reply[28:32] == netns.address(HOST)
     return reply[6:12]
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
 from vmm.block.raw import RawImage
-from vmm.virtio import kernel
+from vmm.virtio import kernel, spec
 from vmm.virtio.blk import T_GET_ID, T_IN, T_OUT, Block
 
 SIZE = 256 << 10
@@ -120,3 +120,14 @@ def test_without_a_compiler_it_is_left_out(
 def test_one_that_does_not_fit_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "SHARED", kernel.SHARED[:-1])
     assert kernel._load() is None
+
+
+def test_a_disk_shows_packed_rings_only_without_it(
+    disk: Callable[[str, bool], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = 1 << spec.F_RING_PACKED
+    with disk("image", True) as driver:
+        assert not driver.device.offered() & packed
+        assert driver.device.features & packed  # a saved driver's, or a stubborn one's
+        monkeypatch.setattr(kernel, "_loaded", [None])
+        assert driver.device.offered() & packed

@@ -6,6 +6,7 @@
 
 #include "guest.h"
 
+#define F_FLUSH (1 << 9) /* without it every write goes to the disk at once (5.2.5.2) */
 #define T_IN 0
 #define T_OUT 1
 #define T_GET_ID 8
@@ -101,7 +102,7 @@ void measure_blk(void)
     identify = argument("identify", 0);
     check = argument("check", 0) && !is_write && !identify;
     find_device(&device, 2);
-    negotiate(&device, argument("plain", 0) ? 0 : features);
+    negotiate(&device, F_FLUSH | (argument("plain", 0) ? 0 : features));
     make_queue(&device, &queue, 0, QUEUE_SIZE);
     span = config64(&device, 0) * 512;
     if (argument("span", 0) && argument("span", 0) < span)

@@ -143,6 +143,13 @@ class Block(VirtioDevice):
         elif self._kernel is None or not self._kernel.serve(index):
             super().notify(index)
 
+    def offered(self) -> int:
+        from vmm.block.raw import RawImage
+        from vmm.virtio import kernel
+
+        plain = type(self.storage) is RawImage and not self.storage.direct
+        return kernel.only_split(self.features) if plain else self.features
+
     @property
     def buffers_writes(self) -> bool:
         """Whether a write is done when the page cache has it."""

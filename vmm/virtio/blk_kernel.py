@@ -34,7 +34,7 @@ class DiskKernel:
             queue, image = slot.queue, device.image
             if queue is None or not device.status & spec.DRIVER_OK:
                 return True
-            ring = kernel.ring(device.memory, slot)
+            ring = kernel.ring(device.memory, slot, kernel.POLL_MAX)
             if ring is None or type(image) is not RawImage or image.direct:
                 return False
             self._disk.fd = image.fd

@@ -229,6 +229,10 @@ class VirtioDevice:
 
     # --- for transports ---------------------------------------------------------------------------
 
+    def offered(self) -> int:
+        """What a driver is shown of `features`; all of those it may accept."""
+        return self.features
+
     def accept_features(self, mask: int) -> None:
         """The driver's choice; kept until FEATURES_OK (later writes are not looked at)."""
         if not self.status & spec.FEATURES_OK:

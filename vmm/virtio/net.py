@@ -152,6 +152,10 @@ class Nic(VirtioDevice):
     def _own_mac(self) -> bytes:
         return bytes(self.config[:6])
 
+    def offered(self) -> int:
+        plain = all(port.plain for port in self.ports)
+        return kernel.only_split(self.features) if plain else self.features
+
     # --- queues -----------------------------------------------------------------------------------
 
     def notify(self, index: int) -> None:

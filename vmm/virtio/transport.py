@@ -71,7 +71,7 @@ class Transport(Device):
 
     def _offered(self) -> int:
         """The 32 features the driver has selected."""
-        return self.device.features >> 32 * min(self._features_sel, 2) & LOW
+        return self.device.offered() >> 32 * min(self._features_sel, 2) & LOW
 
     def _accepted(self) -> int:
         """What the driver has written of the 32 features it has selected."""

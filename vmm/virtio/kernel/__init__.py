@@ -5,13 +5,15 @@ chain, carries out what is plain, and returns when something is not: a chain it 
 untouched, for the Python that is there anyway. So what is wrong is judged in one place, and without
 the library (no compiler at build time) everything is as it was, only slower.
 
-The kernel looks at an empty ring for as long as that has lately been worth it, POLL_MAX at most,
-before it asks for the next notify: the guest then needs no exit to get its next request seen.
+Of a disk the kernel looks at an empty ring for as long as that has lately been worth it, POLL_MAX
+at most, before it asks for the next notify: the guest needs no exit to get a request seen then.
 """
 
 from __future__ import annotations
 
 import os
+
+from vmm.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,12 +53,18 @@ def _load() -> Any:
     return ffi, lib
 
 
+def only_split(features: int) -> int:
+    """`features` as a driver is to see them where the kernel serves the device: it knows no packed
+    rings, which a driver would prefer."""
+    return features if library() is None else features & ~(1 << spec.F_RING_PACKED)
+
+
 class KernelRing:
     """A split queue as the kernel sees it, made from `slot`, whose queue it is."""
 
     __slots__ = ("_queue", "_ring")
 
-    def __init__(self, memory: GuestMemory, slot: QueueSlot, queue: SplitQueue) -> None:
+    def __init__(self, memory: GuestMemory, slot: QueueSlot, queue: SplitQueue, poll: int) -> None:
         ffi, _ = library()
         ring = self._ring = ffi.new("struct vmm_ring *")
         self._queue = queue
@@ -70,7 +78,7 @@ class KernelRing:
         for place, region in zip(ring.region, memory.regions, strict=False):
             place.gpa, place.size = region.gpa, region.size
             place.host = ffi.cast("uint8_t *", region.hva)
-        ring.poll_max = POLL_MAX
+        ring.poll_max = poll
 
     def serve(self, function: Any, argument: Any) -> int:
         """Have the kernel go on with the queue; what it returned."""
@@ -81,12 +89,15 @@ class KernelRing:
         return what
 
 
-def ring(memory: GuestMemory, slot: QueueSlot) -> KernelRing | None:
-    """The ring of `slot` for the kernel; None where it knows no such rings. Under its lock."""
+def ring(memory: GuestMemory, slot: QueueSlot, poll: int = 0) -> KernelRing | None:
+    """The ring of `slot` for the kernel; None where it knows no such rings. Under its lock.
+
+    `poll`: nanoseconds it may look at the ring while that is empty.
+    """
     if slot.kernel is None:
         from vmm.virtio.split import SplitQueue
 
         if type(slot.queue) is not SplitQueue:
             return None
-        slot.kernel = KernelRing(memory, slot, slot.queue)
+        slot.kernel = KernelRing(memory, slot, slot.queue, poll)
     return slot.kernel

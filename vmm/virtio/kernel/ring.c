@@ -3,6 +3,7 @@
 #define AVAIL_F_NO_INTERRUPT 1
 #define USED_F_NO_NOTIFY 1
 #define POLL_MIN 4000 /* nanoseconds */
+#define PATIENCE 3    /* so of three parts of the time one is spent looking, at most */
 
 struct desc {
 	uint64_t addr;
@@ -148,8 +149,9 @@ int vmm_idle(struct vmm_ring *ring)
 	return !is_empty(ring);
 }
 
-/* QEMU's rule (util/aio-posix.c, adjust_polling_time): longer when a little longer would have been
- * enough, not at all when it would not. */
+/* As QEMU does (util/aio-posix.c, adjust_polling_time): longer when a little longer would have been
+ * enough, not at all when it would not. With more patience, because what was waited for by sleeping
+ * seems later than it was, by as long as a wake-up takes: 30 to 50 us on a virtual machine. */
 void vmm_busy(struct vmm_ring *ring)
 {
 	if (!ring->idle_since)
@@ -158,7 +160,7 @@ void vmm_busy(struct vmm_ring *ring)
 	ring->idle_since = 0;
 	if (idle <= ring->poll)
 		return;
-	if (idle > ring->poll_max)
+	if (idle > PATIENCE * ring->poll_max)
 		ring->poll = 0;
 	else {
 		ring->poll = ring->poll ? 2 * ring->poll : POLL_MIN;

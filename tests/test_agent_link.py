@@ -165,3 +165,13 @@ def test_the_end_wakes_who_waits(link: Link) -> None:
     link.end("pulled")
     waiting.join(30)
     assert found == ["the machine ended before its agent answered: pulled"]
+
+
+def test_power_off(guest: Guest, link: Link) -> None:
+    link.power_off()  # nobody is there: nothing happens
+    call(guest)
+    link.wait(30)
+    link.power_off()
+    request = guest.expect(vp.OP_REQUEST)
+    guest.send(vp.OP_RESPONSE, PORT, request.src_port)
+    assert guest.expect(vp.OP_RW).data == wire.request(wire.POWER_OFF, ["/"])

@@ -1,17 +1,18 @@
-"""`vmm exec` on Linux: a directory as the root on a terminal, an image as the root in a pipe."""
+"""`vmm exec` on Linux: a directory as the root, an image, root=; on terminals and in a pipe."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+from tests.support.terminals import on_a_terminal, read_until
 from vmm.testing.initrds import busybox
 from vmm.testing.kernels import Kernel
 
@@ -39,60 +40,42 @@ def command(kernel: Kernel, *words: str) -> list[str]:
     return [sys.executable, "-m", "vmm", "exec", str(kernel.vmlinuz), *options, *words]
 
 
-def test_a_directory_and_ctrl_c(cloud_kernel: Kernel, root: Path) -> None:
+def test_a_directory_and_a_terminal(cloud_kernel: Kernel, root: Path) -> None:
     script = (
-        "cat /etc/motd; echo changed > /etc/motd; cat /etc/motd; uname -r; pwd; echo $WORD;"
-        "trap 'echo interrupted; exit 42' INT; echo rea''dy; while :; do sleep 0.1; done"
+        "cat /etc/motd; echo changed > /etc/motd; cat /etc/motd; uname -r; pwd; echo $WORD; "
+        "stty size; trap 'echo interrupted; exit 42' INT; echo rea''dy; while :; do sleep 0.1; done"
     )
     words = command(
-        cloud_kernel, "--root", str(root), "--env", "WORD=given", "--workdir", "/bin", "--",
-        "sh", "-c", script,
+        cloud_kernel, "--root", str(root), "--env", "WORD=given", "--workdir", "/bin", "--tty",
+        "--", "sh", "-c", script,
     )  # fmt: skip
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # controls this session
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        try:
-            said = read_until(ours, b"ready\r\n")
-            os.write(ours, b"\x03")
-            said += read_until(ours, None)
-            status = process.wait(60)
-        finally:
-            process.kill()
-            os.close(ours)
+    with on_a_terminal(words) as (process, terminal):
+        modes = termios.tcgetattr(terminal)
+        said = read_until(terminal, b"ready\r\n")
+        assert termios.tcgetattr(terminal) != modes
+        os.write(terminal, b"\x03")  # a character like any other: the guest's terminal knows it
+        said += read_until(terminal, b"interrupted\r\n")
+        assert process.wait(60) == 42
+        assert termios.tcgetattr(terminal) == modes
     lines = said.decode().replace("\r", "").splitlines()
-    assert lines[:6] == [
-        "from the host", "changed", cloud_kernel.release, "/bin", "given", "ready",
+    assert lines[:7] == [
+        "from the host", "changed", cloud_kernel.release, "/bin", "given", "33 101", "ready",
     ]  # fmt: skip
-    assert "interrupted" in lines[6]
-    assert status == 42
     assert (root / "etc" / "motd").read_text() == "from the host\n"
 
 
-def read_until(fd: int, wanted: bytes | None) -> bytes:
-    """Output up to `wanted`, or (None) to its end."""
-    data = b""
-    while wanted is None or wanted not in data:
-        try:
-            part = os.read(fd, 4096)
-        except OSError:  # EIO: nobody has the terminal open any more
-            part = b""
-        if not part:
-            assert wanted is None, data.decode(errors="replace")
-            return data
-        data += part
-    return data
-
-
-def test_an_image_and_a_pipe(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> None:
+def make_image(root: Path, tmp_path: Path) -> Path:
     image = tmp_path / "root.img"
     with image.open("wb") as file:
         file.truncate(24 << 20)
     subprocess.run(
         ["/sbin/mkfs.ext4", "-q", "-d", str(root), str(image)], check=True, capture_output=True
     )
+    return image
+
+
+def test_an_image_and_a_pipe(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> None:
+    image = make_image(root, tmp_path)
     before = hashlib.sha256(image.read_bytes()).digest()
     data = os.urandom(1 << 20)
     script = "md5sum; echo err >&2; echo changed > /etc/motd && cat /etc/motd; kill -SEGV $$"
@@ -104,3 +87,22 @@ def test_an_image_and_a_pipe(cloud_kernel: Kernel, root: Path, tmp_path: Path) -
     assert done.stdout.split() == [hashlib.md5(data).hexdigest().encode(), b"-", b"changed"]
     assert done.returncode == 128 + signal.SIGSEGV
     assert hashlib.sha256(image.read_bytes()).digest() == before
+
+
+def test_the_kernels_root_and_ctrl_c(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> None:
+    """Without an initrd the agent does what the kernel would: mounts root=, executes init=."""
+    image = make_image(root, tmp_path)
+    script = (
+        "cat /etc/motd; trap 'echo interrupted; exit 43' INT; echo rea''dy; "
+        "while :; do sleep 0.1; done"
+    )
+    words = command(
+        cloud_kernel, "--drive", f"{image},snapshot", "--append",
+        "root=/dev/vda init=/bin/sleep -- 1000", "--", "sh", "-c", script,
+    )  # fmt: skip
+    with on_a_terminal(words) as (process, terminal):
+        said = read_until(terminal, b"ready\r\n")
+        assert b"from the host\r\n" in said
+        os.write(terminal, b"\x03")  # SIGINT to what is in the foreground
+        assert b"interrupted\r\n" in read_until(terminal, None)
+        assert process.wait(60) == 43

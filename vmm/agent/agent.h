@@ -36,7 +36,7 @@ enum { CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START }; /* of FAILED */
 #define REQUEST_MAX (1u << 20)
 #define WORDS_MAX (128u << 10)
 
-enum { EXECUTE = 1, PUT = 2, GET = 3 };
+enum { EXECUTE = 1, PUT = 2, GET = 3, POWER_OFF = 4 };
 enum { NULL_IN = 1, NULL_OUT = 2, NULL_ERR = 4, ERR_TO_OUT = 8, TERMINAL = 16 };
 
 struct request {

@@ -190,6 +190,14 @@ class Link:
             raise AgentError(f"the machine has ended: {ended}")
         return sock
 
+    def power_off(self) -> None:
+        """Have the agent power the guest off, if it is there; does not wait for it."""
+        with self._changed:
+            if not self._ready:
+                return
+        with suppress(AgentError, OSError), self.connect() as sock:
+            sock.sendall(wire.request(wire.POWER_OFF, ["/"]))
+
     def why_lost(self) -> str:
         """Why a connection has ended."""
         if self._ended:

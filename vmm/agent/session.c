@@ -282,13 +282,25 @@ static void read_request(struct command *command)
     *next = 0;
 }
 
-static void start(void)
+/* What the power button does in a guest whose init is the agent's. */
+static void power_off(void)
+{
+    SYS1(sync, 0);
+    SYS4(reboot, 0xfee1dead, 672274793, 0x4321fedc, 0);
+}
+
+static void start(int in_guest)
 {
     struct command command;
     u32 failed[2], pid;
     u64 mask = 1ull << (SIGCHLD - 1);
 
     read_request(&command);
+    if (command.request->kind == POWER_OFF) {
+        if (in_guest)
+            power_off();
+        lost();
+    }
     is_command = command.request->kind == EXECUTE;
     is_terminal = is_command && command.request->flags & TERMINAL;
     sys_signal(SIGCHLD, SIG_DFL);
@@ -318,7 +330,7 @@ _Noreturn void session(int connection, int root)
     }
     if (root >= 0 && (sys_fchdir(root) < 0 || sys_chroot(".") < 0))
         say("cannot enter the root file system", 0, 0);
-    start();
+    start(root >= 0);
     for (;;) {
         flush(); /* first: it makes room */
         struct pollfd ready[] = {

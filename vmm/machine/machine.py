@@ -348,6 +348,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if self._state in (CREATED, CLOSED):
             raise StateError(f"press_power_button: the machine is {self._state}, not running")
         self.platform.power.press_power_button()
+        self.platform.power_off_by_agent()
 
     def wait(self, timeout: float | None = None) -> MachineExit:
         """Wait for the end.

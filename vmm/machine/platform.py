@@ -156,6 +156,15 @@ class Platform:
 
             self.agent = Link(device, self._console_bytes)
 
+    def power_off_by_agent(self) -> None:
+        """Where the guest's init is the agent's, nothing else in it knows a power button."""
+        config = self.machine.config
+        if self.agent is not None and config.root is not None:
+            from vmm.agent.archive import guest_init
+
+            if guest_init(config) is None:
+                self.agent.power_off()
+
     def _console_bytes(self) -> bytes:
         self.flush()
         return self.console.tail.bytes()

@@ -122,11 +122,6 @@ static void *run_thread(void *machine)
 	return NULL;
 }
 
-static void set_up_test(struct machine *m)
-{
-	m->memory[0x8000] = m->memory[0x8000]; /* the page is there, as in a machine that ran */
-}
-
 /* The state of a machine that is about to run FILE (see guests.exits_image) at CPL3. */
 static void prepare(const char *file)
 {
@@ -134,7 +129,6 @@ static void prepare(const char *file)
 	begin(&m, 0);
 	map_file(&m, file);
 	finish(&m);
-	set_up_test(&m);
 	set_long(&m, 3);
 	get_state(&m, &saved);
 	unmap(&m);

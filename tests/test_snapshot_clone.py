@@ -16,7 +16,8 @@ from tests.support.bare import MIB, DriverOn, bare_machine, until
 from tests.support.guests import DATA
 from tests.test_kvm_vcpu_state import COUNTING, FLAG
 from tests.test_snapshot_capture import counter, steps_are_right
-from tests.test_snapshot_checkpoint import START, Disk, back, mappings, positions, ram, running
+from tests.test_snapshot_checkpoint import START, mappings, ram, running
+from tests.test_snapshot_checkpoint_devices import Disk, back, positions
 from vmm import HostError, Machine, MachineConfig, StateError, UsageError, layout
 from vmm.virtio.net import Nic
 from vmm.virtio.vsock import Vsock

@@ -253,6 +253,8 @@ class Driver:
         for half in (0, 1):
             self.write(mmio.DEVICE_FEATURES_SEL, half)
             features |= self.read(mmio.DEVICE_FEATURES) << 32 * half
+        if self.packed:  # also where it is not shown, because the C kernel knows no such rings
+            features |= self.device.features & 1 << spec.F_RING_PACKED
         features &= ~self.without
         if not self.packed:
             features &= ~(1 << spec.F_RING_PACKED)

@@ -145,9 +145,11 @@ static void deliver(struct vmm_ring *ring, struct vmm_receive *receive, struct w
 
 int vmm_net_receive(struct vmm_ring *ring, struct vmm_receive *receive)
 {
-	struct window w = {.room = 0};
+	struct window w;
 	int next = VMM_MORE, interrupt = 0;
 
+	w.first_buffer = w.buffers = w.first_chain = w.chains = 0; /* the rest is not looked at */
+	w.room = 0;
 	for (int done = 0; done < BATCH; done++) {
 		if (gather(ring, &w, receive->mergeable ? receive->need : 1)) {
 			next = VMM_OTHER;

@@ -228,9 +228,13 @@ def test_the_tsc_offset() -> None:
             pytest.skip("KVM before Linux 5.16")
         before = vcpu.get_msrs([0x10])[0x10]
         vcpu.set_tsc_offset(offset + 10**15)
-        moved = vcpu.get_tsc_offset() == (offset + 10**15) % (1 << 64)
-        assert moved or vcpu.get_tsc_offset() == offset
-        assert (vcpu.get_msrs([0x10])[0x10] >= before + 10**15) == moved
+        after = vcpu.get_tsc_offset()
+        assert after is not None
+        by = (after - offset) % (1 << 64)
+        # On a host whose TSC is not stable KVM itself moves it a little meanwhile.
+        moved = abs(by - 10**15) < 10**13
+        assert moved or by == 0
+        assert (vcpu.get_msrs([0x10])[0x10] >= before + 9 * 10**14) == moved
 
 
 def test_nested_state() -> None:

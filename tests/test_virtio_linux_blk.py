@@ -212,7 +212,7 @@ i=0; while [ $i -lt {ROUNDS} ]; do
     until node /tmp/disk && [ -b /tmp/disk ]; do :; done
     yes "round $i" | head -c 4096 > /tmp/block
     taskset $((i % 2 + 1)) dd if=/tmp/block of=/tmp/disk bs=4096 seek=$((4096 + i)) conv=fsync \\
-        2>/dev/null || echo "lost: $i"
+        2>/tmp/said || echo "lost: $i: $(cat /tmp/said; dmesg | tail -n 5)"
     echo $device > unbind
     echo $device > bind
     [ $((i % 10)) = 0 ] && echo "stage: $(cut -d ' ' -f 1 /proc/uptime) round $i"
@@ -234,7 +234,7 @@ def test_unbind_and_bind_under_load(
     assert "serial: VMM-1\n" in text
     assert "queues: 2\n" in text  # one a processor
     assert "cache: write back write back\ncache: write through\n" in text
-    assert "lost" not in text
+    assert "lost: " not in text, text
     assert "rounds done" in text
     with open(disk, "rb") as file:
         file.seek(16 * MIB)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import netns
-from tests.support.net_guest import MAC, NetGuest
+from tests.support.net_guest import MAC, TX_BUFFER, NetGuest
 from vmm.errors import UsageError
 from vmm.faults import net_layer
 from vmm.faults.net import NetFaults
@@ -422,11 +422,18 @@ def test_a_peer_that_does_not_read_holds_late_frames_up(stream: End) -> None:
     with stream.faults.delay(0.001, direction="tx"):
         sent = 0
         big = frame(0, 60000, to=PEER, source=MAC)
-        while sent < 400 and not stream.guest.nic.ports[0].blocked:
-            stream.guest.send(big)
+        port, ring = stream.guest.nic.ports[0], stream.guest.rings[1]
+        stream.guest.memory.write(TX_BUFFER, bytes(n.HEADER_SIZE) + big)
+        limit = time.monotonic() + 60
+        while sent < 400 and not port.blocked:
+            ring.add([(TX_BUFFER, n.HEADER_SIZE + len(big), False)])
+            stream.guest.kick(1)
             sent += 1
-            time.sleep(0.001)
-        assert stream.guest.nic.ports[0].blocked
+            # One that comes when the port is blocked is taken only when that is over.
+            while not ring.used() and not port.blocked:
+                assert time.monotonic() < limit
+                time.sleep(0.001)
+        assert port.blocked
         for _ in range(sent):
             assert stream.far.receive() == big
 

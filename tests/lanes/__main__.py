@@ -9,9 +9,11 @@ is 0 only if nothing failed and every lane ran. VMM_SKIP_LANES=nested (or native
 
 QEMU 7.2's TCG does AMD-V on several processors with a fault of its own: once in some hundred boots,
 on a busy host, a vCPU of a guest ends with a triple fault, or the emulated host's kernel dies (of
-page faults in its page fault handler, with a GS that is not its own, as if left from a guest).
-A test that fails with a triple fault in the nested lane is therefore run once more, and told of as
-RERUN; after a crash of the emulated host, another one runs the tests that had not passed.
+page faults in its page fault handler, with a GS that is not its own, as if left from a guest), or
+a processor gets no more interrupts (QEMU clears flags of pending ones at VMRUN and #VMEXIT while
+other threads set them), so that a guest's RCU or the emulated host stalls. A test that fails with
+a triple fault or such a stall in the nested lane is therefore run once more, and told of as RERUN;
+after a crash or hang of the emulated host, another one runs the tests that had not passed.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ NESTED_TEST_TIMEOUT = 600
 """Seconds for one test: not a measure of anything, only the end of a hang."""
 NESTED_TIMEOUT = float(os.environ.get("VMM_NESTED_TIMEOUT", "3600"))
 """Seconds for the whole nested lane."""
+MACHINES = 4
+"""How many emulated hosts the nested lane may use up."""
+EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt"
+"""What a failure says that may be the emulator's own."""
 NOTHING_COLLECTED = 5
 """pytest's exit status when no test was for this lane."""
 
@@ -179,15 +185,18 @@ class NestedThread:
     def _run(self) -> None:
         done = Done()
         try:
-            try:
-                self._run_once(done, [])
-            except LaneCrash as error:
+            for left in reversed(range(MACHINES)):
                 self.outcome.passed, self.outcome.skipped = len(done.passed), len(done.skipped)
-                self._log(f"{error}\nnested: {len(done.passed)} tests had passed; the rest again")
-                self.outcome.rerun += 1
-                self._lane = self._make_lane()
                 names = sorted(done.passed | done.skipped)
-                self._run_once(Done(), [f"--deselect={name}" for name in names])
+                try:
+                    self._run_once(done, [f"--deselect={name}" for name in names])
+                    break
+                except LaneCrash as error:
+                    if not left:
+                        raise
+                    self._log(f"{error}\nnested: {len(done.passed)} tests passed; now the rest")
+                    self.outcome.rerun += 1
+                    self._lane = self._make_lane()
         except (HostError, UsageError, OSError, AssertionError) as error:
             self.outcome.problem = str(error)
 
@@ -197,7 +206,7 @@ class NestedThread:
         command = pytest_command(f"{RESULTS}/{report}", NESTED_TEST_TIMEOUT, self._arguments)
         command += ["-v", "-p", "no:cacheprovider", *more]
         if importlib.util.find_spec("pytest_rerunfailures") is not None:
-            command += ["-rR", "--reruns=1", "--only-rerun=triple fault"]
+            command += ["-rR", "--reruns=1", f"--only-rerun={EMULATOR_FAULTS}"]
         if self._native:
             command = ["env", f"VMM_NATIVE_KVM={self._native}", *command]
 

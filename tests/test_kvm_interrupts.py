@@ -68,9 +68,11 @@ def resample() -> Iterator[int]:
     os.close(fd)
 
 
-def soon(action: Callable[[], object]) -> None:
+def soon(action: Callable[[], object]) -> threading.Thread:
     """Do it from another thread, most likely while the guest is in KVM_RUN; sound if it is not."""
-    threading.Timer(0.02, action).start()
+    timer = threading.Timer(0.02, action)
+    timer.start()
+    return timer
 
 
 def requested(guest: Guest) -> set[int]:
@@ -158,8 +160,9 @@ def test_a_message_wakes_a_halted_guest() -> None:
     with Guest(listening(), handlers=SAYING) as guest:
         assert guest.done() == 1
         taken: list[int] = []
-        soon(lambda: taken.append(guest.vm.signal_msi(layout.LAPIC, VECTOR)))
+        sender = soon(lambda: taken.append(guest.vm.signal_msi(layout.LAPIC, VECTOR)))
         assert guest.done() == 2
+        sender.join()  # the guest may be through before the call has returned
         assert taken == [1]
 
 

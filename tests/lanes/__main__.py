@@ -11,8 +11,8 @@ QEMU 7.2's TCG does AMD-V on several processors with a fault of its own: once in
 on a busy host, a vCPU of a guest ends with a triple fault, or the emulated host's kernel dies (of
 page faults in its page fault handler, with a GS that is not its own, as if left from a guest), or
 a processor gets no more interrupts (QEMU clears flags of pending ones at VMRUN and #VMEXIT while
-other threads set them), so that a guest's RCU or the emulated host stalls. A test that fails with
-a triple fault or such a stall in the nested lane is therefore run once more, and told of as RERUN;
+other threads set them), so that a guest or the emulated host stalls. A test that fails with a
+triple fault or such a stall in the nested lane is therefore run once more, and told of as RERUN;
 after a crash or hang of the emulated host, another one runs the tests that had not passed.
 """
 
@@ -43,8 +43,9 @@ NESTED_TIMEOUT = float(os.environ.get("VMM_NESTED_TIMEOUT", "3600"))
 """Seconds for the whole nested lane."""
 MACHINES = 4
 """How many emulated hosts the nested lane may use up."""
-EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt"
-"""What a failure says that may be the emulator's own."""
+EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt|124 == 0|passed without"
+"""What a failure says that may be the emulator's own; the last two are a guest that has hung until
+`vmm run --timeout`, or until the test's patience with its console was at an end."""
 NOTHING_COLLECTED = 5
 """pytest's exit status when no test was for this lane."""
 

@@ -115,8 +115,8 @@ class FromHandler(FromFiles):
         sock = self._sock
         assert sock is not None
         said = b""
-        with suppress(OSError):
-            said = sock.recv(4096)
+        with suppress(OSError):  # it stays there: `_is_lost` may look after the handler has gone
+            said = sock.recv(4096, socket.MSG_PEEK)
         if self._closing:
             return
         self._reason = _lost(said)

@@ -464,6 +464,7 @@ def test_save_and_restore(make: Callable[..., tuple[NetGuest, Wire]]) -> None:
     nic.config_interrupt = lambda: told.append(True)
     nic.restore(state)
     nic.resume()
+    nic.notify(0)  # as the transport does: its thread may have looked before the card went on
     assert nic.config[n.CONFIG_STATUS] & n.S_ANNOUNCE and told
     guest.nic.quiet = True
     guest.nic, guest.device, guest.transport.device = nic, nic, nic

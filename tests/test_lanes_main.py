@@ -43,6 +43,10 @@ def test_the_last_line_counts_failures_and_errors(tmp_path: Path) -> None:
     status, lines = lanes(tmp_path, MIXED)
     assert lines[-1] == "2 passed, 2 failed, 1 skipped"
     assert status == 1
+    failed = [line for line in lines if line.startswith("native lane FAILED: ")]
+    assert [line.split("::")[1] for line in failed] == [
+        "test_bad: assert 0", 'test_error: failed on setup with "ValueError"',
+    ]  # fmt: skip
 
 
 def test_success_is_status_0_and_a_lane_left_out_is_said(tmp_path: Path) -> None:

@@ -173,8 +173,14 @@ def test_interactive_gives_the_command_a_terminal(rows: int, columns: int, shown
         os.close(fd)
 
 
-def test_a_machine_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", ["kill -STOP -1", "pkill -STOP -f beat[1]"], ids=["all", "one"])
+def test_a_processor_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     monkeypatch.setattr("tests.lanes.nested.HANG", 30)
-    lost = pytest.raises(LaneCrash, match="no sign of life for 30 s")
-    with NestedLane(memory=512) as lane, lost:
-        run(lane, "kill -STOP -1; sleep 1000")
+    noticed = pytest.raises(LaneCrash, match="a processor gave no sign of life for 30 s")
+    with NestedLane(memory=512) as lane, noticed:
+        run(lane, f"sleep 1; {lost}; sleep 1000", timeout=300)
+
+
+def test_a_command_that_says_nothing_any_more_is_a_crash() -> None:
+    with NestedLane(memory=512) as lane, pytest.raises(LaneCrash, match="printed for 3 s"):
+        run(lane, "for i in 1 2 3 4; do echo $i; sleep 1; done; sleep 1000", stall=3)

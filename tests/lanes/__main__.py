@@ -27,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.lanes.nested import RESULTS, ROOT, LaneCrash, NestedLane
@@ -39,8 +40,13 @@ from vmm.testing.kernels import debian_kernel
 NATIVE_TEST_TIMEOUT = 300
 NESTED_TEST_TIMEOUT = 600
 """Seconds for one test: not a measure of anything, only the end of a hang."""
-NESTED_TIMEOUT = float(os.environ.get("VMM_NESTED_TIMEOUT", "3600"))
-"""Seconds for the whole nested lane."""
+NESTED_TIMEOUT = float(os.environ.get("VMM_NESTED_TIMEOUT", "4200"))
+"""Seconds for the whole nested lane, all its machines together."""
+STALL = 900
+"""Seconds without a word from pytest, which says each test's name and outcome: the emulated host
+has lost what would have ended the test. No test takes a third of that."""
+MESSAGE = 160
+"""Characters of a failure's message in the summary."""
 MACHINES = 4
 """How many emulated hosts the nested lane may use up."""
 EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt|124 == 0|passed without"
@@ -60,18 +66,22 @@ class Outcome:
     skipped: int = 0
     rerun: int = 0
     problem: str = ""
+    failures: list[str] = field(default_factory=list)
 
     def read(self, report: Path, status: int) -> None:
         """Count the tests in pytest's JUnit report."""
         if report.exists():
-            ends: dict[tuple[str | None, str | None], set[str]] = {}
+            ends: dict[str, dict[str, str]] = {}
             for case in ElementTree.parse(report).getroot().iter("testcase"):
-                name = (case.get("classname"), case.get("name"))
+                name = f"{case.get('classname')}::{case.get('name')}"
                 self.rerun += name in ends  # a testcase for each run, the last with the outcome
-                ends.setdefault(name, set()).update(child.tag for child in case)
-            for kinds in ends.values():
-                if kinds & {"failure", "error"}:
+                found = ends.setdefault(name, {})
+                found.update({child.tag: child.get("message", "") for child in case})
+            for name, kinds in ends.items():
+                if kinds.keys() & {"failure", "error"}:
                     self.failed += 1
+                    message = " ".join((kinds.get("failure") or kinds.get("error", "")).split())
+                    self.failures.append(f"{name}: {message[:MESSAGE]}")
                 elif "skipped" in kinds:
                     self.skipped += 1
                 else:
@@ -185,12 +195,13 @@ class NestedThread:
 
     def _run(self) -> None:
         done = Done()
+        deadline = time.monotonic() + NESTED_TIMEOUT
         try:
             for left in reversed(range(MACHINES)):
                 self.outcome.passed, self.outcome.skipped = len(done.passed), len(done.skipped)
                 names = sorted(done.passed | done.skipped)
                 try:
-                    self._run_once(done, [f"--deselect={name}" for name in names])
+                    self._run_once(done, [f"--deselect={name}" for name in names], deadline)
                     break
                 except LaneCrash as error:
                     if not left:
@@ -199,9 +210,10 @@ class NestedThread:
                     self.outcome.rerun += 1
                     self._lane = self._make_lane()
         except (HostError, UsageError, OSError, AssertionError) as error:
+            self.outcome.passed, self.outcome.skipped = len(done.passed), len(done.skipped)
             self.outcome.problem = str(error)
 
-    def _run_once(self, done: Done, more: list[str]) -> None:
+    def _run_once(self, done: Done, more: list[str], deadline: float) -> None:
         report = "nested.xml"
         # Names as they run (-v): tests are slow here, and a person should see what it is at.
         command = pytest_command(f"{RESULTS}/{report}", NESTED_TEST_TIMEOUT, self._arguments)
@@ -216,7 +228,8 @@ class NestedThread:
             done.hear(data)
 
         with self._lane as lane:
-            status = lane.run(command, output=hear, timeout=NESTED_TIMEOUT)
+            left = max(deadline - time.monotonic(), 1.0)
+            status = lane.run(command, output=hear, timeout=left, stall=STALL)
             if (lane.results / report).exists():
                 shutil.copy(lane.results / report, self._directory)
         self.outcome.read(self._directory / report, status)
@@ -262,6 +275,8 @@ def summarize(outcomes: list[Outcome], left_out: list[str]) -> int:
         )
         if outcome.rerun:
             say(f"{outcome.lane} lane: {outcome.rerun} RERUN for faults of the emulated processor")
+        for failure in outcome.failures:
+            say(f"{outcome.lane} lane FAILED: {failure}")
         if outcome.problem:
             say(f"{outcome.lane} lane FAILED: {outcome.problem}")
     for lane in left_out:

@@ -138,14 +138,16 @@ class NestedLane:
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        stall: float | None = None,
     ) -> int:
         """Run `command` in the machine; returns its exit status.
 
         Its standard output and error go to `output` as they come. `env` adds to the variables every
-        command has. Raises LaneTimeout after `timeout` seconds; the lane is closed then.
+        command has. Raises LaneTimeout after `timeout` seconds, LaneCrash after `stall` seconds
+        without output, or when the machine ends or hangs; the lane is closed then.
         """
         token = self._send("run", command, cwd, env)
-        return self._until(token, timeout, output)
+        return self._until(token, timeout, output, stall=stall)
 
     def terminal(
         self,
@@ -258,7 +260,9 @@ class NestedLane:
         token: str,
         timeout: float | None,
         output: Callable[[bytes], object],
+        *,
         stdin: int | None = None,
+        stall: float | None = None,
     ) -> int:
         """Pass output on until the agent's answer to `token`; returns the status in it.
 
@@ -266,8 +270,8 @@ class NestedLane:
         """
         link = self._port if stdin is None else self._terminal
         assert link is not None
-        began = heard = beaten = time.monotonic()
-        beat = self._beat()
+        began = heard = spoken = beaten = time.monotonic()
+        beat = self._beats()
         answer = _MARK + token.encode() + b" "
         while True:
             status, passed = self._take(answer)
@@ -289,22 +293,24 @@ class NestedLane:
                 if not data:
                     self._fail(LaneCrash, "the emulated machine ended by itself")
                 self._pending += data
-                heard = time.monotonic()
+                heard = spoken = time.monotonic()
             elif stdin is None and time.monotonic() - heard >= _QUIET:
                 self._log(f"running for {time.monotonic() - began:.0f} s")
                 heard = time.monotonic()
-            if self._beat() != beat:
-                beat, beaten = self._beat(), time.monotonic()
-            elif stdin is None and time.monotonic() - beaten > HANG:
-                self._fail(LaneCrash, f"the emulated machine gave no sign of life for {HANG} s")
+            if stall is not None and time.monotonic() - spoken > stall:
+                self._fail(LaneCrash, f"nothing was printed for {stall:g} s")
+            now = self._beats()
+            if now.keys() == beat.keys() and any(now[cpu] == beat[cpu] for cpu in now):
+                if stdin is None and time.monotonic() - beaten > HANG:
+                    self._fail(LaneCrash, f"a processor gave no sign of life for {HANG} s")
+            else:
+                beat, beaten = now, time.monotonic()
 
-    def _beat(self) -> int:
-        """When the agent last gave a sign of life, on a clock of its own."""
+    def _beats(self) -> dict[str, int]:
+        """When each processor last gave a sign of life, on a clock of the machine's."""
         assert self._directory is not None
-        try:
-            return os.stat(self._directory / "shared" / "beat").st_mtime_ns
-        except FileNotFoundError:
-            return 0
+        shared = self._directory / "shared"
+        return {path.name: path.stat().st_mtime_ns for path in shared.glob("beat*")}
 
     def _take(self, answer: bytes) -> tuple[int | None, bytes]:
         """Split what has come into (status, or None before the answer) and output to pass on."""

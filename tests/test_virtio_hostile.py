@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.virtio_driver import BUFFERS, Driver
+from tests.support.virtio_driver import BUFFERS, Driver, ServedDriver
 from tests.support.virtio_hostile import BUFFER, MmioRegisters, Registers, Rig
 from tests.support.virtio_hostile import BUFFERS as RIG_BUFFERS
 from tests.support.virtio_pci import PciRegisters
@@ -40,7 +40,6 @@ from vmm.virtio.net import Nic
 from vmm.virtio.packed import PackedQueue
 from vmm.virtio.queue import Chain, VirtQueue
 from vmm.virtio.rng import Entropy
-from vmm.virtio.serve import QueueThread
 from vmm.virtio.split import SplitQueue
 from vmm.virtio.vsock import Vsock
 from vmm.virtio.vsock_host import VsockHost
@@ -524,14 +523,7 @@ def test_rings_that_change_under_the_device(name: str, packed: bool, tmp_path: P
     """As a second vCPU can: the device reads a descriptor while it is written."""
     row = DEVICES[name]
     device = row.make(tmp_path)
-    errors: list[BaseException] = []
-    with Driver(device, packed=packed, event_idx=True) as driver:
-        driver.transport.served = True
-        threads = [
-            QueueThread(device, index, fd, errors.append)
-            for index, fd in enumerate(driver.transport.notify_fds)
-        ]
-        device.on_bug = errors.append
+    with ServedDriver(device, packed=packed, event_idx=True) as driver:
         memory, ended = driver.memory, threading.Event()
 
         def scribble(seed: int) -> None:
@@ -564,6 +556,4 @@ def test_rings_that_change_under_the_device(name: str, packed: bool, tmp_path: P
                 writer.join()
         driver.start()
         row.good(driver)
-        for thread in threads:
-            thread.close()
-    assert errors == []
+    assert driver.failures == []

@@ -6,13 +6,21 @@ import os
 import random
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from tests.support.net_guest import MAC, RX_BUFFERS, TX_BUFFER, NetGuest, random_frame
+from tests.support.net_guest import (
+    MAC,
+    RX_BUFFERS,
+    TX_BUFFER,
+    NetGuest,
+    ServedNetGuest,
+    random_frame,
+)
 from vmm.net.port import Backend, Port
 from vmm.net.stream import StreamBackend
 from vmm.virtio import mmio, spec
@@ -250,6 +258,68 @@ def test_reset_while_a_write_waits(pair: tuple[NetGuest, Wire]) -> None:
     while seen[-1] != again:
         assert seen[-1] == frame, "bytes of a former life"
         seen.append(wire.receive())
+
+
+# --- as in a machine ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[Wire, PlainWire])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[NetGuest, Wire]]:
+    wire: Wire = request.param()
+    with ServedNetGuest(Nic(wire.backend, mac=MAC, name="card"), buffers=32) as guest:
+        yield guest, wire
+    wire.sock.close()
+    assert guest.failures == []
+
+
+def test_one_thread_serves_both_directions(served: tuple[NetGuest, Wire]) -> None:
+    guest, wire = served
+    for size in (60, 1514, 9014, 60000) * 10:
+        frame = random_frame(size)
+        wire.send(frame)
+        guest.send(frame)
+        assert wire.receive() == frame
+        assert guest.frame() == frame
+    threads = {each.name for each in threading.enumerate() if each.name.startswith("card-")}
+    assert threads == {"card-frames0", "card-q2"}  # and one for commands
+
+
+def test_a_flood_one_way_leaves_the_other_open(served: tuple[NetGuest, Wire]) -> None:
+    guest, wire = served
+    stream_only(wire)
+    ended = threading.Event()
+
+    def send() -> None:
+        while not ended.is_set():
+            wire.send(*[bytes(10)] * 64)  # too small for frames: they are dropped
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        for _ in range(20):
+            frame = random_frame(1000)
+            guest.send(frame)
+            assert wire.receive() == frame
+    finally:
+        ended.set()
+        sender.join()
+
+
+def test_what_waits_for_room_goes_on(served: tuple[NetGuest, Wire]) -> None:
+    guest, wire = served
+    stream_only(wire)
+    frame, sent = random_frame(60000), 0
+    guest.memory.write(TX_BUFFER, HEADER + frame)
+    deadline = time.monotonic() + 20
+    while not guest.nic.ports[0].blocked:
+        assert time.monotonic() < deadline
+        while len(guest.rings[1].chains) < 60:  # type: ignore[attr-defined]
+            guest.rings[1].add([(TX_BUFFER, n.HEADER_SIZE + len(frame), False)])
+            sent += 1
+        guest.kick(1)
+        guest.rings[1].used()
+    for _ in range(sent):
+        assert wire.receive() == frame
 
 
 # --- the control queue ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import struct
 import time
 from typing import Any
 
-from tests.support.virtio_driver import Driver
+from tests.support.virtio_driver import Driver, ServedDriver
 from vmm import Machine
 from vmm.memory import GuestMemory
 from vmm.virtio import net_spec as n
@@ -115,6 +115,10 @@ class NetGuest(Driver):
 
     def config_status(self) -> int:
         return self.read(0x100 + n.CONFIG_STATUS, 2)
+
+
+class ServedNetGuest(NetGuest, ServedDriver):
+    """One whose card's queues are served as a machine's are."""
 
 
 class MachineNetGuest(NetGuest):

@@ -13,6 +13,7 @@ from vmm.memory import GuestMemory
 from vmm.virtio import mmio, spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.mmio import MmioTransport
+from vmm.virtio.serve import QueueThread
 from vmm.virtio.transport import Transport
 
 RINGS = 0x10000
@@ -300,3 +301,31 @@ class Driver:
         status = self.read(mmio.INTERRUPT_STATUS)
         self.write(mmio.INTERRUPT_ACK, status)
         return status
+
+
+class ServedDriver(Driver):
+    """One whose device's queues are served as a machine's are, each by a thread.
+
+    Attributes:
+        failures: what escaped in one of them.
+    """
+
+    def attach(self, device: VirtioDevice) -> Transport:
+        self.failures: list[BaseException] = []
+        self._threads: list[QueueThread] = []
+        device.on_bug = self.failures.append
+        transport = super().attach(device)
+
+        def connect() -> None:
+            for index, fd in enumerate(transport.notify_fds):
+                if not device.take_kick(index, fd):
+                    self._threads.append(QueueThread(device, index, fd, self.failures.append))
+            transport.served = True
+
+        transport.on_driver_ok = connect
+        return transport
+
+    def __exit__(self, *exc: object) -> None:
+        for thread in self._threads:
+            thread.close()
+        super().__exit__(*exc)

@@ -64,7 +64,7 @@ class VirtioDevices:
                 continue
             if device.ON_LOOP:
                 self.loop.serve(device, index, fd)
-            else:
+            elif not device.take_kick(index, fd):
                 thread = QueueThread(device, index, fd, self._machine.monitor_failed)
                 self._threads.append(thread)
         if device.EXTERNAL or device.external:

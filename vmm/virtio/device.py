@@ -149,6 +149,11 @@ class VirtioDevice:
     def connect(self, kicks: Sequence[int]) -> None:
         """The eventfds KVM writes for a notify, one a queue (EXTERNAL and `external` only)."""
 
+    def take_kick(self, index: int, fd: int) -> bool:
+        """Before `started`: whether a thread of the device's own will serve queue `index` when
+        eventfd `fd` is written, not one that is made for it (vmm.virtio.serve)."""
+        return False
+
     def stopped(self) -> None:
         """Reset: no queue is there any more; forget what was under way."""
 

@@ -1,8 +1,8 @@
 """The network device (virtio 1.2, section 5.1): frames between a guest and a back end's ports.
 
 A frame crosses Python as views of guest memory, with its virtio-net header before it; where the
-back end carries offloads that is up to 64 KiB at once. Each pair of queues has a port, a thread
-that waits for frames (vmm.virtio.net_pump), and whoever serves its transmit queue.
+back end carries offloads that is up to 64 KiB at once. Each pair of queues has a port and a thread
+that serves both directions (vmm.virtio.net_pump).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmm.virtio import net_spec as n
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.net_pump import Pump
 from vmm.virtio.net_rx import Receiver
-from vmm.virtio.queue import QueueError
+from vmm.virtio.net_tx import Sender
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,13 +26,10 @@ if TYPE_CHECKING:
     from vmm.virtio.limit import Limit
     from vmm.virtio.net_kernel import NetKernel
     from vmm.virtio.net_limit import NicLimits
-    from vmm.virtio.queue import Chain, VirtQueue
+    from vmm.virtio.queue import Chain
 
 QUEUE_SIZE = 256
 CONTROL_SIZE = 64
-BATCH = 64
-SEND_MIN = n.HEADER_SIZE + n.FRAME_MIN
-SEND_MAX = n.HEADER_SIZE + n.FRAME_MAX
 
 
 class Nic(VirtioDevice):
@@ -40,7 +37,7 @@ class Nic(VirtioDevice):
 
     Attributes:
         ports: of each queue pair; faults put theirs in their places.
-        receivers: the receive side of each pair.
+        receivers, senders: the two sides of each pair.
         filter: what the driver wants to receive.
         pairs: queue pairs in use.
         fast: serves queues in C, where there is a library and the first driver has started.
@@ -88,6 +85,8 @@ class Nic(VirtioDevice):
         self.filter = Filter(mac)
         self.pairs = 1
         self.receivers = [Receiver(self, pair, port) for pair, port in enumerate(self.ports)]
+        self.senders = [Sender(self, pair) for pair in range(self._max_pairs)]
+        self._kicks: list[list[int]] = [[] for _ in self.ports]
         self._pumps: list[Pump] = []
         self._offloads = 0
         self._negotiated()
@@ -117,9 +116,7 @@ class Nic(VirtioDevice):
         if self.fast is None:
             self.fast = net_kernel.make(self)
         if not self._pumps:
-            self._pumps = [
-                Pump(self, pair, receiver) for pair, receiver in enumerate(self.receivers)
-            ]
+            self._pumps = [Pump(self, pair, kicks) for pair, kicks in enumerate(self._kicks)]
         for pump in self._pumps:
             pump.wake()
 
@@ -158,13 +155,23 @@ class Nic(VirtioDevice):
 
     # --- queues -----------------------------------------------------------------------------------
 
+    def take_kick(self, index: int, fd: int) -> bool:
+        if index >= 2 * self._max_pairs:
+            return False
+        self._kicks[index >> 1].append(fd)
+        return True
+
     def notify(self, index: int) -> None:
         if index == self._control:
             super().notify(index)
         elif index >= 2 * self._max_pairs:
             pass
         elif index & 1:
-            self._transmit(index)
+            pair = index >> 1
+            while self.senders[pair].serve():
+                pass
+            if self.ports[pair].blocked:  # its thread goes on when there is room
+                self.look(pair)
         elif self._pumps:
             self._pumps[index >> 1].wake()
 
@@ -176,66 +183,6 @@ class Nic(VirtioDevice):
             with receive.lock:
                 pass
         return written
-
-    def _transmit(self, index: int) -> None:
-        slot, port = self.slots[index], self.ports[index >> 1]
-        with slot.lock:
-            queue = slot.queue
-            if queue is None or not self.status & spec.DRIVER_OK:
-                return
-            try:
-                while not self.quiet and not port.blocked:
-                    what = net_kernel.NOT_HERE
-                    if self.fast is not None:
-                        what = self.fast.send(index, queue)
-                        if what == kernel.IDLE:
-                            return
-                        if what == kernel.MORE:
-                            continue
-                    chains = queue.pop_batch(1 if what == kernel.OTHER else BATCH)
-                    if chains:
-                        if self.limits is not None and self.limits.tx.active:
-                            chains = self.limits.admit(index, queue, chains)
-                            if not chains:
-                                return  # until there is budget
-                        self._send(index >> 1, queue, chains)
-                        if queue.publish():
-                            self.interrupt(index)
-                    elif not queue.rearm():
-                        return
-            except QueueError as err:
-                if queue.publish():
-                    self.interrupt(index)
-                self.needs_reset(f"queue {index}: {err}")
-                return
-        if port.blocked and self._pumps:  # it comes back here when there is room
-            self._pumps[index >> 1].wake()
-
-    def _send(self, pair: int, queue: VirtQueue, chains: list[Chain]) -> None:
-        """Send frames; those there is no room or no time for go back into the queue."""
-        port = self.ports[pair]
-        write, push = port.write, queue.push
-        usable = self.link_up and pair < self.pairs
-        done = 0
-        try:
-            for chain in chains:
-                if self.quiet:
-                    break
-                views = chain.readable
-                size = len(views[0]) if len(views) == 1 else sum(map(len, views))
-                push(chain)
-                done += 1
-                if not SEND_MIN <= size <= SEND_MAX:
-                    port.dropped += 1
-                elif usable and not write(views):
-                    break
-            port.flush()
-        except LinkLost as err:
-            self.lost(pair, err)
-        for chain in reversed(chains[done:]):
-            queue.unpop(chain)
-            if self.limits is not None:
-                self.limits.tx.spend(-frame_size(chain), -1)
 
     # --- limits -----------------------------------------------------------------------------------
 
@@ -383,8 +330,3 @@ class Nic(VirtioDevice):
             if (told ^ self.config[n.CONFIG_STATUS]) & n.S_LINK_UP:
                 self.config_changed()
             self.announce()
-
-
-def frame_size(chain: Chain) -> int:
-    """Bytes of the frame in a transmitted chain, without its header."""
-    return min(max(chain.readable_size() - n.HEADER_SIZE, 0), n.FRAME_MAX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmm.virtio.limit import Limit
-from vmm.virtio.net import frame_size
+from vmm.virtio.net_tx import frame_size
 from vmm.virtio.throttle import admit, watch
 
 TYPE_CHECKING = False

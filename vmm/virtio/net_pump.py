@@ -1,4 +1,8 @@
-"""The thread of a queue pair: waits for frames, and for room where a write had to wait."""
+"""The thread of a queue pair: serves both queues, and waits for frames, for notifies, and for room
+where a write had to wait.
+
+One for both: who answers what he receives would else wake two.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,29 @@ from vmm.virtio.net_rx import FRAMES, LATER, MORE, NOTHING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.virtio.net import Nic
-    from vmm.virtio.net_rx import Receiver
 
 
 class Pump:
-    """Serves `receiver`, and its port's blocked writes, until `close`."""
+    """Serves queue pair `pair` of `device` until `close`.
 
-    def __init__(self, device: Nic, pair: int, receiver: Receiver) -> None:
+    Args:
+        kicks: the eventfds of their notifies, if nobody else reads them.
+    """
+
+    def __init__(self, device: Nic, pair: int, kicks: Sequence[int] = ()) -> None:
         self._device = device
         self._pair = pair
-        self._receiver = receiver
-        self._port = receiver.port
+        self._receiver = device.receivers[pair]
+        self._sender = device.senders[pair]
+        self._port = self._receiver.port
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
-        self._poll.register(self._wake, select.POLLIN)
+        self._kicks = (self._wake, *kicks)
+        for fd in self._kicks:
+            self._poll.register(fd, select.POLLIN)
         self._events = 0
         self._ended = False
         self._lost = False
@@ -50,7 +62,9 @@ class Pump:
         try:
             while not self._ended:
                 try:
-                    self._wait(NOTHING if self._lost else self._receiver.serve())
+                    more = self._sender.serve()
+                    what = NOTHING if self._lost else self._receiver.serve()
+                    self._wait(MORE if more else what)
                 except LinkLost as err:
                     self._lost = self._device.lost(self._pair, err)
         except BaseException as err:  # a bug of ours: the machine ends, the process does not
@@ -74,9 +88,7 @@ class Pump:
         if what == LATER:
             timeout = self._receiver.wait * 1000
         for fd, found in self._poll.poll(timeout):
-            if fd == self._wake:
+            if fd in self._kicks:
                 os.eventfd_read(fd)
             elif port.blocked and found & ~select.POLLIN:
                 port.resume()
-                if not port.blocked:
-                    self._device.notify(2 * self._pair + 1)

@@ -61,7 +61,7 @@ class Link:
         self._hang_up()
         sock.setblocking(False)
         self._hello = sock
-        self._device.watch(sock, self._hear)
+        self._device.watch(sock.fileno(), self._hear)
 
     def _hear(self) -> None:
         sock = self._hello
@@ -93,7 +93,7 @@ class Link:
     def _hang_up(self, wrong: AgentError | None = None) -> None:
         sock, self._hello = self._hello, None
         if sock is not None:
-            self._device.watch(sock, None)
+            self._device.watch(sock.fileno(), None)
             sock.close()
         with self._changed:
             self._ready = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from time import monotonic
 
-from vmm.faults.rules import Fault
+from vmm.faults.rules import LayerFault
 from vmm.faults.volatile import SECTOR, FaultyImage, WriteLog
 
 TYPE_CHECKING = False
@@ -74,7 +74,7 @@ class Request:
         return [range(sector, sector + count) for sector, count, _ in _RANGE.iter_unpack(data)]
 
 
-class DiskFault(Fault):
+class DiskFault(LayerFault):
     """A fault of requests.
 
     Args:
@@ -93,22 +93,13 @@ class DiskFault(Fault):
         sectors: range | None = None,
         after_flush: int = 0,
     ) -> None:
-        super().__init__(layer.control, layer.device.name, kind, details)
+        super().__init__(layer, kind, details)
         self.layer = layer
         self.random = chance.random
         self._chance = chance
         self._on = on
         self._sectors = sectors
         self._flushes_left = after_flush
-
-    def begin(self) -> None:
-        self.layer.add(self)
-
-    def end(self) -> None:
-        self.layer.remove(self)
-
-    def settle(self) -> None:
-        self.layer.device.settle()
 
     def meets(self, request: Request) -> bool:
         """Whether it strikes `request`; called once for each, in order."""

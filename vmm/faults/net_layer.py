@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from threading import Lock
 from time import monotonic
 
-from vmm.faults.rules import Fault
+from vmm.faults.rules import LayerFault
 from vmm.net.port import LinkLost, Port, scatter
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
@@ -49,7 +49,7 @@ class Passage:
         self.delay = 0.0
 
 
-class NetFault(Fault):
+class NetFault(LayerFault):
     """A fault of frames.
 
     Args:
@@ -65,19 +65,10 @@ class NetFault(Fault):
         chances: dict[str, Chance],
         match: Callable[[bytes], object] | None = None,
     ) -> None:
-        super().__init__(layer.control, layer.device.name, kind, details)
+        super().__init__(layer, kind, details)
         self.layer = layer
         self._chances = chances
         self._match = match
-
-    def begin(self) -> None:
-        self.layer.add(self)
-
-    def end(self) -> None:
-        self.layer.remove(self)
-
-    def settle(self) -> None:
-        self.layer.device.settle()
 
     def meet(self, passage: Passage) -> None:
         """A frame comes by, in order; under the control's lock."""

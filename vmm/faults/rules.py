@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from random import Random
+from typing import Protocol
 
 from vmm.errors import StateError, UsageError
 from vmm.events import Event
@@ -13,7 +14,9 @@ from vmm.faults.schedule import Schedule
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Self
+    from typing import Any, Self
+
+    from vmm.virtio.device import VirtioDevice
 
 
 LOG_LIMIT = 10_000
@@ -199,6 +202,39 @@ class Fault:
 
     def end(self) -> None:
         """No longer."""
+
+
+class Layer(Protocol):
+    """What stands between a device and what it uses, for faults to be put into."""
+
+    control: Control
+
+    @property
+    def device(self) -> VirtioDevice:
+        """Whose it is."""
+
+    def add(self, fault: Any) -> None:
+        """From now on it meets what comes by."""
+
+    def remove(self, fault: Any) -> None:
+        """No longer."""
+
+
+class LayerFault(Fault):
+    """A fault in a layer; see `Fault`."""
+
+    def __init__(self, layer: Layer, kind: str, details: dict[str, object]) -> None:
+        super().__init__(layer.control, layer.device.name, kind, details)
+        self._layer = layer
+
+    def begin(self) -> None:
+        self._layer.add(self)
+
+    def end(self) -> None:
+        self._layer.remove(self)
+
+    def settle(self) -> None:
+        self._layer.device.settle()
 
 
 class Chance:

@@ -1,24 +1,21 @@
 """The console device (virtio 1.2, section 5.3): a console, and named ports beside it.
 
 Port 0 is the console (`hvc0`); what is at the ports' other end is vmm.virtio.console_ports.
-Everything runs on the machine's loop, with one lock that is every queue's. Output a port cannot
-take yet stays in the guest's buffers; of input that the guest has no buffers for, little is read.
+Everything runs on the machine's loop (vmm.virtio.on_loop). Output a port cannot take yet stays in
+the guest's buffers; of input that the guest has no buffers for, little is read.
 """
 
 from __future__ import annotations
 
 import struct
-from _thread import RLock, get_ident
 from collections import deque
 
 from vmm.virtio import spec
-from vmm.virtio.device import VirtioDevice
-from vmm.virtio.queue import QueueError
+from vmm.virtio.on_loop import LoopDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from vmm.virtio.console_ports import ConsolePort, Port
     from vmm.virtio.queue import Chain, VirtQueue
@@ -37,11 +34,9 @@ MESSAGES_MAX = 256
 """Control messages that wait for the guest's buffers; the oldest go first, more are dropped."""
 TURN = 64
 """Chains of one port's output before others of the loop have their turn."""
-RETRY = 0.02
-"""Seconds between looks at a port that takes nothing and cannot tell when it will."""
 
 
-class VirtioConsole(VirtioDevice):
+class VirtioConsole(LoopDevice):
     """A console device.
 
     Args:
@@ -49,7 +44,6 @@ class VirtioConsole(VirtioDevice):
     """
 
     ID = spec.ID_CONSOLE
-    ON_LOOP = True
 
     def __init__(self, ports: Sequence[Port | None], name: str = "console") -> None:
         self.multiport = len(ports) > 1
@@ -60,11 +54,6 @@ class VirtioConsole(VirtioDevice):
         super().__init__(name)
         self.ports = list(ports)
         self.config[:] = CONFIG.pack(0, 0, len(ports), 0)
-        self._mutex = RLock()
-        for slot in self.slots:
-            slot.lock = self._mutex
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = 0
         self._messages: deque[bytes] = deque()
         for port in ports:
             if port is not None:
@@ -101,55 +90,9 @@ class VirtioConsole(VirtioDevice):
         if self.has(F_MULTIPORT) and len(self._messages) < MESSAGES_MAX:
             self._messages.append(CONTROL.pack(port, event, value) + more)
 
-    def watch(self, fd: int, function: Callable[[], object] | None) -> None:
-        """Call `function`, with the lock, while `fd` can be read; None: no more."""
-        if self._loop is not None:
-            if function is not None:
-                self._loop.add_reader(fd, self.locked, function)
-            else:
-                self._loop.remove_reader(fd)
-
-    def watch_writing(self, fd: int, function: Callable[[], object] | None) -> None:
-        """Call `function`, with the lock, while `fd` can be written; None: no more."""
-        if self._loop is not None:
-            if function is not None:
-                self._loop.add_writer(fd, self.locked, function)
-            else:
-                self._loop.remove_writer(fd)
-
-    def later(self, function: Callable[[], object]) -> None:
-        """Call `function`, with the lock, in a moment."""
-        if self._loop is not None:
-            self._loop.call_later(RETRY, self.locked, function)
-
-    def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the loop: now, if this is its thread, or there is none (yet)."""
-        loop = self._loop
-        if loop is None or get_ident() == self._thread:
-            function()
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(function)
-
-    def locked(self, function: Callable[..., object], *args: object) -> None:
-        """Call `function` with the lock, unless the device is being reset; send what waits."""
-        with self._mutex:
-            if self.quiet or not self.status & spec.DRIVER_OK:
-                return
-            try:
-                function(*args)
-                self._send_messages()
-            except QueueError as err:
-                self.needs_reset(str(err))
-
     # --- queues -----------------------------------------------------------------------------------
 
-    def notify(self, index: int) -> None:
-        if self._loop is not None and get_ident() != self._thread:
-            self.call(lambda: self.notify(index))
-            return
-        self.locked(self._serve, index)
-
-    def _serve(self, index: int) -> None:
+    def serve(self, index: int) -> None:
         if index == CONTROL_TX:
             queue = self.slots[index].queue
             if queue is not None:
@@ -267,7 +210,7 @@ class VirtioConsole(VirtioDevice):
         elif event == PORT_OPEN:
             port.guest_opened(bool(value))
 
-    def _send_messages(self) -> None:
+    def flush(self) -> None:
         queue = self.slots[CONTROL_RX].queue if self._messages else None
         if queue is None:
             return
@@ -287,10 +230,6 @@ class VirtioConsole(VirtioDevice):
             port.write(memoryview(data)[:1])  # a character of a kernel in trouble (5.3.6.1)
 
     # --- life -------------------------------------------------------------------------------------
-
-    def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._thread = get_ident()
 
     def started(self) -> None:
         if any(self.config[:4]) and not self.has(F_MULTIPORT):

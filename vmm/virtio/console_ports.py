@@ -20,6 +20,8 @@ INPUT_MAX = 16 << 10
 """Bytes kept of what a program has written; the rest waits in its socket."""
 CHUNK = 4096
 """Bytes the console's back end takes at once without waiting, when it says it is ready."""
+RETRY = 0.02
+"""Seconds between looks at a port that takes nothing and cannot tell when it will."""
 PORT_OPEN = 6
 """The control message (5.3.6.2)."""
 SYSRQ = b"\x0f"
@@ -71,7 +73,7 @@ class Port:
 
     def wait_to_write(self) -> None:
         """`write` took nothing: have the device transmit when it might."""
-        self.device.later(self._again)
+        self.device.later(RETRY, self._again)
 
     def _again(self) -> None:
         if self.waits:

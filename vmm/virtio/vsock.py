@@ -2,17 +2,15 @@
 
 The host's side is UNIX sockets (vmm.virtio.vsock_host): this module is the rings, the packets and
 the table of connections; vmm.virtio.vsock_stream is one of them. All of it runs on the machine's
-event loop, with one lock that is the lock of every queue: a reset, which comes from a vCPU thread,
-finds nothing under way.
+event loop (vmm.virtio.on_loop).
 """
 
 from __future__ import annotations
 
-from _thread import RLock, get_ident
 from collections import deque
 
 from vmm.virtio import spec
-from vmm.virtio.device import VirtioDevice
+from vmm.virtio.on_loop import LoopDevice
 from vmm.virtio.queue import CHAIN_MAX, QueueError
 from vmm.virtio.vsock_packet import (
     CID_HOST,
@@ -33,9 +31,7 @@ from vmm.virtio.vsock_stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
     import socket
-    from collections.abc import Callable
 
     from vmm.virtio.queue import Chain, VirtQueue
     from vmm.virtio.vsock_host import VsockHost
@@ -83,25 +79,19 @@ class RxBuffer:
             self.chain.write(HEADER.pack(*fields))
 
 
-class Vsock(VirtioDevice):
+class Vsock(LoopDevice):
     """The socket device of guest `cid`, with `host` on the other side; closed with the device."""
 
     ID = spec.ID_VSOCK
     FEATURES = 1 << F_STREAM
     QUEUES = (128, 128, 16)
-    ON_LOOP = True
 
     def __init__(self, cid: int, host: VsockHost, name: str = "vsock") -> None:
         super().__init__(name)
         self.set_cid(cid)
         self.host = host
-        self._mutex = RLock()
-        for slot in self.slots:
-            slot.lock = self._mutex
         self.streams: dict[tuple[int, int], Stream] = {}
         self._lingering: set[Stream] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = 0
         self._next_port = FIRST_PORT
         self._transport_reset = False
         self._clear()
@@ -119,10 +109,6 @@ class Vsock(VirtioDevice):
         self.config[:] = cid.to_bytes(8, "little")
 
     # --- life -------------------------------------------------------------------------------------
-
-    def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._thread = get_ident()
 
     def started(self) -> None:
         self.call(self.host.start)
@@ -153,30 +139,9 @@ class Vsock(VirtioDevice):
         self.stopped()
         self.host.close()
 
-    def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the loop: now, if this is its thread, or there is none (yet)."""
-        loop = self._loop
-        if loop is None or get_ident() == self._thread:
-            function()
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(function)
-
-    def later(self, seconds: float, function: Callable[[], object]) -> bool:
-        """Call `function` on the loop in a while, with the lock; False where there is no loop."""
-        if self._loop is None:
-            return False
-        self._loop.call_later(seconds, self.locked, function)
-        return True
-
     # --- queues -----------------------------------------------------------------------------------
 
-    def notify(self, index: int) -> None:
-        if self._loop is not None and get_ident() != self._thread:
-            self.call(lambda: self.notify(index))
-            return
-        self.locked(self._serve, index)
-
-    def _serve(self, index: int) -> None:
+    def serve(self, index: int) -> None:
         if index == TX:
             queue = self.slots[TX].queue
             if queue is not None:
@@ -187,19 +152,6 @@ class Vsock(VirtioDevice):
             hungry, self._hungry = self._hungry, {}
             for stream in hungry:
                 stream.pull()
-
-    def locked(self, function: Callable[..., object], *args: object) -> None:
-        """Call `function` with the lock, unless the device is being reset; send what waits then.
-
-        On the loop, where there is one."""
-        with self._mutex:
-            if self.quiet or not self.status & spec.DRIVER_OK:
-                return
-            try:
-                function(*args)
-                self._flush()
-            except QueueError as err:
-                self.needs_reset(str(err))
 
     def _transmit(self, queue: VirtQueue) -> None:
         """Take the guest's packets."""
@@ -220,7 +172,7 @@ class Vsock(VirtioDevice):
             finally:
                 if queue.publish():
                     self.interrupt(TX)
-            self._flush()
+            self.flush()
         if self._loop is not None:
             self._loop.call_soon(self.notify, TX)
 
@@ -330,7 +282,8 @@ class Vsock(VirtioDevice):
 
     def room(self, want: int) -> list[memoryview]:
         """Buffers of the guest's for up to `want` bytes of data; none while replies wait."""
-        if self._replies and not self._flush():
+        self.flush()
+        if self._replies:
             return []
         views: list[memoryview] = []
         number = 0
@@ -367,24 +320,6 @@ class Vsock(VirtioDevice):
         """Have `stream` pull when the guest gives buffers."""
         self._hungry[stream] = None
 
-    def watch(self, sock: socket.socket, function: Callable[[], object] | None) -> None:
-        """Call `function`, with the lock, while `sock` can be read; None: no more."""
-        if self._loop is None:
-            return
-        if function is not None:
-            self._loop.add_reader(sock.fileno(), self.locked, function)
-        else:
-            self._loop.remove_reader(sock.fileno())
-
-    def watch_writing(self, sock: socket.socket, function: Callable[[], object] | None) -> None:
-        """Call `function`, with the lock, while `sock` can be written; None: no more."""
-        if self._loop is None:
-            return
-        if function is not None:
-            self._loop.add_writer(sock.fileno(), self.locked, function)
-        else:
-            self._loop.remove_writer(sock.fileno())
-
     def forget(self, stream: Stream) -> None:
         """Take `stream` out of the table: its ports may be used again."""
         self._hungry.pop(stream, None)
@@ -413,14 +348,11 @@ class Vsock(VirtioDevice):
         self._buffers.extend(map(RxBuffer, chains))
         return True
 
-    def _flush(self) -> bool:
-        """Send the packets that wait; False: not all, for want of buffers."""
+    def flush(self) -> None:
         replies = self._replies
-        if not replies:
-            return True
-        queue = self.slots[RX].queue
+        queue = self.slots[RX].queue if replies else None
         if queue is None:
-            return False
+            return
         while replies:
             if not self._buffers and not self._take_buffers():
                 break
@@ -441,7 +373,6 @@ class Vsock(VirtioDevice):
         if self._tx_waits and len(replies) < REPLIES_MAX:
             self._tx_waits = False
             self.call(lambda: self.notify(TX))
-        return not replies
 
     # --- state ------------------------------------------------------------------------------------
 

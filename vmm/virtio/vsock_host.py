@@ -60,13 +60,13 @@ class VsockHost:
     def start(self) -> None:
         """Take clients: the guest has a driver. On the loop."""
         if self._device is not None and self._listener is not None:
-            self._device.watch(self._listener, self._accept)
+            self._device.watch(self._listener.fileno(), self._accept)
 
     def stop(self) -> None:
         """Leave clients waiting: the guest's driver is gone."""
         self._direct.clear()
         if self._device is not None and self._listener is not None:
-            self._device.watch(self._listener, None)
+            self._device.watch(self._listener.fileno(), None)
         for sock in list(self._clients):
             self._leave(sock)
             sock.close()
@@ -136,7 +136,7 @@ class VsockHost:
         except BlockingIOError:
             return
         except OSError:  # descriptors have run out: not again at once
-            device.watch(self._listener, None)
+            device.watch(self._listener.fileno(), None)
             device.later(10 * RETRY, self.start)
             return
         if len(self._clients) >= CLIENTS_MAX:
@@ -144,12 +144,12 @@ class VsockHost:
             return
         sock.setblocking(False)
         self._clients[sock] = b""
-        device.watch(sock, lambda: self._hear(sock))
+        device.watch(sock.fileno(), lambda: self._hear(sock))
         self._hear(sock)
 
     def _leave(self, sock: socket.socket) -> None:
         if self._clients.pop(sock, None) is not None and self._device is not None:
-            self._device.watch(sock, None)
+            self._device.watch(sock.fileno(), None)
 
     def _hear(self, sock: socket.socket) -> None:
         """Read the first line and no byte more."""

@@ -301,9 +301,9 @@ class Stream:
     def _watch_reading(self, wanted: bool) -> None:
         if wanted is not self._reading and self.sock is not None:
             self._reading = wanted
-            self._device.watch(self.sock, self.pull if wanted else None)
+            self._device.watch(self.sock.fileno(), self.pull if wanted else None)
 
     def _watch_writing(self, wanted: bool) -> None:
         if wanted is not self._writing and self.sock is not None:
             self._writing = wanted
-            self._device.watch_writing(self.sock, self.writable if wanted else None)
+            self._device.watch_writing(self.sock.fileno(), self.writable if wanted else None)

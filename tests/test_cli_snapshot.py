@@ -88,7 +88,7 @@ def test_a_machine_is_kept_and_goes_on(echo: tuple[Running, Path], tmp_path: Pat
     for path in (snap, tmp_path / "two"):
         assert tiny.run("snapshot", "--check", str(path)).returncode == 0
         for _ in range(2):
-            with Running("restore", str(path), "--verify") as again:
+            with Running("restore", str(path), "--verify", "--clock", "keep") as again:
                 again.type(b"xq")
                 assert again.end() == (
                     7,

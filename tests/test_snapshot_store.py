@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.bare import MIB, DriverOn, bare_machine, until
 from tests.support.guests import DATA
+from tests.support.snapshots import age
 from tests.support.virtio_driver import BUFFERS
 from tests.test_kvm_vcpu_state import COUNTING, FLAG, after
 from vmm import AsyncMachine, HostError, Machine, MachineConfig, StateError, UsageError, layout
@@ -429,6 +430,15 @@ def test_a_truncated_or_missing_file(made: Path, name: str) -> None:
     refused(made / "full", f"{name}: No such file or directory; the snapshot is not complete")
 
 
+@pytest.mark.parametrize(("clock", "passed"), [("step", 3600), ("keep", 0)])
+def test_an_hour_has_passed_or_none(made: Path, clock: str, passed: int) -> None:
+    age(made / "full", 3600)
+    with Snapshot(str(made / "full")) as snapshot:
+        then = snapshot.state()["vm"]["clock"]
+    with Machine.restore(str(made / "full"), clock=clock) as m:
+        assert passed <= (m.vm.get_clock().clock - then) / 1e9 < passed + 600
+
+
 def test_a_truncated_manifest(made: Path) -> None:
     truncate(made / "full" / "manifest.json")
     refused(made / "full", "manifest.json is corrupt: it is not JSON")
@@ -556,6 +566,8 @@ def test_other_devices(made: Path) -> None:
 def test_arguments_that_cannot_be(made: Path) -> None:
     with pytest.raises(UsageError, match="restore: disks=burn is not one of overlay, write"):
         Machine.restore(str(made / "full"), disks="burn")
+    with pytest.raises(UsageError, match="restore: clock=stop is not one of step, keep"):
+        Machine.restore(str(made / "full"), clock="stop")
     with bare_machine(HALTED, memory=8 * MIB) as m:
         with pytest.raises(UsageError, match="snapshot: disks=burn is not one of copy, keep"):
             m.snapshot(str(made / "new"), disks="burn")

@@ -17,7 +17,7 @@ SHARED = (
     "--verbose",
 )  # fmt: skip
 """Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
-DISKS, VERIFY, PAGES = "--disks", "--verify", "--pages"
+DISKS, VERIFY, PAGES, CLOCK = "--disks", "--verify", "--pages", "--clock"
 
 PARSER = Parser(
     "vmm restore",
@@ -37,6 +37,13 @@ PARSER = Parser(
             default="map",
             help="map the snapshot's files; uffd: another process hands pages over (uffd=SOCKET: "
             "one that is there, docs/snapshots.md)",
+        ),
+        Option(
+            CLOCK,
+            metavar="HOW",
+            default="step",
+            help="step: the time since the snapshot has passed for the guest; keep: its clocks go "
+            "on from where they were",
         ),
         Option(VERIFY, help="read all of the snapshot first, and compare it with its checksums"),
     ),
@@ -59,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         verify=args.given(VERIFY),
         disks=args.value(DISKS),
         pages=args.value(PAGES),
+        clock=args.value(CLOCK),
         **values,
     )
     return see_through(machine, args.value("--control"))

@@ -59,6 +59,7 @@ class MomentCalls:
         verify: bool = False,
         disks: str = "overlay",
         pages: str = "map",
+        clock: str = "step",
         **changed: object,
     ) -> Machine:
         """A machine that goes on, when it is started, where the snapshot `path` was made.
@@ -70,6 +71,8 @@ class MomentCalls:
             pages: `map`: memory is a private mapping of the snapshot's files; `uffd`: another
                 process hands pages over when they are used, and compares them with their
                 checksums; `uffd=SOCKET`: one that serves many machines (docs/snapshots.md).
+            clock: `step`: the time since then has passed for the guest; `keep`: its clocks go on
+                from where they were, and are as much behind as the snapshot is old.
             changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
                 `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
 
@@ -79,7 +82,7 @@ class MomentCalls:
         """
         from vmm.snapshot.restore import restore
 
-        return restore(str(path), verify=verify, disk=disks, pages=pages, **changed)
+        return restore(str(path), verify=verify, disk=disks, pages=pages, clock=clock, **changed)
 
     def checkpoint(self, *, disks: str = "rollback") -> None:
         """Remember this moment for `rollback`; it takes the place of an earlier one.

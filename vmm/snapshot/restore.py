@@ -23,10 +23,14 @@ FIXED = ("memory", "cpus", "cpu", "transport", "acpi", "kernel", "initrds", "app
 
 
 PAGES = ("map", "uffd", "uffd=SOCKET")
+CLOCKS = ("step", "keep")
 
 
 class FromFiles(Restored):
     """Memory is a private mapping of the snapshot's files: a page is read when it is first used."""
+
+    elapse = True
+    """The time since the snapshot passes for the guest."""
 
     def __init__(self, snapshot: Snapshot, state: dict[str, Any]) -> None:
         super().__init__(snapshot.checksum)
@@ -44,7 +48,7 @@ class FromFiles(Restored):
 
     def apply(self, machine: Machine) -> None:
         try:
-            apply(machine, self._state)
+            apply(machine, self._state, elapse=self.elapse)
         except (KeyError, ValueError, TypeError) as err:
             raise SnapshotError(
                 f"{self._snapshot.path}: its state does not fit this machine: {err}"
@@ -61,6 +65,7 @@ def restore(
     verify: bool = False,
     disk: str = "overlay",
     pages: str = "map",
+    clock: str = "step",
     **changed: object,
 ) -> Machine:
     """See `Machine.restore`."""
@@ -69,6 +74,8 @@ def restore(
         raise UsageError(f"restore: pages={pages} is not one of {', '.join(PAGES)}")
     if disk not in disks.USES:
         raise UsageError(f"restore: disks={disk} is not one of {', '.join(disks.USES)}")
+    if clock not in CLOCKS:
+        raise UsageError(f"restore: clock={clock} is not one of {', '.join(CLOCKS)}")
     with Snapshot(path) as snapshot:
         if verify:
             snapshot.verify()
@@ -88,7 +95,7 @@ def restore(
             vm.close()
             kvm.close()
             raise
-        origin.begun = kvm, vm
+        origin.begun, origin.elapse = (kvm, vm), clock == "step"
         return Machine(config, origin=origin)
 
 

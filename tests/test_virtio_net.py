@@ -26,6 +26,8 @@ from vmm.net.stream import StreamBackend
 from vmm.virtio import mmio, spec
 from vmm.virtio import net_spec as n
 from vmm.virtio.net import Nic
+from vmm.virtio.net_rx import Receiver
+from vmm.virtio.net_tx import Sender
 
 HEADER = bytes(n.HEADER_SIZE)
 
@@ -204,6 +206,25 @@ def test_a_frame_waits_for_buffers(make: Callable[..., tuple[NetGuest, Wire]]) -
     assert guest.receive()[n.HEADER_SIZE :] == after
 
 
+@pytest.mark.parametrize("cut", [0, 100])
+def test_small_and_large_frames_in_turns(
+    make: Callable[..., tuple[NetGuest, Wire]], monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    guest, wire = make(buffers=60, cut=cut, size=128)
+    if isinstance(wire, PlainWire):  # nothing is left for Python
+        monkeypatch.setattr(Receiver, "serve", None)
+        monkeypatch.setattr(Sender, "serve", None)
+    chance = random.Random(cut)
+    for _ in range(100):
+        sizes = chance.choices((60, 1514, 2036, 2037, 9014, 40000), k=chance.randint(1, 3))
+        frames = [random_frame(size) for size in sizes]
+        wire.send(*frames)
+        for frame in frames:
+            assert guest.receive() == HEADER[:10] + guest_buffers(len(frame), 2048) + frame
+            guest.send(frame)
+            assert wire.receive() == frame
+
+
 def test_a_frame_that_never_fits_is_dropped(make: Callable[..., tuple[NetGuest, Wire]]) -> None:
     guest, wire = make(buffers=16, size=16)
     after = random_frame(60)
@@ -263,10 +284,12 @@ def test_reset_while_a_write_waits(pair: tuple[NetGuest, Wire]) -> None:
 # --- as in a machine ------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[Wire, PlainWire])
+@pytest.fixture(params=[(Wire, True), (PlainWire, False), (PlainWire, True)])
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[NetGuest, Wire]]:
-    wire: Wire = request.param()
-    with ServedNetGuest(Nic(wire.backend, mac=MAC, name="card"), buffers=32) as guest:
+    kind, event_idx = request.param
+    wire: Wire = kind()
+    nic = Nic(wire.backend, mac=MAC, name="card")
+    with ServedNetGuest(nic, event_idx=event_idx, buffers=32) as guest:
         yield guest, wire
     wire.sock.close()
     assert guest.failures == []

@@ -118,7 +118,11 @@ class NetGuest(Driver):
 
 
 class ServedNetGuest(NetGuest, ServedDriver):
-    """One whose card's queues are served as a machine's are."""
+    """One whose card's queues are served as a machine's are; it notifies when it is asked to."""
+
+    def kick(self, index: int = 0) -> None:
+        if self.rings[index].wants_notify():
+            super().kick(index)
 
 
 class MachineNetGuest(NetGuest):

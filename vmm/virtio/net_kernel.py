@@ -1,8 +1,8 @@
-"""Frames by the C kernel, between a split ring and a port that is no more than a descriptor."""
+"""Frames by the C kernel, between split rings and a port that is no more than a descriptor."""
 
 from __future__ import annotations
 
-from vmm.virtio import kernel
+from vmm.virtio import kernel, spec
 from vmm.virtio import net_spec as n
 
 TYPE_CHECKING = False
@@ -10,82 +10,103 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.net.port import Port
+    from vmm.virtio.device import QueueSlot
+    from vmm.virtio.limit import Limit
     from vmm.virtio.net import Nic
-    from vmm.virtio.queue import VirtQueue
 
 NOT_HERE = -1
 """Nothing was done: this queue, port or moment is not for the kernel."""
 
 
 class NetKernel:
-    """Serves queues of `device`; under their locks."""
+    """Serves queues of `device`."""
 
     def __init__(self, device: Nic) -> None:
+        self._pairs = [_Pair(device, pair) for pair in range(len(device.ports))]
+
+    def serve(self, pair: int, receive: bool = True) -> tuple[int, int]:
+        """Send, and receive, until there is nothing more, or something is not plain.
+
+        What is next, for the sender and for the receiver: IDLE (a notify will come), WAIT (for
+        frames), MORE, OTHER (one that is for Python), HELD (the receiver has it) or NOT_HERE.
+        """
+        return self._pairs[pair].serve(receive)
+
+
+class _Pair:
+    """A queue pair, and its `struct vmm_net`."""
+
+    def __init__(self, device: Nic, pair: int) -> None:
         ffi, lib = kernel.library()
         self._device = device
-        self._send, self._receive = lib.vmm_net_send, lib.vmm_net_receive
-        self._receivers = [_Receive(ffi) for _ in device.ports]
+        self._pair = pair
+        self._receiver = device.receivers[pair]
+        self._rx, self._tx = device.slots[2 * pair : 2 * pair + 2]
+        self._function, self._null = lib.vmm_net_serve, ffi.NULL
+        self._spill = bytearray(n.HEADER_SIZE + n.FRAME_MAX)
+        self._data = ffi.from_buffer(self._spill)
+        self._net = ffi.new("struct vmm_net *")
+        self._net.spill = ffi.cast("uint8_t *", self._data)
+        self._net.spill_size = len(self._spill)
+        self._net.usual = n.HEADER_SIZE + n.FRAME_MIN
 
-    def _ring(self, index: int, queue: VirtQueue, port: Port) -> kernel.KernelRing | None:
-        device = self._device
-        if not port.plain or queue.broken or not device.link_up or index >> 1 >= device.pairs:
+    def serve(self, receive: bool) -> tuple[int, int]:
+        device, index = self._device, 2 * self._pair
+        with self._rx.lock, self._tx.lock:
+            port = device.ports[self._pair]
+            if device.quiet or not device.link_up or not port.plain:
+                return NOT_HERE, NOT_HERE
+            if not device.status & spec.DRIVER_OK or self._pair >= device.pairs:
+                return NOT_HERE, NOT_HERE
+            limits = device.limits
+            tx = self._ring(self._tx, None if limits is None else limits.tx)
+            rx = None
+            if receive and self._receiver.port is port:  # not what faults have put before it
+                rx = self._ring(self._rx, None if limits is None else limits.rx)
+            if rx is not None and not self._receiver.spare():
+                rx = None
+            what = self._function(
+                self._null if tx is None else tx.begin(),
+                self._null if rx is None else rx.begin(),
+                self._prepare(port),
+            )
+            sent = received = NOT_HERE
+            if tx is not None:
+                tx.end()
+                sent = self._told(index + 1, what & (1 << kernel.RECEIVED) - 1)
+            if rx is not None:
+                rx.end()
+                received = self._told(index, what >> kernel.RECEIVED)
+                self._take()
+            return sent, received
+
+    def _ring(self, slot: QueueSlot, limit: Limit | None) -> kernel.KernelRing | None:
+        if slot.queue is None or slot.queue.broken or (limit is not None and limit.active):
             return None
-        return kernel.ring(device.memory, device.slots[index])
+        return kernel.ring(self._device.memory, slot)
 
-    def send(self, index: int, queue: VirtQueue) -> int:
-        """IDLE, MORE, OTHER (the next chain is for Python) or NOT_HERE."""
-        device = self._device
-        port, limits = device.ports[index >> 1], device.limits
-        ring = self._ring(index, queue, port)
-        if ring is None or (limits is not None and limits.tx.active):
-            return NOT_HERE
-        return self._told(index, ring.serve(self._send, port.fd))
+    def _prepare(self, port: Port) -> Any:
+        net, device, found = self._net, self._device, self._device.filter
+        net.fd = port.fd
+        net.mergeable, net.checksums = device.mergeable, device.checksums
+        net.everything, net.promiscuous = found.everything, found.promiscuous
+        net.unicast = not found.nouni
+        net.mac = found.mac
+        return net
 
-    def receive(self, index: int, queue: VirtQueue, port: Port) -> int:
-        """WAIT, MORE, OTHER, HELD (see `held`) or NOT_HERE."""
-        device = self._device
-        limits = device.limits
-        ring = self._ring(index, queue, port)
-        if ring is None or (limits is not None and limits.rx.active):
-            return NOT_HERE
-        what = self._receivers[index >> 1].prepare(device, port)
-        return self._told(index, ring.serve(self._receive, what))
-
-    def held(self, index: int) -> tuple[bytes, int]:
-        """The frame that was not for the kernel to judge, if any, and how many were dropped."""
-        return self._receivers[index >> 1].take()
+    def _take(self) -> None:
+        """Give the receiver the frame that was not for the kernel to judge, if any."""
+        net = self._net
+        self._receiver.dropped += net.dropped
+        net.dropped = 0
+        if net.held:
+            self._receiver.hold(bytes(self._spill[: net.held]))
+            net.held = 0
 
     def _told(self, index: int, what: int) -> int:
         if what & kernel.INTERRUPT:
             self._device.interrupt(index)
         return what & ~kernel.INTERRUPT
-
-
-class _Receive:
-    """A queue pair's `struct vmm_receive`."""
-
-    def __init__(self, ffi: Any) -> None:
-        self._spill = bytearray(n.HEADER_SIZE + n.FRAME_MAX)
-        self._data = ffi.from_buffer(self._spill)
-        self._what = ffi.new("struct vmm_receive *")
-        self._what.spill = ffi.cast("uint8_t *", self._data)
-        self._what.spill_size = len(self._spill)
-
-    def prepare(self, device: Nic, port: Port) -> Any:
-        what, found = self._what, device.filter
-        what.fd = port.fd
-        what.mergeable, what.checksums = device.mergeable, device.checksums
-        what.need = device.receive_size
-        what.everything, what.promiscuous = found.everything, found.promiscuous
-        what.unicast = not found.nouni
-        what.mac = found.mac
-        return what
-
-    def take(self) -> tuple[bytes, int]:
-        what = self._what
-        frame, dropped = bytes(self._spill[: what.held]), what.dropped
-        what.held = what.dropped = 0
-        return frame, dropped
 
 
 def make(device: Nic) -> NetKernel | None:

@@ -11,13 +11,20 @@ import select
 import threading
 
 from vmm.net.port import LinkLost
-from vmm.virtio.net_rx import FRAMES, LATER, MORE, NOTHING
+from vmm.virtio import kernel
+from vmm.virtio.net_kernel import NOT_HERE
+from vmm.virtio.net_rx import BATCH, FRAMES, LATER, MORE, NOTHING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmm.virtio.net import Nic
+
+AGAIN = {NOT_HERE: BATCH, kernel.OTHER: 1, kernel.HELD: 1}
+"""What is left to Python, and how many frames of it."""
+RECEIVED = {kernel.IDLE: NOTHING, kernel.WAIT: FRAMES, kernel.MORE: MORE}
+"""What else the kernel says of received frames, as the receiver does."""
 
 
 class Pump:
@@ -62,13 +69,27 @@ class Pump:
         try:
             while not self._ended:
                 try:
-                    more = self._sender.serve()
-                    what = NOTHING if self._lost else self._receiver.serve()
-                    self._wait(MORE if more else what)
+                    self._wait(self._serve())
                 except LinkLost as err:
                     self._lost = self._device.lost(self._pair, err)
         except BaseException as err:  # a bug of ours: the machine ends, the process does not
             self._device.on_bug(err)
+
+    def _serve(self) -> int:
+        """Serve both queues for a while; what the receiver is to wait for, or MORE."""
+        device, sent, received = self._device, NOT_HERE, NOT_HERE
+        if device.fast is not None:
+            sent, received = device.fast.serve(self._pair, not self._lost)
+        more = sent == kernel.MORE
+        if sent in AGAIN:
+            more = self._sender.serve(AGAIN[sent])
+        if self._lost:
+            what = NOTHING
+        elif received in AGAIN:
+            what = self._receiver.serve(AGAIN[received])
+        else:
+            what = RECEIVED[received]
+        return MORE if more else what
 
     def _wait(self, what: int) -> None:
         port = self._port

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from vmm.virtio import kernel, spec
 from vmm.virtio import net_spec as n
-from vmm.virtio.net_kernel import NOT_HERE
+from vmm.virtio import spec
 from vmm.virtio.queue import CHAIN_MAX, QueueError
 
 TYPE_CHECKING = False
@@ -70,8 +69,8 @@ class Receiver:
         self.forget()
         self._held = held
 
-    def serve(self) -> int:
-        """Deliver what is there, up to a batch; NOTHING, FRAMES, MORE or LATER."""
+    def serve(self, frames: int = BATCH) -> int:
+        """Deliver what is there, `frames` at most; NOTHING, FRAMES, MORE or LATER."""
         device, slot = self._device, self._slot
         with slot.lock:
             queue = slot.queue
@@ -80,7 +79,7 @@ class Receiver:
             if self._pair >= device.pairs:
                 return NOTHING
             try:
-                return self._serve_plainly(queue)
+                return self._serve(queue, frames)
             except QueueError as err:
                 device.needs_reset(f"queue {self._index}: {err}")
                 return NOTHING
@@ -88,23 +87,19 @@ class Receiver:
                 if queue.publish():
                     device.interrupt(self._index)
 
-    def _serve_plainly(self, queue: VirtQueue) -> int:
-        """By the C kernel, as far as it goes."""
-        fast = self._device.fast
-        if fast is None or self._held:
-            return self._serve(queue)
+    def spare(self) -> bool:
+        """Put the buffers taken back for the C kernel; whether it may receive now."""
+        if self._held:
+            return False
         if self._chains or self._spare:
             self.give_back()
-        what = fast.receive(self._index, queue, self.port)
-        if what == NOT_HERE:
-            return self._serve(queue)
-        self._held, dropped = fast.held(self._index)
-        self.dropped += dropped
-        if what == kernel.WAIT:
-            return FRAMES
-        return MORE if what == kernel.MORE else self._serve(queue, 1)
+        return True
 
-    def _serve(self, queue: VirtQueue, frames: int = BATCH) -> int:
+    def hold(self, frame: bytes) -> None:
+        """Deliver `frame` first, its header before it."""
+        self._held = frame
+
+    def _serve(self, queue: VirtQueue, frames: int) -> int:
         device, port = self._device, self.port
         if not device.link_up:
             self._held = b""

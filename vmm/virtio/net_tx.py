@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from vmm.net.port import LinkLost
-from vmm.virtio import kernel, spec
 from vmm.virtio import net_spec as n
-from vmm.virtio.net_kernel import NOT_HERE
+from vmm.virtio import spec
 from vmm.virtio.queue import QueueError
 
 TYPE_CHECKING = False
@@ -29,8 +28,8 @@ class Sender:
         self._index = 2 * pair + 1
         self._slot = device.slots[self._index]
 
-    def serve(self) -> bool:
-        """Send what is there, up to a batch; whether there is more to do at once."""
+    def serve(self, frames: int = BATCH) -> bool:
+        """Send what is there, `frames` at most; whether there is more to do at once."""
         device, port = self._device, self._device.ports[self._pair]
         with self._slot.lock:
             queue = self._slot.queue
@@ -39,7 +38,7 @@ class Sender:
             if port.blocked:
                 return False
             try:
-                return self._serve(queue, port)
+                return self._serve(queue, port, frames)
             except QueueError as err:
                 device.needs_reset(f"queue {self._index}: {err}")
                 return False
@@ -47,13 +46,9 @@ class Sender:
                 if queue.publish():
                     device.interrupt(self._index)
 
-    def _serve(self, queue: VirtQueue, port: Port) -> bool:
-        device, what = self._device, NOT_HERE
-        if device.fast is not None:
-            what = device.fast.send(self._index, queue)
-            if what in (kernel.IDLE, kernel.MORE):
-                return what == kernel.MORE
-        chains = queue.pop_batch(1 if what == kernel.OTHER else BATCH)
+    def _serve(self, queue: VirtQueue, port: Port, frames: int) -> bool:
+        device = self._device
+        chains = queue.pop_batch(frames)
         if not chains:
             return queue.rearm()
         if device.limits is not None and device.limits.tx.active:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from vmm.virtio.split import SplitQueue
 
 IDLE, MORE, OTHER, WAIT, HELD = range(5)
-INTERRUPT = 16
+INTERRUPT, RECEIVED = 16, 8
 """What the functions return, see kernel.h."""
 POLL_MAX = 32_000
 """Nanoseconds; QEMU's choice for iothreads."""
-SHARED = ("struct vmm_ring", "struct vmm_disk", "struct vmm_receive")
+SHARED = ("struct vmm_ring", "struct vmm_disk", "struct vmm_net")
 
 _loaded: list[Any] = []
 
@@ -82,11 +82,20 @@ class KernelRing:
 
     def serve(self, function: Any, argument: Any) -> int:
         """Have the kernel go on with the queue; what it returned."""
-        ring, queue = self._ring, self._queue
-        ring.last_avail, ring.next_used, ring.published = queue.position
-        what: int = function(ring, argument)
-        queue.position = ring.last_avail, ring.next_used, ring.published
+        what: int = function(self.begin(), argument)
+        self.end()
         return what
+
+    def begin(self) -> Any:
+        """The `struct vmm_ring *`, as the queue is now."""
+        ring = self._ring
+        ring.last_avail, ring.next_used, ring.published = self._queue.position
+        return ring
+
+    def end(self) -> None:
+        """The queue is as the kernel has left the ring."""
+        ring = self._ring
+        self._queue.position = ring.last_avail, ring.next_used, ring.published
 
 
 def ring(memory: GuestMemory, slot: QueueSlot, poll: int = 0) -> KernelRing | None:

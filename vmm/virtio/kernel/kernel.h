@@ -30,11 +30,11 @@ struct vmm_disk {
 	uint8_t id[20];
 };
 
-struct vmm_receive {
+struct vmm_net {
 	int fd;
 	int mergeable, checksums;               /* as in Nic */
 	int everything, promiscuous, unicast;   /* as in Filter; unicast: to `mac` */
-	uint32_t need;                        /* bytes of the largest frame, with its header */
+	uint32_t usual;                         /* bytes of lately received frames */
 	uint8_t mac[6];
 	int64_t spill_size, held; /* a frame of `held` bytes is in `spill` for Python */
 	uint8_t *spill;
@@ -46,12 +46,12 @@ enum {
 	VMM_IDLE = 0,  /* a notify will come */
 	VMM_MORE = 1,  /* call again */
 	VMM_OTHER = 2, /* the next chain is for Python */
-	VMM_WAIT = 3,  /* no frame is there */
+	VMM_WAIT = 3,  /* nothing is there, and no notify will come of it */
 	VMM_HELD = 4,  /* a frame is in `spill` */
 	VMM_INTERRUPT = 16,
+	VMM_RECEIVED = 8, /* bits to the left: the same of the receive queue */
 };
 
 int vmm_sizes(void);
 int vmm_disk_serve(struct vmm_ring *ring, const struct vmm_disk *disk);
-int vmm_net_send(struct vmm_ring *ring, int fd);
-int vmm_net_receive(struct vmm_ring *ring, struct vmm_receive *receive);
+int vmm_net_serve(struct vmm_ring *tx, struct vmm_ring *rx, struct vmm_net *net); /* NULL: not that */

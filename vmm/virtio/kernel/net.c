@@ -12,42 +12,35 @@
 #define START 18 /* bytes that a filter looks at */
 #define BATCH 64
 #define PUBLISH 16
+#define ROUNDS 8 /* before others get the locks */
+#define PATIENCE 8 /* frames until less room than before is thought enough */
 
-int vmm_net_send(struct vmm_ring *ring, int fd)
+/* Send what is there, up to a batch. VMM_WAIT: nothing is, and no notify was asked for. */
+static int transmit(struct vmm_ring *ring, int fd)
 {
 	struct iovec buffer[CHAIN_MAX];
 	struct chain chain;
+	int next = VMM_MORE, interrupt = 0;
 
-	for (int done = 0, idle = 0;;) {
+	for (int done = 0; done < BATCH && !interrupt; done++) {
 		int found = vmm_peek(ring, 0, &chain, buffer, CHAIN_MAX);
-		int sent = 0;
-		if (found > 0) {
-			size_t size = vmm_total(buffer, chain.readable);
-			if (size >= HEADER + FRAME_MIN && size <= HEADER + FRAME_MAX)
-				sent = writev(fd, buffer, chain.readable) >= 0;
-		}
-		if (sent) {
-			if (!done++) {
-				vmm_busy(ring);
-				vmm_hush(ring);
-			}
-			vmm_give(ring, chain.head, 0);
-			if (done < BATCH && (uint16_t)(ring->next_used - ring->published) < PUBLISH)
-				continue;
-		}
-		int interrupt = vmm_publish(ring);
-		if (found && !sent)
-			return VMM_OTHER | interrupt;
-		if (interrupt || done >= BATCH)
-			return VMM_MORE | interrupt;
 		if (!found) {
-			if (!vmm_idle(ring))
-				return VMM_IDLE;
-			if (++idle == BATCH) /* a driver that only says so would keep us */
-				return VMM_MORE;
-			vmm_busy(ring);
+			next = VMM_WAIT;
+			break;
 		}
+		size_t size = found > 0 ? vmm_total(buffer, chain.readable) : 0;
+		if (size < HEADER + FRAME_MIN || size > HEADER + FRAME_MAX ||
+		    writev(fd, buffer, chain.readable) < 0) {
+			next = VMM_OTHER;
+			break;
+		}
+		if (!done)
+			vmm_hush(ring);
+		vmm_give(ring, chain.head, 0);
+		if ((uint16_t)(ring->next_used - ring->published) >= PUBLISH)
+			interrupt = vmm_publish(ring);
 	}
+	return next | interrupt | vmm_publish(ring);
 }
 
 /* Buffers looked at and not given back yet: a frame may need many, and most frames need few of them. */
@@ -96,41 +89,59 @@ static int gather(struct vmm_ring *ring, struct window *w, uint32_t need)
 	return 0;
 }
 
-/* Keep a frame for Python, which decides what becomes of it. */
-static void hold(struct vmm_receive *receive, const struct window *w, size_t size)
+/* Keep a frame for Python, which decides what becomes of it: `placed` bytes are in the buffers. */
+static void hold(struct vmm_net *net, const struct window *w, size_t size, size_t placed)
+{
+	/* What lies in the spill already goes to its end first: the copies must not run over it. */
+	memmove(net->spill + placed, net->spill, size - placed);
+	for (size_t i = w->first_buffer, at = 0; at < placed; at += w->buffer[i++].iov_len) {
+		size_t part = w->buffer[i].iov_len < placed - at ? w->buffer[i].iov_len : placed - at;
+		memcpy(net->spill + at, w->buffer[i].iov_base, part);
+	}
+	net->held = size;
+}
+
+/* Copy what lies in the spill to the buffers after the first `placed` bytes, which those end with. */
+static void spread(const struct vmm_net *net, const struct window *w, size_t size, size_t placed)
 {
 	size_t at = 0;
 
-	/* What lies in the spill already goes to its end first: the copies must not run over it. */
-	if (size > w->room)
-		memmove(receive->spill + w->room, receive->spill, size - w->room);
-	for (int i = w->first_buffer; i < w->buffers && at < size; i++) {
+	for (int i = w->first_buffer; at < size; at += w->buffer[i++].iov_len) {
 		size_t part = w->buffer[i].iov_len < size - at ? w->buffer[i].iov_len : size - at;
-		memcpy(receive->spill + at, w->buffer[i].iov_base, part);
-		at += part;
+		if (at >= placed)
+			memcpy(w->buffer[i].iov_base, net->spill + (at - placed), part);
 	}
-	receive->held = size;
 }
 
 /* Whether a frame passes the filter for sure; a tagged one, a broadcast, is for Python to look at. */
-static int takes(const struct vmm_receive *receive, const uint8_t *start)
+static int takes(const struct vmm_net *net, const uint8_t *start)
 {
 	const uint8_t *frame = start + HEADER;
 
-	if (receive->everything)
+	if (net->everything)
 		return 1;
 	if (frame[12] == 0x81 && !frame[13])
 		return 0;
-	return receive->promiscuous || (receive->unicast && !memcmp(frame, receive->mac, 6));
+	return net->promiscuous || (net->unicast && !memcmp(frame, net->mac, 6));
+}
+
+/* Frames are mostly as those before them. One that is larger costs a copy, so room for the largest is
+ * made at once, and for smaller ones little by little. */
+static void learn(struct vmm_net *net, size_t size)
+{
+	if (size >= net->usual)
+		net->usual = size;
+	else
+		net->usual -= (net->usual - size + PATIENCE - 1) / PATIENCE;
 }
 
 /* A frame is in the first buffers: give them to the driver. */
-static void deliver(struct vmm_ring *ring, struct vmm_receive *receive, struct window *w, size_t size)
+static void deliver(struct vmm_ring *ring, struct vmm_net *net, struct window *w, size_t size)
 {
 	uint8_t *header = w->buffer[w->first_buffer].iov_base;
 	uint16_t count = 0;
 
-	if (!receive->checksums)
+	if (!net->checksums)
 		header[0] = 0;
 	while (size) {
 		uint32_t room = w->chain[w->first_chain].room, part = size < room ? size : room;
@@ -143,49 +154,80 @@ static void deliver(struct vmm_ring *ring, struct vmm_receive *receive, struct w
 	memcpy(header + NUM_BUFFERS, &count, 2);
 }
 
-int vmm_net_receive(struct vmm_ring *ring, struct vmm_receive *receive)
+/* Receive what is there, up to a batch. VMM_IDLE: the driver gives no buffers. */
+static int receive(struct vmm_ring *ring, struct vmm_net *net)
 {
 	struct window w;
 	int next = VMM_MORE, interrupt = 0;
 
 	w.first_buffer = w.buffers = w.first_chain = w.chains = 0; /* the rest is not looked at */
 	w.room = 0;
-	for (int done = 0; done < BATCH; done++) {
-		if (gather(ring, &w, receive->mergeable ? receive->need : 1)) {
-			next = VMM_OTHER;
+	for (int done = 0; done < BATCH && !interrupt; done++) {
+		int bad = gather(ring, &w, net->mergeable ? net->usual : 1);
+		if (!bad && !w.room) {
+			if (vmm_arm(ring))
+				continue;
+			next = VMM_IDLE;
 			break;
 		}
 		/* The header and what the filter looks at must be in one piece. */
-		if (!w.room || w.buffer[w.first_buffer].iov_len < HEADER + START) {
+		if (bad || w.buffer[w.first_buffer].iov_len < HEADER + START) {
 			next = VMM_OTHER;
 			break;
 		}
-		w.buffer[w.buffers] = (struct iovec){receive->spill, receive->spill_size};
-		ssize_t size = readv(receive->fd, w.buffer + w.first_buffer,
-				     w.buffers - w.first_buffer + 1);
-		if (size <= 0) {
-			next = size < 0 && errno == EAGAIN ? VMM_WAIT : VMM_OTHER;
+		size_t placed = w.room;
+		w.buffer[w.buffers] = (struct iovec){net->spill, net->spill_size};
+		ssize_t got = readv(net->fd, w.buffer + w.first_buffer, w.buffers - w.first_buffer + 1);
+		if (got <= 0) {
+			next = got < 0 && errno == EAGAIN ? VMM_WAIT : VMM_OTHER;
 			break;
 		}
-		if (size < HEADER + FRAME_MIN || size > receive->spill_size) {
-			receive->dropped++;
+		size_t size = got;
+		if (size < HEADER + FRAME_MIN || size > (size_t)net->spill_size ||
+		    (size > placed && !net->mergeable)) {
+			net->dropped++;
 			continue;
 		}
-		if ((size_t)size > w.room && !receive->mergeable) {
-			receive->dropped++;
-			continue;
-		}
-		if ((size_t)size > w.room || !takes(receive, w.buffer[w.first_buffer].iov_base)) {
-			hold(receive, &w, size);
+		if (placed > size)
+			placed = size;
+		if (!takes(net, w.buffer[w.first_buffer].iov_base) ||
+		    (placed < size && (gather(ring, &w, size) || w.room < size))) {
+			hold(net, &w, size, placed);
 			next = VMM_HELD;
 			break;
 		}
-		deliver(ring, receive, &w, size);
-		if ((uint16_t)(ring->next_used - ring->published) >= PUBLISH) {
+		if (placed < size)
+			spread(net, &w, size, placed);
+		learn(net, size);
+		vmm_hush(ring);
+		deliver(ring, net, &w, size);
+		if ((uint16_t)(ring->next_used - ring->published) >= PUBLISH)
 			interrupt = vmm_publish(ring);
-			if (interrupt)
-				break;
-		}
 	}
 	return next | interrupt | vmm_publish(ring);
+}
+
+/* Whether a queue needs nobody but us. */
+static int plain(int what) { return what == VMM_MORE || what == VMM_WAIT || what == VMM_IDLE; }
+
+int vmm_net_serve(struct vmm_ring *tx, struct vmm_ring *rx, struct vmm_net *net)
+{
+	int sent = VMM_WAIT, received = VMM_WAIT;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		if (tx)
+			sent = transmit(tx, net->fd);
+		if (rx)
+			received = receive(rx, net);
+		if (!plain(sent) || !plain(received))
+			break;
+		if (sent == VMM_MORE || received == VMM_MORE)
+			continue;
+		sent = tx && vmm_arm(tx) ? VMM_MORE : VMM_IDLE;
+		if (sent == VMM_IDLE)
+			break;
+	}
+	if ((sent & ~VMM_INTERRUPT) == VMM_WAIT) /* no notify was asked for yet */
+		sent ^= VMM_WAIT ^ VMM_MORE;
+	return sent | received << VMM_RECEIVED;
 }

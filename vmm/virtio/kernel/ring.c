@@ -13,7 +13,7 @@ struct desc {
 
 int vmm_sizes(void)
 {
-	return sizeof(struct vmm_ring) + sizeof(struct vmm_disk) + sizeof(struct vmm_receive);
+	return sizeof(struct vmm_ring) + sizeof(struct vmm_disk) + sizeof(struct vmm_net);
 }
 
 uint64_t vmm_now(void)
@@ -129,6 +129,16 @@ static int is_empty(const struct vmm_ring *ring)
 	return load(&ring->avail[1]) == ring->last_avail;
 }
 
+int vmm_arm(struct vmm_ring *ring)
+{
+	if (ring->event_idx)
+		store(&ring->used[2 + 4 * ring->size], ring->last_avail);
+	else
+		store(&ring->used[0], 0);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return !is_empty(ring);
+}
+
 int vmm_idle(struct vmm_ring *ring)
 {
 	if (!ring->idle_since)
@@ -141,12 +151,7 @@ int vmm_idle(struct vmm_ring *ring)
 			if (!(spins & 15) && vmm_now() - ring->idle_since >= ring->poll)
 				break;
 		}
-	if (ring->event_idx)
-		store(&ring->used[2 + 4 * ring->size], ring->last_avail);
-	else
-		store(&ring->used[0], 0);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return !is_empty(ring);
+	return vmm_arm(ring);
 }
 
 /* As QEMU does (util/aio-posix.c, adjust_polling_time): longer when a little longer would have been

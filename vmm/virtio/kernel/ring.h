@@ -36,6 +36,9 @@ void vmm_give(struct vmm_ring *ring, uint16_t head, uint32_t written);
 /* Let the driver see what was given back; VMM_INTERRUPT if it wants one, else 0. */
 int vmm_publish(struct vmm_ring *ring);
 
+/* Ask for a notify; whether something is there already. */
+int vmm_arm(struct vmm_ring *ring);
+
 /* Nothing is there: look again for as long as it has lately been worth it, then ask for a notify.
  * Whether something came. */
 int vmm_idle(struct vmm_ring *ring);

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import statistics, tiny
 from tests.support.bare import MIB, bare_machine, until
 from tests.support.guests import DATA
 from tests.test_kvm_vcpu_state import COUNTING, FLAG
 from tests.test_snapshot_capture import counter, steps_are_right
-from vmm import HostError, Machine, StateError, UsageError
+from vmm import HostError, Machine, StateError, UsageError, layout
 from vmm.devices.device import Device
 from vmm.machine import exits
+from vmm.snapshot.translations import shadowed
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(180)]
 
@@ -26,6 +27,23 @@ START = {"rdi": 0, "rsi": 1}
 PATTERN = 0x100000
 """Where guests and tests write patterns; two MiB of RAM are left then."""
 
+ALIAS, HERE, THERE = 6 * MIB, 2 * MIB, 4 * MIB
+ENTRY = layout.PML4 + 0x2000 + 8 * 3
+"""The page directory's entry for ALIAS."""
+MAPS = f"""
+    mov ${ALIAS}, %rsi
+    mov $DATA+16, %rdi
+1:  incq DATA+8
+    cmpb $0, {FLAG}
+    je 1b
+    cmpb $2, {FLAG}
+    je 2f
+    mov (%rdi), %rax            # have the entry point THERE
+    mov %rax, {ENTRY}
+2:  mov (%rsi), %rax
+    mov %rax, DATA
+3:  jmp 3b
+"""
 PAINTS = f"""
     mov $0x5a5a5a5a, %rax       # two pages in every three of a MiB
     mov ${PATTERN}, %rdi
@@ -87,6 +105,31 @@ def test_guest_and_host_writes_are_undone_page_for_page(backing: str) -> None:
         m.memory.write_u8(FLAG, 1)
         m.resume()
         assert m.wait(60).status == 3
+
+
+@pytest.mark.parametrize("mode", ["long", "user"])
+def test_what_processors_know_of_page_tables_is_forgotten(mode: str) -> None:
+    """A page that was mapped elsewhere since is at its place; KVM flushes TLBs, if it has not made
+    tables of its own anew."""
+    with bare_machine(MAPS, mode, memory=8 * MIB) as m:
+        flags = m.memory.read_u64(ENTRY) & 0xFFF
+        m.memory.write_u64(ENTRY, HERE | flags)
+        m.memory.write_u64(DATA + 16, THERE | flags)
+        m.memory.write_u64(HERE, 1)
+        m.memory.write_u64(THERE, 2)
+        m.start()
+        until(lambda: m.memory.read_u64(DATA + 8) > 0)
+        m.checkpoint()
+        for turn in (1, 2, 1, 2, 2, 1, 2):
+            m.memory.write_u8(FLAG, turn)
+            until(lambda: m.memory.read_u64(DATA) != 0)
+            assert m.memory.read_u64(DATA) == 3 - turn
+            m.pause()
+            before = statistics.counter(m, "remote_tlb_flush_requests")
+            m.rollback()
+            flushes = statistics.counter(m, "remote_tlb_flush_requests") - before
+            assert flushes or shadowed()
+            m.resume()
 
 
 @pytest.mark.parametrize("mode", ["long", "user"])

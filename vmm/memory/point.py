@@ -7,6 +7,8 @@ from vmm.memory.base import copy, give_up, map_over_base, private_runs, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.memory.base import Base
     from vmm.memory.guest import GuestMemory
     from vmm.memory.pagemap import Pagemap
@@ -45,15 +47,24 @@ class Point:
             for offset, content in runs:
                 data[offset : offset + len(content)] = content
 
-    def restore(self, memory: GuestMemory, pagemap: Pagemap) -> int:
+    def restore(self, memory: GuestMemory, pagemap: Pagemap, unmap: Sequence[int] = ()) -> int:
         """Undo every write since, whoever made it; the pages that were put back.
 
         `memory`, whose the point is, must be still. Pages that an earlier call has put back may be
         counted, and copied, again.
+
+        Args:
+            unmap: GPAs of pages that are not to stay mapped, which KVM is told of.
         """
         base = self.base
         if memory.base is not base:  # it was put over something else meanwhile
             map_over_base(memory, base.share())
+        for region in memory.regions:
+            inside = [
+                (gpa - region.gpa, PAGE_SIZE) for gpa in unmap if region.gpa <= gpa < region.end
+            ]
+            if inside:
+                give_up(region, sorted(inside))
         found = private_runs(memory, pagemap)
         pages = sum([size for runs in found for _, size in runs]) // PAGE_SIZE
         for number, (region, runs) in enumerate(zip(memory.regions, found, strict=True)):

@@ -13,6 +13,7 @@ from vmm.errors import StateError, UsageError
 from vmm.memory import point
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import STATES, apply, capture, quiesced
+from vmm.snapshot.translations import remake_slots, roots, shadowed
 from vmm.virtio import spec
 
 TYPE_CHECKING = False
@@ -71,6 +72,7 @@ class Checkpoint:
             raise UsageError(f"checkpoint: disks={disks!r} is not one of {', '.join(DISKS)}")
         self._machine = machine
         self.closed = False
+        self._shadowed = shadowed()
         self._disks: list[tuple[Block, Frozen]] = []
         overlays = overlaid_disks(machine, "checkpoint") if disks == "rollback" else []
         self._pagemap = Pagemap()
@@ -90,7 +92,11 @@ class Checkpoint:
         """Be that again; the vCPUs are parked."""
         machine = self._machine
         with quiesced(machine):
-            self._memory.restore(machine.memory, self._pagemap)
+            if self._shadowed:
+                self._memory.restore(machine.memory, self._pagemap)
+                remake_slots(machine)
+            else:
+                self._memory.restore(machine.memory, self._pagemap, roots(machine))
             for device, frozen in self._disks:
                 _undo(device, frozen)
             apply(machine, self.state, elapse=False, renew=False)

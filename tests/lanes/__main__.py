@@ -7,13 +7,14 @@ what the host can, and the nested lane, at the same time, the tests that need a 
 is "N passed, N failed, N skipped", a test counting once in each lane it ran in; the exit status
 is 0 only if nothing failed and every lane ran. VMM_SKIP_LANES=nested (or native) leaves a lane out.
 
-QEMU 7.2's TCG does AMD-V on several processors with a fault of its own: once in some hundred boots,
-on a busy host, a vCPU of a guest ends with a triple fault, or the emulated host's kernel dies (of
-page faults in its page fault handler, with a GS that is not its own, as if left from a guest), or
-a processor gets no more interrupts (QEMU clears flags of pending ones at VMRUN and #VMEXIT while
-other threads set them), so that a guest or the emulated host stalls. A test that fails with a
-triple fault or such a stall in the nested lane is therefore run once more, and told of as RERUN;
-after a crash or hang of the emulated host, another one runs the tests that had not passed.
+QEMU 7.2's TCG does AMD-V with faults of its own. The one that hung guests, or ended them with a
+triple fault, is taken out of the copy that the lane runs (tests/lanes/emulator.py). Others are
+left: rarely, on a busy host, the emulated host's kernel dies (of page faults in its page fault
+handler, with a GS that is not its own, as if left from a guest), or a processor gets no more
+interrupts (QEMU clears flags of pending ones at VMRUN and #VMEXIT while other threads set them). A
+test that fails with a triple fault or a stall in the nested lane is therefore run once more, and
+told of as RERUN; after a crash or hang of the emulated host, another one runs the tests that had
+not passed.
 """
 
 from __future__ import annotations

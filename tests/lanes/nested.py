@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
+from tests.lanes import emulator
 from vmm.errors import EXIT_TIMEOUT, HostError, VmmError
 from vmm.testing import initrds
 from vmm.testing.kernels import Kernel, cache_directory, debian_kernel
@@ -82,9 +83,11 @@ class NestedLane:
         cpus: int = 2,
         log: Callable[[str], None] | None = None,
         boot_timeout: float = BOOT_TIMEOUT,
+        thread: Literal["multi", "single"] = "multi",
     ) -> None:
         self.memory = memory
         self.cpus = cpus
+        self.thread = thread
         self._log = log or _say
         self._boot_timeout = boot_timeout
         self._process: subprocess.Popen[bytes] | None = None
@@ -179,6 +182,9 @@ class NestedLane:
             raise LaneError(f"{QEMU} is not installed: apt-get install qemu-system-x86")
         kernel = debian_kernel("amd64")
         self._directory = Path(tempfile.mkdtemp(prefix="vmm-nested-"))
+        program = emulator.mended(Path(qemu), self._directory / "qemu")
+        if program is None:
+            self._log(f"{qemu} is not the build tests/lanes/emulator.py knows; used as it is")
         shared = self._directory / "shared"
         (shared / "results").mkdir(parents=True)
         initrd = self._directory / "initrd.img"
@@ -200,7 +206,7 @@ class NestedLane:
             arguments = self._arguments(_quickest(kernel), initrd, *links)
             self._process = subprocess.Popen(
                 # The kernel ends QEMU if this process dies, however that happens.
-                ["setpriv", "--pdeathsig", "KILL", qemu, *arguments],
+                ["setpriv", "--pdeathsig", "KILL", program or qemu, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -221,7 +227,7 @@ class NestedLane:
         share = f"local,path={self._directory}/shared,mount_tag=lane,security_model=none"
         return [
             "-no-user-config", "-nodefaults", "-no-reboot", "-display", "none",
-            "-M", "pc", "-accel", "tcg,thread=multi", "-cpu", CPU,
+            "-M", "pc", "-accel", f"tcg,thread={self.thread}", "-cpu", CPU,
             "-smp", str(self.cpus), "-m", str(self.memory),
             "-kernel", str(kernel), "-initrd", str(initrd), "-append", cmdline,
             "-serial", f"file:{self._directory}/console.log",

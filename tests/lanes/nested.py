@@ -180,8 +180,8 @@ class NestedLane:
             raise LaneError(f"{QEMU} is not installed: apt-get install qemu-system-x86")
         kernel = debian_kernel("amd64")
         self._directory = Path(tempfile.mkdtemp(prefix="vmm-nested-"))
-        # One thread for all processors: with a thread each, one translates code that another patches
-        # (static keys), and all of them spin in exc_int3. It takes no longer, and a fifth less CPU.
+        # One thread for all processors: with a thread each, one translates code that another
+        # patches (static keys), and all spin in exc_int3. It takes no longer, and less CPU.
         thread = "single"
         program = emulator.mended(Path(qemu), self._directory / "qemu")
         if program is None:

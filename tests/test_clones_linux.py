@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(900)]
 PATIENCE = 300.0
 """Seconds for what takes one; a busy emulated host needs more."""
 COPIES = 8
+CPUS = int(os.environ.get("VMM_SNAPSHOT_CPUS", "1"))
+"""See test_snapshot_linux.py."""
 READ_ADDRESS = """
 cd /sys/bus/virtio/drivers/virtio_net
 for device in virtio*; do echo $device > unbind; echo $device > bind; done
@@ -44,8 +47,8 @@ def test_a_running_linux_goes_back_and_has_copies(
         "while true; do sleep 1; done", kernel=cloud_kernel, modules=["virtio_mmio", "virtio_net"]
     )
     config = MachineConfig(
-        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", memory=192 << 20, cpus=2,
-        agent=True, nets=["lan=test-clones-linux"],
+        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", memory=192 << 20,
+        cpus=CPUS, agent=True, nets=["lan=test-clones-linux"],
     )  # fmt: skip
     with Machine(config) as m:
         m.start()

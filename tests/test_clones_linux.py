@@ -20,8 +20,9 @@ PATIENCE = 300.0
 COPIES = 8
 CPUS = int(os.environ.get("VMM_SNAPSHOT_CPUS", "1"))
 """See test_snapshot_linux.py."""
-READ_ADDRESS = """
-cd /sys/bus/virtio/drivers/virtio_net
+DRIVER = "/sys/bus/virtio/drivers/virtio_net"
+READ_ADDRESS = f"""
+cd {DRIVER}
 for device in virtio*; do echo $device > unbind; echo $device > bind; done
 cat /sys/class/net/*/address | grep -v 00:00:00:00:00:00
 """
@@ -52,6 +53,8 @@ def test_a_running_linux_goes_back_and_has_copies(
     )  # fmt: skip
     with Machine(config) as m:
         m.start()
+        # The agent answers before init has inserted the modules.
+        shell(m, f"while [ ! -e {DRIVER}/bind ]; do sleep 0.1; done")
         shell(m, "echo before > /state; hostname original")
         m.checkpoint()
         for turn in range(10):

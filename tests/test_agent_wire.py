@@ -252,6 +252,21 @@ def test_the_agent_hangs_up_on_nonsense(agent: HostAgent, number: int) -> None:
     assert run(agent, ["true"]).returncode == 0
 
 
+def test_a_signal_to_what_could_not_be_started(tmp_path: Path) -> None:
+    """An errno is nobody's process id: ENOENT is 2, which here is a sleep."""
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    script = 'sleep 1000 & exec "$0" "$@"'
+    with HostAgent(tmp_path, within=[*namespace, "sh", "-c", script]) as running:
+        with running.connect() as sock:
+            sock.sendall(wire.request(wire.EXECUTE, ["/no/such/program"]))
+            sock.sendall(frame(wire.SIGNAL, 1, U32.pack(9)) + frame(wire.SIGNAL, 0, U32.pack(9)))
+            sock.shutdown(socket.SHUT_WR)
+            assert hangs_up(sock)
+        (agent,) = children(running.process.pid)
+        states = [Path(f"/proc/{pid}/stat").read_text() for pid in children(int(agent))]
+        assert [state.split()[2] for state in states if "(sleep)" in state] == ["S"]
+
+
 def test_a_thousand_broken_requests(agent: HostAgent) -> None:
     """Whatever the host says, the agent serves the next one, and no command is left."""
     chance = random.Random(12)

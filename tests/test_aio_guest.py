@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,11 @@ from tests.support import tiny
 from tests.support.bare import until
 from tests.support.host_agent import HostAgent
 from vmm import AgentError, AsyncMachine, MachineConfig, StateError
+from vmm.agent.connection import Connection
 from vmm.agent.link import Link
+from vmm.agent.process import GuestProcess
 from vmm.aio.guest import AsyncGuestCalls
-from vmm.aio.process import LINE_MAX
+from vmm.aio.process import LINE_MAX, AsyncGuestProcess
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -118,6 +121,38 @@ def test_cancelled_with_all_that_it_has_started(guest: Guest, tmp_path: Path, tr
     before = tiny.descriptors()
     asyncio.run(main())
     assert tiny.descriptors() == before
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: gone(pid))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "interrupted"])
+def test_given_up_before_it_is_known_to_run(guest: Guest, tmp_path: Path, how: str) -> None:
+    """It may have been started; nobody could kill it later."""
+    script = f"trap '' HUP TERM; echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; "
+    command = ["sh", "-c", script + "sleep 1000 & wait"]
+
+    def runs() -> None:
+        until((tmp_path / "pid").exists)
+
+    async def main() -> None:
+        link: Any = guest.agent
+        task = asyncio.ensure_future(AsyncGuestProcess.start(link, command))
+        await asyncio.sleep(0)
+        runs()  # the loop stands still meanwhile
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def interrupt(self: Connection, *args: object) -> bool:
+        runs()
+        raise KeyboardInterrupt
+
+    if how == "cancelled":
+        asyncio.run(main())
+    else:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Connection, "wait_for", interrupt)
+            GuestProcess(guest.agent, command)
     pid = int((tmp_path / "pid").read_text())
     until(lambda: gone(pid))
 

@@ -57,7 +57,7 @@ def test_cloud_kernel(cloud_kernel: Kernel, initrd: str, boot: str, cpus: int) -
     assert seen["nproc"] == str(cpus)
     assert seen["clock"] in ("kvm-clock", "tsc")
     assert seen["acpi"] == "yes"
-    assert "panic=-1" in done.stdout
+    assert "panic=-1" in done.stdout, done.stdout[-3000:]
     assert done.stderr == ""
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmm.agent import binary
 
 
 class HostAgent:
-    """A running agent; `connect` as of vmm.agent.link.Link. A context manager."""
+    """A running agent; `connect` as of vmm.agent.link.Link. A context manager.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        within: a command that runs another one.
+    """
+
+    def __init__(self, directory: Path, within: Sequence[str] = ()) -> None:
         self.path = str(directory / "agent.sock")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.path)
             listener.listen(128)
             fd = listener.fileno()
-            command = [binary.program(), "listen", str(fd)]
+            command = [*within, binary.program(), "listen", str(fd)]
             self.process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
 
     def connect(self) -> socket.socket:

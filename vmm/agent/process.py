@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Protocol
 
@@ -127,6 +128,10 @@ class GuestProcess:
             if failure is not None:
                 raise failure
         except BaseException:
+            if self._connection.error is None and session.failed is None:
+                # Interrupted, and it may have been started.
+                kill = partial(session.signal, signal.SIGKILL, group=True)
+                self._connection.do(kill, time.monotonic())
             self._connection.close()
             raise
         self.pid = session.pid

@@ -60,8 +60,8 @@ static void flush(void)
         long done = sys_write(host, output + output_at, output_size);
         if (done == -EAGAIN || done == -EINTR)
             return;
-        if (done < 0)
-            lost();
+        if (done < 0) /* it has hung up, and may have said more before: `hear` comes to the end */
+            done = (long)output_size;
         output_at += (size_t)done;
         output_size -= (size_t)done;
     }
@@ -199,7 +199,8 @@ static void understand(const struct frame *frame, const char *data)
     case SIGNAL:
         if (frame->size != sizeof value || !value || value > 64)
             lost();
-        if (!exited || frame->stream) /* a group may outlive the process it began with */
+        /* A group may outlive the process it began with. */
+        if (child > 0 && (!exited || frame->stream))
             sys_kill(frame->stream ? -child : child, (int)value);
         break;
     case RESIZE:

@@ -180,6 +180,9 @@ class AsyncGuestProcess:
             if failure is not None:
                 raise failure
         except BaseException:
+            if connection.error is None and session.failed is None:  # it may have been started
+                session.signal(signal.SIGKILL, group=True)
+                connection.flush()
             connection.close()
             raise
         as_text = (encoding or "utf-8", errors or "strict") if text or encoding or errors else None

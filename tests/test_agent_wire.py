@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import struct
 import time
@@ -263,8 +264,9 @@ def test_a_signal_to_what_could_not_be_started(tmp_path: Path) -> None:
             sock.shutdown(socket.SHUT_WR)
             assert hangs_up(sock)
         (agent,) = children(running.process.pid)
-        states = [Path(f"/proc/{pid}/stat").read_text() for pid in children(int(agent))]
-        assert [state.split()[2] for state in states if "(sleep)" in state] == ["S"]
+        found = [Path(f"/proc/{pid}/status").read_text() for pid in children(int(agent))]
+        (sleep,) = [status for status in found if re.search(r"^NSpid:.*\t2$", status, re.M)]
+        assert "State:\tZ" not in sleep
 
 
 def test_a_thousand_broken_requests(agent: HostAgent) -> None:

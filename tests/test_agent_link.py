@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import tiny
 from tests.support.vsock_guest import Guest
 from vmm.agent import wire
 from vmm.agent.link import HELLO_PORT, PORT, Link
@@ -25,7 +26,16 @@ class Console:
 
 
 @pytest.fixture
-def guest() -> Iterator[Guest]:
+def links() -> Iterator[list[Link]]:
+    """Closed once the device is."""
+    made: list[Link] = []
+    yield made
+    for link in made:
+        link.close()
+
+
+@pytest.fixture
+def guest(links: list[Link]) -> Iterator[Guest]:
     with Guest(None) as made:
         yield made
 
@@ -36,8 +46,9 @@ def console() -> Console:
 
 
 @pytest.fixture
-def link(guest: Guest, console: Console) -> Link:
-    return Link(guest.device, console)
+def link(guest: Guest, console: Console, links: list[Link]) -> Link:
+    links.append(Link(guest.device, console))
+    return links[-1]
 
 
 def call(guest: Guest, hello: bytes = HELLO, port: int = HELLO_PORT) -> None:
@@ -55,6 +66,16 @@ def test_the_agent_calls(guest: Guest, link: Link) -> None:
     link.wait(30)
     assert told.wait(30)
     assert link.ready
+
+
+def test_nothing_is_left_of_it(console: Console) -> None:
+    before = tiny.descriptors()
+    with Guest(None) as guest:
+        link = Link(guest.device, console)
+        call(guest)
+        link.wait(30)
+    link.close()
+    assert tiny.descriptors() == before
 
 
 def test_connections(guest: Guest, link: Link) -> None:

@@ -120,6 +120,12 @@ class Link:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        """Give back the agent's call; once the device is closed, and its loop ended."""
+        sock, self._hello = self._hello, None
+        if sock is not None:
+            sock.close()
+
     def revive(self) -> None:
         """The machine has not ended after all; the agent calls again where its call was cut."""
         with self._changed:

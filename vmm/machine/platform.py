@@ -299,6 +299,8 @@ class Platform:
         self.console.close()
         for device in self.pio.devices() + self.mmio.devices():
             device.close()
+        if self.agent is not None:
+            self.agent.close()
 
     # --- called by devices ------------------------------------------------------------------------
 

@@ -242,7 +242,7 @@ def test_a_guests_sockets(machine: Machine, tmp_path: Path, seed: bytes) -> None
         sock.shutdown(socket.SHUT_WR)
         assert read_all(sock) == b"still here"
     print(f"{loads.size / MIB:.1f} MiB over {loads.count} connections meanwhile")
-    assert loads.size > 0
+    assert loads.count > 0  # on a slow machine each may be reset before its first byte
     assert probes.data == b"done\n" * (ROUNDS // 10)
     machine.platform.uart.receive(b"\n")
     assert machine.wait(60).kind == "poweroff"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +17,7 @@ pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(900)]
 PATIENCE = 300.0
 """Seconds for what takes one; a busy emulated host needs more."""
 COPIES = 8
-CPUS = int(os.environ.get("VMM_SNAPSHOT_CPUS", "1"))
-"""See test_snapshot_linux.py."""
+CPUS = 2
 DRIVER = "/sys/bus/virtio/drivers/virtio_net"
 READ_ADDRESS = f"""
 cd {DRIVER}

@@ -3,8 +3,7 @@ the generation ID, and a chain of ten.
 
 fio writes and verifies without end, and would end at the first block that is not what it was;
 iperf3 runs in a loop whose rounds are counted. VMM_SNAPSHOT_KIB is the size of fio's file, all of
-which is written and verified at each look; VMM_SNAPSHOT_CYCLES the length of the chain,
-VMM_SNAPSHOT_CPUS the number of vCPUs.
+which is written and verified at each look; VMM_SNAPSHOT_CYCLES the length of the chain.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(900)]
 
 MIB = 1 << 20
 KIB = int(os.environ.get("VMM_SNAPSHOT_KIB", "512"))
-CPUS = int(os.environ.get("VMM_SNAPSHOT_CPUS", "1"))
-"""Memory that is copied when it is written to has KVM kick the other vCPUs for each page, by
-interrupts of which an emulated host loses one now and then (tests/lanes), and hangs."""
+CPUS = 2
 CYCLES = int(os.environ.get("VMM_SNAPSHOT_CYCLES", "10"))
 LONG = 1200
 """Seconds; of 2,199 and more Linux 6.1 has a processor believe it was stuck (docs/snapshots.md)."""

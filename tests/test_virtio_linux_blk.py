@@ -23,16 +23,19 @@ from tests.test_virtio_vhost_user import qcow2
 from vmm import Machine, MachineConfig
 from vmm.testing.kernels import Kernel
 
+MIB = 1 << 20
+SIZE = int(os.environ.get("VMM_BLK_MIB", "32"))
+PATIENCE = 400 + 4 * SIZE
+"""Seconds for each boot, on a busy emulated host."""
+
 pytestmark = [
     pytest.mark.needs_linux_kvm,
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(2 * PATIENCE),
     pytest.mark.parametrize("transport", ["mmio", "pci"]),
 ]
 
 __all__ = ["qcow2"]
 
-MIB = 1 << 20
-SIZE = int(os.environ.get("VMM_BLK_MIB", "32"))
 ROUNDS = 50
 CHUNKS = SIZE // 8
 
@@ -126,7 +129,7 @@ def modules(transport: str, *more: str) -> list[str]:
 def run(kernel: Kernel, initrd: Path, drives: list[str], **options: object) -> str:
     """Boot; the console's output, once the guest has powered off."""
     config = MachineConfig(
-        str(kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=400, drives=drives,
+        str(kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=PATIENCE, drives=drives,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip
     with Machine(config) as machine:

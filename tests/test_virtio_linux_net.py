@@ -29,10 +29,12 @@ from vmm import Machine, MachineConfig
 from vmm.net import pcap
 from vmm.testing.kernels import Kernel
 
-pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(400)]
-
 MIB = 1 << 20
 SIZE = int(os.environ.get("VMM_NET_MIB", "6"))
+PATIENCE = 380 + 12 * SIZE
+"""Seconds for the whole of it, on a busy emulated host."""
+pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(PATIENCE + 20)]
+
 HOST, GUEST = "10.9.0.1", "10.9.0.2"
 OUT, GATEWAY = "10.7.0.2", "10.7.0.1"
 ECHO = "10.8.0.1"
@@ -210,7 +212,7 @@ def test_a_guest_on_a_tap_and_on_passt(
     )
     capture = tmp_path / "net.pcap"
     config = MachineConfig(
-        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=380, cpus=2,
+        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=PATIENCE, cpus=2,
         memory=512 * MIB, transport=transport,
         nets=[f"tap,address={HOST}/24,mac=52:54:00:00:00:05,queues=2,pcap={capture}",
               "user,forward=tcp:8080:80"],
@@ -225,7 +227,7 @@ def test_a_guest_on_a_tap_and_on_passt(
             assert digest == served
             print(f"from the guest at {where}: {rate:.1f} MiB/s")
         uart.receive(b"\n")
-        console.wait_for("\nrounds done", timeout=200)
+        console.wait_for("\nrounds done", timeout=PATIENCE)
         assert machine.platform.virtio is not None
         card = machine.platform.virtio.transports[0].device
         card.set_link(False)  # type: ignore[attr-defined]

@@ -37,6 +37,9 @@ class Agent:
     def end(self, why: str) -> None:
         """The machine has ended."""
 
+    def close(self) -> None:
+        """It is closed."""
+
 
 def main(path: str, words: list[str]) -> int:
     def add(self: Any, virtio: object) -> None:

@@ -19,11 +19,11 @@ from tests.test_kill import BLOCK, BLOCKS, SEED, Host, finish, kill, namespace
 from tests.test_virtio_vhost_user import qcow2
 from vmm.testing.kernels import Kernel
 
-pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(500)]
+KILLS = int(os.environ.get("VMM_LINUX_KILLS", "2"))
+pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(300 + 100 * KILLS)]
 
 __all__ = ["namespace", "qcow2"]
 
-KILLS = int(os.environ.get("VMM_LINUX_KILLS", "2"))
 DRIVERS = [
     "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console", "virtio_balloon",
     "vmw_vsock_virtio_transport", "virtiofs",

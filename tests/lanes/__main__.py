@@ -8,13 +8,13 @@ is "N passed, N failed, N skipped", a test counting once in each lane it ran in;
 is 0 only if nothing failed and every lane ran. VMM_SKIP_LANES=nested (or native) leaves a lane out.
 
 QEMU 7.2's TCG does AMD-V with faults of its own. The one that hung guests, or ended them with a
-triple fault, is taken out of the copy that the lane runs (tests/lanes/emulator.py). Others are
-left: rarely, on a busy host, the emulated host's kernel dies (of page faults in its page fault
-handler, with a GS that is not its own, as if left from a guest), or a processor gets no more
-interrupts (QEMU clears flags of pending ones at VMRUN and #VMEXIT while other threads set them). A
-test that fails with a triple fault or a stall in the nested lane is therefore run once more, and
-told of as RERUN; after a crash or hang of the emulated host, another one runs the tests that had
-not passed.
+triple fault, is taken out of the copy that the lane runs (tests/lanes/emulator.py), whose
+processors one thread serves. With a thread each, as where that cannot be, rarely, on a busy host,
+the emulated host's kernel dies (of page faults in its page fault handler, with a GS that is not its
+own, as if left from a guest), or a processor gets no more interrupts (QEMU clears flags of pending
+ones at VMRUN and #VMEXIT while other threads set them). A test that fails with a triple fault or a
+stall in the nested lane is therefore run once more, and told of as RERUN; after a crash or hang of
+the emulated host, another one runs the tests that had not passed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ MESSAGE = 160
 """Characters of a failure's message in the summary."""
 MACHINES = 4
 """How many emulated hosts the nested lane may use up."""
-EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt|124 == 0|passed without"
-"""What a failure says that may be the emulator's own; the last two are a guest that has hung until
-`vmm run --timeout`, or until the test's patience with its console was at an end."""
+EMULATOR_FAULTS = r"triple fault|detected stalls|rcu_preempt"
+"""What a failure says that may be the emulator's own."""
 NOTHING_COLLECTED = 5
 """pytest's exit status when no test was for this lane."""
 
@@ -198,11 +197,12 @@ class NestedThread:
         done = Done()
         deadline = time.monotonic() + NESTED_TIMEOUT
         try:
+            ignored = self._ignored()
             for left in reversed(range(MACHINES)):
                 self.outcome.passed, self.outcome.skipped = len(done.passed), len(done.skipped)
-                names = sorted(done.passed | done.skipped)
+                passed = [f"--deselect={name}" for name in sorted(done.passed | done.skipped)]
                 try:
-                    self._run_once(done, [f"--deselect={name}" for name in names], deadline)
+                    self._run_once(done, [*ignored, *passed], deadline)
                     break
                 except LaneCrash as error:
                     if not left:
@@ -235,7 +235,7 @@ class NestedThread:
         report = "nested.xml"
         # Names as they run (-v): tests are slow here, and a person should see what it is at.
         command = pytest_command(f"{RESULTS}/{report}", NESTED_TEST_TIMEOUT, self._arguments)
-        command += ["-v", "-p", "no:cacheprovider", *more, *self._ignored()]
+        command += ["-v", "-p", "no:cacheprovider", *more]
         if importlib.util.find_spec("pytest_rerunfailures") is not None:
             command += ["-rR", "--reruns=1", f"--only-rerun={EMULATOR_FAULTS}"]
         command = ["env", *self._environment(), *command]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 from vmm.agent.connection import RECEIVE
 from vmm.errors import AgentError
@@ -41,6 +42,14 @@ class AsyncConnection:
         self._closed = True
         self._lost(AgentError("this command's connection is closed"))
         self._sock.close()
+
+    def abandon(self) -> None:
+        """Kill the command's process group, if it runs, or may soon, and hang up."""
+        session = self.session
+        if self.error is None and session.failed is None and session.returncode is None:
+            session.signal(signal.SIGKILL, group=True)
+            self.flush()
+        self.close()
 
     async def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready`. AgentError: the connection is lost, or the agent talks nonsense."""

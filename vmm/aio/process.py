@@ -180,10 +180,7 @@ class AsyncGuestProcess:
             if failure is not None:
                 raise failure
         except BaseException:
-            if connection.error is None and session.failed is None:  # it may have been started
-                session.signal(signal.SIGKILL, group=True)
-                connection.flush()
-            connection.close()
+            connection.abandon()
             raise
         as_text = (encoding or "utf-8", errors or "strict") if text or encoding or errors else None
         return cls(args, connection, pipes, as_text)
@@ -244,9 +241,7 @@ class AsyncGuestProcess:
 
     def abandon(self) -> None:
         """Kill its process group, if it runs, and hang up."""
-        if self.returncode is None and self._connection.error is None:
-            self.kill()
-        self.close()
+        self._connection.abandon()
 
     async def communicate(self, input: Any = None) -> tuple[Any, Any]:
         """Give it all of `input`, wait for the end of its output and its own; (stdout, stderr).

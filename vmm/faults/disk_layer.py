@@ -83,6 +83,8 @@ class DiskFault(LayerFault):
         after_flush: how many flushes must have been answered since it was set.
     """
 
+    layer: DiskLayer
+
     def __init__(
         self,
         layer: DiskLayer,
@@ -94,7 +96,6 @@ class DiskFault(LayerFault):
         after_flush: int = 0,
     ) -> None:
         super().__init__(layer, kind, details)
-        self.layer = layer
         self.random = chance.random
         self._chance = chance
         self._on = on

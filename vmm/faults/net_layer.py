@@ -57,6 +57,8 @@ class NetFault(LayerFault):
         match: whether it may strike a frame, without its virtio-net header; None: any.
     """
 
+    layer: NetLayer
+
     def __init__(
         self,
         layer: NetLayer,
@@ -66,7 +68,6 @@ class NetFault(LayerFault):
         match: Callable[[bytes], object] | None = None,
     ) -> None:
         super().__init__(layer, kind, details)
-        self.layer = layer
         self._chances = chances
         self._match = match
 

@@ -221,20 +221,22 @@ class Layer(Protocol):
 
 
 class LayerFault(Fault):
-    """A fault in a layer; see `Fault`."""
+    """A fault in `layer`; see `Fault`."""
+
+    layer: Layer
 
     def __init__(self, layer: Layer, kind: str, details: dict[str, object]) -> None:
         super().__init__(layer.control, layer.device.name, kind, details)
-        self._layer = layer
+        self.layer = layer
 
     def begin(self) -> None:
-        self._layer.add(self)
+        self.layer.add(self)
 
     def end(self) -> None:
-        self._layer.remove(self)
+        self.layer.remove(self)
 
     def settle(self) -> None:
-        self._layer.device.settle()
+        self.layer.device.settle()
 
 
 class Chance:

@@ -236,10 +236,17 @@ def test_shutdown(config: Config) -> None:
             await m.start()
             await m.wait_for("ready", timeout=60)
             assert (await m.shutdown(60)).kind == exits.POWEROFF
-        async with AsyncMachine(config(READY)) as m:
+        async with AsyncMachine(config(tiny.DEAF)) as m:
             await m.start()
             await m.wait_for("ready", timeout=60)
             assert (await m.shutdown(0.1)).kind == exits.STOPPED
+        for paused in (False, True):
+            async with AsyncMachine(config(READY)) as m:  # it has no driver for the button
+                await m.start()
+                await m.wait_for("ready", timeout=60)
+                if paused:
+                    await m.pause()
+                assert (await m.shutdown(None)).kind == exits.STOPPED
 
     run(main())
 

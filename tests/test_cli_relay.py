@@ -118,6 +118,23 @@ def test_the_third_ctrl_c_ends_the_machine(words: list[str]) -> None:
         )
 
 
+def test_timeout_1_and_a_command_that_ignores_it(words: list[str]) -> None:
+    """GNU timeout sends SIGTERM twice; --grace ends the machine of a command that goes on."""
+    script = "trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done"
+    done = execute(
+        ["timeout", "--preserve-status", "2", *words, "--grace", "1.5"], "sh", "-c", script
+    )
+    assert done.stdout.splitlines()[:2] == [b"ready", b"caught"]
+    lines = done.stderr.decode().splitlines()
+    assert [line for line in lines if line.startswith("vmm:")] == [
+        "vmm: SIGTERM: sent to the command; the machine ends in 1.5 s at the latest (--grace), or "
+        "at the third SIGTERM",
+        "vmm: ended by SIGTERM: the command was still there after 1.5 s (--grace), before the "
+        "command had ended (status 143)",
+    ]
+    assert done.returncode == 143
+
+
 def test_a_reader_that_waits_holds_up_no_signal(words: list[str]) -> None:
     script = "trap 'exit 8' INT; while :; do head -c 100000 /dev/zero; done"
     with subprocess.Popen([*words, "--", "sh", "-c", script], stdin=subprocess.DEVNULL,

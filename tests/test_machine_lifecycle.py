@@ -147,7 +147,7 @@ WRONG = {
     "start": ("running", "paused", "stopped", "closed"),
     "pause": ("created", "paused", "stopped", "closed"),
     "resume": ("created", "running", "stopped", "closed"),
-    "shutdown": ("created", "paused", "stopped", "closed"),
+    "shutdown": ("created", "stopped", "closed"),
     "wait": ("created", "closed"),
     "stop": ("closed",),
     "press_power_button": ("created", "closed"),
@@ -353,11 +353,34 @@ def test_shutdown_asks_the_guest(machine: Make) -> None:
 
 
 def test_shutdown_of_a_guest_that_ignores_the_button(machine: Make) -> None:
-    with machine(IDLE) as m:
+    with machine(tiny.DEAF) as m:
         m.start()
         m.console.wait_for("ready", timeout=60)
-        ended = m.shutdown(0.2)
+        assert m.power_button_unseen() == ""
+        before = time.monotonic()
+        ended = m.shutdown(0.4)
         assert (ended.kind, m.state) == (exits.STOPPED, "stopped")
+        assert time.monotonic() - before >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("acpi", "paused", "why"),
+    [
+        (True, False, "no driver in the guest has taken its power button"),
+        (False, False, "the guest has no ACPI, and so no power button (--no-acpi)"),
+        (True, True, "the machine is paused"),
+    ],
+)
+def test_shutdown_of_a_guest_that_cannot_see_the_button(
+    machine: Make, acpi: bool, paused: bool, why: str
+) -> None:
+    with machine(IDLE, acpi=acpi) as m:
+        m.start()
+        m.console.wait_for("ready", timeout=60)
+        if paused:
+            m.pause()
+        assert m.power_button_unseen() == why
+        assert m.shutdown(None).kind == exits.STOPPED
 
 
 def test_on_panic_pause(machine: Make) -> None:

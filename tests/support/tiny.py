@@ -76,6 +76,9 @@ ECHO = prints(b"ready\n") + _echo()
 # wait: mov dx, 0x604; in eax, dx; test al, 1; jz wait
 POLITE = prints(b"ready\n") + bytes.fromhex("66ba0406 ed a801 74f7") + POWEROFF + HALT
 
+# Looks at the GED's selector once, as a driver does, and never again.
+DEAF = bytes.fromhex("66ba0406 ed") + prints(b"ready\n") + HALT
+
 # Echoes what is typed, until the power button is pressed.
 # loop: mov dx, 0x604; in eax, dx; test al, 1; jnz off; mov dx, 0x3fd; in al, dx; test al, 1
 #       jz loop; mov dx, 0x3f8; in al, dx; out dx, al; jmp loop; off:

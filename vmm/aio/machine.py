@@ -11,6 +11,7 @@ from vmm.aio.thread import in_thread
 from vmm.errors import StateError
 from vmm.events import Event, Stopped
 from vmm.machine import Machine, MachineExit
+from vmm.machine.machine import UNSEEN_PATIENCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -269,8 +270,15 @@ class AsyncMachine(AsyncGuestCalls):
     async def shutdown(self, timeout: float | None = 30.0) -> MachineExit:
         """See `Machine.shutdown`."""
         machine = self.machine
-        machine.need("shutdown", "running")
+        if machine.state != "paused":
+            machine.need("shutdown", "running")
         machine.press_power_button()
+        unseen = machine.power_button_unseen()
+        if unseen and machine.state == "running":  # perhaps it is just about to look
+            await asyncio.sleep(UNSEEN_PATIENCE)
+            unseen = machine.power_button_unseen() if machine.exit is None else ""
+        if unseen:
+            return await self.stop()
         try:
             return await self.wait(timeout)
         except TimeoutError:

@@ -58,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             _say(f"the host has run out of something: {err}; see `ulimit -a`")
             return EXIT_HOST
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as err:
+        signum = getattr(err, "signum", 0)  # of vmm.cli.supervise.Terminated
+        if not signum:
+            return EXIT_INTERRUPTED
+        _say(f"{err} (status {128 + signum})")
+        return 128 + signum
     except BrokenPipeError:
         return 1
     except Exception as err:

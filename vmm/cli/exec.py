@@ -37,7 +37,8 @@ exit status:
   124      --timeout passed            130  Ctrl-C before the command began
 
 Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 go to the command's process
-group; a third Ctrl-C or SIGTERM ends the machine.
+group; a third Ctrl-C or SIGTERM ends the machine (SIGTERMs within a second count once), as
+does a command that goes on for --grace seconds after SIGTERM.
 """
 
 PARSER = Parser(
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
     except (OSError, ValueError) as err:
         raise UsageError(f"the command cannot be: {err}") from None
-    return _run(config, command, args.value("--workdir"), first, tty)
+    return _run(config, command, args.value("--workdir"), first, tty, args.value("--grace"))
 
 
 def configure(args: Arguments) -> MachineConfig:
@@ -127,19 +128,26 @@ def configure(args: Arguments) -> MachineConfig:
 
 
 def _run(
-    config: MachineConfig, command: list[str], directory: str, first: bytes, tty: bool
+    config: MachineConfig,
+    command: list[str],
+    directory: str,
+    first: bytes,
+    tty: bool,
+    grace_text: str,
 ) -> int:
     from vmm.cli.relay import Relay
-    from vmm.cli.supervise import Signals
+    from vmm.cli.supervise import Signals, parse_grace
     from vmm.console.terminal import Terminal
     from vmm.machine import Machine
 
-    with Machine(config) as machine:
+    grace = parse_grace(grace_text)
+    with Signals(SIGNALS) as signals, Machine(config) as machine:
         machine.on_error = say
         if config.trace:
             run.describe(machine)
-        with Signals(SIGNALS) as signals, Relay(machine, signals, tty) as relay:
+        with Relay(machine, signals, tty, grace) as relay:
             try:
+                signals.armed()
                 machine.start()
                 relay.wait_for_agent()
                 if machine.exit is None:

@@ -10,9 +10,12 @@ import _signal  # type: ignore[import-not-found]
 import os
 import select
 import stat
+import time
 from contextlib import suppress
 
 from vmm.agent.wire import ERR, EXECUTE, IN, OUT, TERMINAL, Session
+from vmm.cli.say import say
+from vmm.cli.supervise import GRACE, MOMENT
 from vmm.errors import AgentError
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
@@ -31,7 +34,8 @@ CHUNK = 64 << 10
 PIPE_CHUNK = 4096
 """PIPE_BUF: what a pipe or terminal that is ready takes without waiting."""
 PATIENCE = 3
-"""Of these, Ctrl-C or SIGTERM, the last ends the machine."""
+"""Of these, Ctrl-C or SIGTERM, the last ends the machine. A SIGTERM in the moment after another is
+the same: timeout(1) sends two at once."""
 NAMES = {
     _signal.SIGINT: "SIGINT",
     _signal.SIGTERM: "SIGTERM",
@@ -47,12 +51,15 @@ class Relay:
         session: the command's.
     """
 
-    def __init__(self, machine: Machine, signals: Signals, tty: bool) -> None:
+    def __init__(self, machine: Machine, signals: Signals, tty: bool, grace: float = GRACE) -> None:
         self.session = Session(EXECUTE, TERMINAL if tty else 0)
         self._machine = machine
         self._signals = signals
         self._tty = tty
         self._asked = 0
+        self._grace = grace
+        self._terminated: float | None = None  # when the first SIGTERM came
+        self._counted = 0.0  # when the last one did that counts
         self._pending = {OUT: b"", ERR: b""}
         self._chunk = {stream: _chunk(stream) for stream in (OUT, ERR)}
         self._input = True
@@ -97,8 +104,8 @@ class Relay:
         with suppress(OSError):  # it came too late
             os.eventfd_write(self._changed, 1)
 
-    def _end(self, signum: int) -> None:
-        reason = f"ended by {NAMES.get(signum, signum)}"
+    def _end(self, signum: int, why: str = "") -> None:
+        reason = f"ended by {NAMES.get(signum, signum)}{why}"
         self._machine.end(MachineExit(exits.STOPPED, reason, status=128 + signum))
 
     # --- the command ------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ class Relay:
         for stream, pending in self._pending.items():
             if pending or session.available(stream):
                 poll.register(stream, select.POLLOUT)
-        ready = dict(poll.poll())
+        ready = dict(poll.poll(self._patience()))
         if sock.fileno() in ready:
             self._exchange(sock)
         for stream in self._pending:
@@ -211,12 +218,44 @@ class Relay:
             return
         if signum == _signal.SIGCONT:
             return
-        if signum in (_signal.SIGINT, _signal.SIGTERM):
+        if signum == _signal.SIGTERM:
+            self._terminate()
+        elif signum == _signal.SIGINT:
             self._asked += 1
-        if self._asked == PATIENCE or not self.session.pid:
+        if self._asked >= PATIENCE or not self.session.pid:
             self._end(signum)
-        else:
-            self.session.signal(signum, group=True)
+            return
+        self.session.signal(signum, group=True)
+
+    def _terminate(self) -> None:
+        """Count a SIGTERM; the first begins the time of grace."""
+        now = time.monotonic()
+        if self._terminated is None:
+            self._terminated = self._counted = now
+            if self.session.pid:
+                say(
+                    f"SIGTERM: sent to the command; the machine ends in {self._grace:g} s at the "
+                    "latest (--grace), or at the third SIGTERM"
+                )
+        elif now - self._counted < MOMENT:
+            return
+        self._counted = now
+        self._asked += 1
+
+    def _patience(self) -> int | None:
+        """Milliseconds until the machine of a command that has got SIGTERM ends; None: never.
+
+        The end, where it has come, is asked for here.
+        """
+        if self._terminated is None or self._terminated + self._grace > time.monotonic() + 1e6:
+            return None
+        left = self._terminated + self._grace - time.monotonic()
+        if left <= 0:
+            self._terminated = None
+            why = f": the command was still there after {self._grace:g} s (--grace)"
+            self._end(_signal.SIGTERM, why)
+            return 0
+        return int(left * 1000) + 1
 
 
 def _chunk(fd: int) -> int:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SHARED = (
-    "--console", "--port", "--drive", "--net", "--vsock", "--control", "--timeout", "--on-panic",
-    "--verbose",
+    "--console", "--port", "--drive", "--net", "--vsock", "--control", "--timeout", "--grace",
+    "--on-panic", "--verbose",
 )  # fmt: skip
 """Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
 DISKS, VERIFY, PAGES, CLOCK = "--disks", "--verify", "--pages", "--clock"
@@ -61,12 +61,15 @@ def main(argv: Sequence[str]) -> int:
     from vmm.machine import Machine
 
     values: dict[str, object] = {"console": "auto", **keywords(args)}
-    machine = Machine.restore(
-        args.operands[0],
-        verify=args.given(VERIFY),
-        disks=args.value(DISKS),
-        pages=args.value(PAGES),
-        clock=args.value(CLOCK),
-        **values,
-    )
-    return see_through(machine, args.value("--control"))
+
+    def make() -> Machine:
+        return Machine.restore(
+            args.operands[0],
+            verify=args.given(VERIFY),
+            disks=args.value(DISKS),
+            pages=args.value(PAGES),
+            clock=args.value(CLOCK),
+            **values,
+        )
+
+    return see_through(make, args)

@@ -12,9 +12,10 @@ from vmm.units import format_size, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmm.cli.arguments import Arguments
+    from vmm.cli.supervise import Signals
     from vmm.machine import Machine
 
 EPILOG = """\
@@ -25,9 +26,11 @@ exit status:
   69   the host cannot run it           121  triple fault
   70   the monitor failed               122  emulation failure, failed entry
   124  --timeout passed                 130  ended by Ctrl-A x or SIGINT; 129 SIGHUP, 143 SIGTERM
+  141  the reader of standard output has gone (vmm run ... | head -1)
 
 on a terminal: Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A c sends a break.
-SIGTERM presses the ACPI power button; a second one ends the machine.
+SIGTERM presses the ACPI power button. The machine ends after --grace, at a second SIGTERM (one
+that comes within a second counts as the first), and at once where the guest has no power button.
 """
 
 PARSER = Parser(
@@ -128,6 +131,11 @@ PARSER = Parser(
         Option("--control", metavar="PATH", help="a socket by which `vmm snapshot` reaches it"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
+            "--grace",
+            metavar="S",
+            help="end it S seconds after SIGTERM, if it goes on (default 30)",
+        ),
+        Option(
             "--on-panic",
             metavar="ACTION",
             default="exit",
@@ -223,42 +231,49 @@ def main(argv: Sequence[str]) -> int:
     config = configure(args)
     from vmm.machine import Machine
 
-    return see_through(Machine(config), args.value("--control"))
+    return see_through(lambda: Machine(config), args)
 
 
-def see_through(machine: Machine, control: str = "") -> int:
+def see_through(make: Callable[[], Machine], args: Arguments) -> int:
+    """Run the machine that `make` makes to its end and close it; the exit status."""
+    from vmm.cli.supervise import Signals, parse_grace
+
+    grace = parse_grace(args.value("--grace"))
+    with Signals() as signals, make() as machine:
+        return _run(machine, signals, args.value("--control"), grace)
+
+
+def _run(machine: Machine, signals: Signals, control: str, grace: float) -> int:
     """Run `machine` to its end and close it; the exit status.
 
     `control`: where its control socket is to be, if anywhere.
     """
-    from vmm.cli.supervise import Signals, supervise
+    from vmm.cli.supervise import READER_GONE, supervise
 
     config = machine.config
     verbose = config.trace
-    with machine:
-        if config.console_where == "auto" and sys.stdout is None:
-            raise UsageError("--console auto: standard output is closed; try --console none")
-        machine.on_error = say
-        if verbose:
-            describe(machine)
-        backend = machine.platform.console.backend
-        if config.console_where == "pty":
-            say(f"console on {backend.name.removeprefix('pty ')}")
-        with Signals() as signals:
-            try:
-                if control:
-                    from vmm.cli.control import Control
+    if config.console_where == "auto" and sys.stdout is None:
+        raise UsageError("--console auto: standard output is closed; try --console none")
+    machine.on_error = say
+    if verbose:
+        describe(machine)
+    backend = machine.platform.console.backend
+    if config.console_where == "pty":
+        say(f"console on {backend.name.removeprefix('pty ')}")
+    try:
+        if control:
+            from vmm.cli.control import Control
 
-                    with Control(control, machine) as requests:
-                        ended = supervise(machine, signals, lambda: requests.busy)
-                else:
-                    ended = supervise(machine, signals)
-            finally:
-                # Before signals take the process again: it gives the terminal back.
-                machine.close()
+            with Control(control, machine) as requests:
+                ended = supervise(machine, signals, lambda: requests.busy, grace)
+        else:
+            ended = supervise(machine, signals, grace=grace)
+    finally:
+        # Before signals take the process again: it gives the terminal back.
+        machine.close()
     if ended.report or verbose or not ended.ok:
         end_guests_line(machine)
-    if backend.error:
+    if backend.error and ended.message != READER_GONE:
         say(backend.error)
     if ended.report:
         write_error(ended.report.rstrip("\n") + "\n")

@@ -86,6 +86,11 @@ class Console:
         self._pump = InputPump(to, self.backend.input_fd, parser, act, self.backend.ready)
         self._pump.start()
 
+    def reclaim(self) -> None:
+        """After SIGCONT: whoever had the terminal meanwhile may have changed its modes."""
+        if self._terminal is not None:
+            self._terminal.reclaim()
+
     def end(self) -> None:
         """The machine is about to stop: do not let its vCPUs wait for a stuck reader."""
         self.backend.end()

@@ -2,9 +2,9 @@
 
 As `qemu -nographic` does it: every key goes to the guest (no signals, no echo, no line editing),
 while output processing (OPOST) stays on, so that the monitor's own messages look right. The
-modes are put back when the context ends, at interpreter exit, and before SIGTERM, SIGHUP,
-SIGQUIT or SIGTSTP take the process, where nobody else handles them. Only SIGKILL leaves the
-terminal raw; no program can help that.
+modes are put back when the context ends, at interpreter exit, and before a signal that ends the
+process (FATAL) or SIGTSTP takes it, where nobody else handles that signal. SIGKILL, SIGSTOP and a
+fault in C code leave the terminal raw; no program can help that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-FATAL = (_signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT)
+FATAL = (
+    *(_signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGABRT, _signal.SIGALRM),
+    *(_signal.SIGUSR1, _signal.SIGUSR2, _signal.SIGVTALRM, _signal.SIGPROF, _signal.SIGXCPU),
+    *(_signal.SIGIO, _signal.SIGPWR),
+)
+"""Signals that end a process which does not handle them, and that another process may send."""
 JOB = (_signal.SIGTSTP, _signal.SIGCONT)
 """Stop and continue: from another process, as in raw mode Ctrl-Z is the guest's."""
 
@@ -76,6 +81,10 @@ class Terminal:
             if _signal.getsignal(signum) == self._on_signal:  # unless replaced since
                 _signal.signal(signum, handler)
         self._handlers.clear()
+
+    def reclaim(self) -> None:
+        """Make the terminal raw again, after a shell or another program had it."""
+        self._modes(True)
 
     def _modes(self, raw: bool) -> None:
         import termios

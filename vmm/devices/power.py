@@ -56,6 +56,8 @@ class AcpiPower(ByteDevice):
         self._lock = allocate_lock()
         self._slp_typ = 0
         self._pending = 0
+        self.watched = False
+        """The guest has read the selector since its reset, so it knows of the device."""
 
     def press_power_button(self) -> None:
         """Tell the guest to shut down; from any thread. A guest without a handler ignores it."""
@@ -77,6 +79,7 @@ class AcpiPower(ByteDevice):
             return self._slp_typ << SLP_TYP_SHIFT  # SLP_EN is write-only
         if GED_SELECTOR <= offset < GED_SELECTOR + 4:
             shift = 8 * (offset - GED_SELECTOR)
+            self.watched = True
             with self._lock:
                 bits = (self._pending >> shift) & 0xFF
                 self._pending &= ~(0xFF << shift)
@@ -100,4 +103,5 @@ class AcpiPower(ByteDevice):
 
     def reset(self) -> None:
         self._slp_typ = 0
+        self.watched = False
         self._pending = 0

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 CREATED = "created"
 CLOSED = "closed"
+UNSEEN_PATIENCE = 0.25
+"""Seconds in which a guest that has no driver for the power button yet may look at it."""
 
 
 class Machine(ProgramCalls, GuestCalls, MomentCalls):
@@ -323,13 +325,28 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def shutdown(self, timeout: float | None = 30.0) -> MachineExit:
         """Press the power button and wait; after `timeout` seconds the plug is pulled.
 
-        Needs a guest that handles the ACPI power button.
+        The plug is pulled at once where nothing in the guest can notice the power button (see
+        `power_button_unseen`). From running or paused.
         """
-        self.need("shutdown", RUNNING)
+        if self._state != PAUSED:
+            self.need("shutdown", RUNNING)
         self.press_power_button()
-        if not self._ended.wait(timeout):
+        unseen = self.power_button_unseen()
+        if unseen and self._state == RUNNING:  # perhaps it is just about to look
+            self._ended.wait(UNSEEN_PATIENCE)
+            unseen = self.power_button_unseen()
+        if unseen or not self._ended.wait(timeout):
             self.stop()
         return self.wait()
+
+    def power_button_unseen(self) -> str:
+        """Why nothing in the guest would notice the power button; empty where something may.
+
+        The reasons: it is paused, it has no ACPI, no driver in it has taken the power button.
+        """
+        if self._state != RUNNING:
+            return f"the machine is {self._state}"
+        return self.platform.power_button_unseen()
 
     def _agent(self) -> Link:
         agent = self.platform.agent

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vmm.virtio.device import VirtioDevice
 
 
+IOAPIC_MASKED = 1 << 16
+"""Of a redirection table entry: the interrupt is not delivered."""
 PANIC_TEXT = "Kernel panic - not syncing"
 """What Linux's panic() prints first (kernel/panic.c)."""
 
@@ -158,12 +160,34 @@ class Platform:
 
     def power_off_by_agent(self) -> None:
         """Where the guest's init is the agent's, nothing else in it knows a power button."""
-        config = self.machine.config
-        if self.agent is not None and config.root is not None:
-            from vmm.agent.archive import guest_init
+        if self.agent is not None and self._init_is_the_agent():
+            self.agent.power_off()
 
-            if guest_init(config) is None:
-                self.agent.power_off()
+    def _init_is_the_agent(self) -> bool:
+        config = self.machine.config
+        if self.agent is None or config.root is None:
+            return False
+        from vmm.agent.archive import guest_init
+
+        return guest_init(config) is None
+
+    def power_button_unseen(self) -> str:
+        """Why nothing in the guest notices the power button; an empty string where it may.
+
+        A guest that has never read the device's register and has its interrupt masked at the
+        IOAPIC has no driver for it (yet). Whether the driver's event reaches a program that acts
+        on it is not known here.
+        """
+        if self.power.watched:
+            return ""
+        if self.agent is not None and self._init_is_the_agent():
+            return "" if self.agent.ready else "the agent in the guest is not up"
+        if not self.machine.config.acpi:
+            return "the guest has no ACPI, and so no power button (--no-acpi)"
+        entry = self.vm.get_irqchip(constants.IRQCHIP_IOAPIC).chip.ioapic.redirtbl[layout.GSI_GED]
+        if int(entry) & IOAPIC_MASKED:
+            return "no driver in the guest has taken its power button"
+        return ""
 
     def _console_bytes(self) -> bytes:
         self.flush()

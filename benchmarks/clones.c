@@ -6,9 +6,12 @@
  *                             exit; and closed, if CLOSE is 1
  *       create CLOSE SIZE     the same over fresh memory, without state
  *       clones N FILE SIZE    N of the first kind at once, a thread each, until all had an exit
+ *       busy N FILE SIZE  N of a guest that counts at 2 MiB, a thread each, until all have counted
  *       rollback N FILE SIZE  run a guest that writes to pages, then undo that; the median of N
  *       hold N FILE SIZE      N of the first kind, after their first exit, until the next command
  */
+#include <errno.h>
+
 #include "native.h"
 
 struct page_region { uint64_t start, end, categories; };
@@ -189,6 +192,48 @@ static uint64_t clones(int count, const char *file)
 	return taken;
 }
 
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
+/* Run until a signal comes with immediate_exit set. */
+static void *run_busy(void *machine)
+{
+	struct machine *m = machine;
+	while (!m->run->immediate_exit)
+		if (ioctl(m->vcpu, KVM_RUN, 0) == 0 || errno != EINTR)
+			die("KVM_RUN");
+	return NULL;
+}
+
+/* Until each machine's counter has moved; the threads are ended after the time was taken. */
+static uint64_t busy(int count, const char *file)
+{
+	struct sigaction action = { .sa_handler = nothing };
+	sigaction(SIGUSR1, &action, NULL);
+	uint64_t start = now();
+	make_clones(count, file);
+	for (int i = 0; i < count; i++)
+		if (pthread_create(&threads[i], NULL, run_busy, &held[i]))
+			die("pthread_create");
+	for (int i = 0; i < count;) {
+		if (*(volatile uint64_t *)(held[i].memory + (2 << 20)))
+			i++;
+		else
+			usleep(1000);
+	}
+	uint64_t taken = now() - start;
+	for (int i = 0; i < count; i++) {
+		held[i].run->immediate_exit = 1;
+		pthread_kill(threads[i], SIGUSR1);
+	}
+	for (int i = 0; i < count; i++)
+		pthread_join(threads[i], NULL);
+	drop_clones();
+	return taken;
+}
+
 static int compare(const void *a, const void *b)
 {
 	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
@@ -254,6 +299,9 @@ int main(void)
 		} else if (sscanf(line, "clones %d %3999s %lu", &count, file, &size) == 3) {
 			prepare(file);
 			taken = clones(count, file);
+		} else if (sscanf(line, "busy %d %3999s %lu", &count, file, &size) == 3) {
+			prepare(file);
+			taken = busy(count, file);
 		} else if (sscanf(line, "rollback %d %3999s %lu", &count, file, &size) == 3) {
 			prepare(file);
 			taken = rollbacks(count, file);

@@ -75,6 +75,13 @@ def dirty_image(pages: int, stride: int) -> bytes:
     return bytes(image) + code + b"\xeb" + struct.pack("<b", -len(code) - 2)
 
 
+def busy_image() -> bytes:
+    """Memory from address 0 for a guest that counts in the 64 bits at 2 MiB, and never ends."""
+    image = dirty_image(0, 0)[:_CODE]
+    loop = b"\x48\xff\x04\x25" + struct.pack("<I", 2 * MIB)  # inc qword [2 MiB]
+    return image + loop + b"\xeb" + struct.pack("<b", -len(loop) - 2)
+
+
 def set_long_mode(vcpu: Vcpu, cpl: int) -> None:
     """Let `vcpu` start in an image of `exits_image` at privilege level 0 or 3 (with IOPL 3)."""
     sregs = vcpu.get_sregs()

@@ -15,6 +15,7 @@ from benchmarks.native import Native, clones_program
 from benchmarks.series import Progress, Series, interleave
 from vmm import HostError, Machine, MachineConfig
 from vmm.layout import GIB, MIB, PAGE_SIZE
+from vmm.machine.copies import Copies
 
 SIZES = {"128 MiB": 128 * MIB, "1 GiB": GIB, "4 GiB": 4 * GIB}
 MEMORY = 128 * MIB
@@ -32,7 +33,7 @@ def measure(progress: Progress) -> list[Series]:
     shm = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files are in memory, as in rows b, c
     with tempfile.TemporaryDirectory(prefix="vmm-bench-", dir=shm) as scratch:
         rows = []
-        for part in (_restore, _copies, _rollback, _memory, _rate):
+        for part in (_restore, _copies, _busy_copies, _rollback, _memory, _rate):
             rows += part(scratch, progress)
         return rows
 
@@ -141,6 +142,53 @@ def _copies(scratch: str, progress: Progress) -> list[Series]:
         contenders = {f"Machine.clone({COPIES})": ours, reference: theirs}
         results = interleave(contenders, REPETITIONS, progress, "copies")
     return _series(f"{COPIES} copies made, each run to its first exit", "ms", reference, results)
+
+
+def _busy_copies(scratch: str, progress: Progress) -> list[Series]:
+    """Copies of a machine whose guest counts in memory without a pause, until each has counted."""
+    path, reference = Path(scratch, "busy"), "the same in C, of a machine that does not run"
+    path.write_bytes(guests.busy_image())
+    os.truncate(path, MEMORY)
+    with Machine(MachineConfig(memory=MEMORY)) as busy, Native(clones_program()) as native:
+        busy.memory.write(0, guests.busy_image())
+        guests.set_long_mode(busy.vcpus[0], 3)
+        busy.start()
+
+        def counted(copies: Copies, first: list[int]) -> None:
+            waiting = list(zip(copies, first, strict=True))
+            while waiting:
+                time.sleep(0.001)
+                waiting = [
+                    (copy, at) for copy, at in waiting if copy.memory.read_u64(2 * MIB) == at
+                ]
+
+        def made(closing: bool) -> Sequence[float]:
+            begin = time.perf_counter()
+            copies = busy.clone(COPIES)
+            taken = time.perf_counter() - begin
+            try:
+                counted(copies, [copy.memory.read_u64(2 * MIB) for copy in copies])
+                ran = time.perf_counter() - begin
+            finally:
+                begin = time.perf_counter()
+                copies.close()
+            return [(time.perf_counter() - begin if closing else ran) * 1e3, taken * 1e3]
+
+        contenders = {
+            f"Machine.clone({COPIES})": lambda: made(closing=False),
+            "their close": lambda: made(closing=True),
+            reference: lambda: [native.ask(f"busy {COPIES} {path} {MEMORY}") / 1e6],
+        }
+        results = interleave(contenders, 5, progress, "busy copies")
+    results[f"Machine.clone({COPIES}), the call alone"] = [
+        [sample[1]] for sample in results[f"Machine.clone({COPIES})"]
+    ]
+    return _series(
+        f"{COPIES} copies of a running, busy machine, until each has counted",
+        "ms",
+        reference,
+        results,
+    )
 
 
 def _rollback(scratch: str, progress: Progress) -> list[Series]:

@@ -8,6 +8,10 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_HOST = 69
@@ -81,3 +85,21 @@ class KvmError(HostError):
         self.ioctl = ioctl
         self.errno = errno
         self.hint = hint
+
+
+def call_each(functions: Iterable[Callable[[], object]]) -> None:
+    """Call every function, also after one has raised; then raise the first error.
+
+    What the others raised is told in notes of that error (`__notes__`).
+    """
+    first: BaseException | None = None
+    for function in functions:
+        try:
+            function()
+        except BaseException as err:  # Ctrl-C too: the rest is called all the same
+            if first is None:
+                first = err
+            else:
+                first.add_note(f"and then: {type(err).__name__}: {err}")
+    if first is not None:
+        raise first

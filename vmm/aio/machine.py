@@ -11,6 +11,7 @@ from vmm.aio.thread import in_thread
 from vmm.errors import StateError
 from vmm.events import Event, Stopped
 from vmm.machine import Machine, MachineExit
+from vmm.machine.copies import Copies
 from vmm.machine.machine import UNSEEN_PATIENCE
 
 TYPE_CHECKING = False
@@ -201,22 +202,13 @@ class AsyncMachine(AsyncGuestCalls):
 
     async def clone(self, count: int = 1) -> list[AsyncMachine]:
         """See `Machine.clone`."""
-        made: list[AsyncMachine] = []
-
-        def clone() -> None:
-            made.extend(AsyncMachine(machine) for machine in self.machine.clone(count))
-
+        made = Copies()
         try:
-            await in_thread(clone)
+            await in_thread(lambda: made.extend(self.machine.clone(count)))
         except asyncio.CancelledError:
-
-            def close() -> None:  # in one call, whatever else is cancelled
-                for copy in made:
-                    copy.machine.close()
-
-            await in_thread(close)
+            await in_thread(made.close)  # in one call, whatever else is cancelled
             raise
-        return made
+        return [AsyncMachine(machine) for machine in made]
 
     async def snapshot(
         self, path: str, *, base: str | None = None, disks: str = "copy", track: bool = False

@@ -6,7 +6,7 @@ import threading
 import time
 
 from vmm.config import MachineConfig
-from vmm.errors import HostError, StateError, VmmError
+from vmm.errors import HostError, StateError, VmmError, call_each
 from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.begin import begin
@@ -37,6 +37,9 @@ CREATED = "created"
 CLOSED = "closed"
 UNSEEN_PATIENCE = 0.25
 """Seconds in which a guest that has no driver for the power button yet may look at it."""
+END_WITHIN = 0.4
+"""Seconds that `stop` and `close` wait for the machine's threads, which only a function of the
+program can hold up."""
 
 
 class Machine(ProgramCalls, GuestCalls, MomentCalls):
@@ -85,8 +88,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self.boot: BootState | None = None
         self._state = CREATED
         self._lock = threading.RLock()
+        self._telling = threading.RLock()
         self._ended = threading.Event()
         self._closers: list[Callable[[], object]] = []
+        self._handles: list[Callable[[], object]] = []
         self.platform: Platform
         self._close_platform: Callable[[], None] | None = None
         self._threads: list[VcpuThread] = []
@@ -107,12 +112,12 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         config = self.config
         origin = self.origin
         self.kvm, self.vm = kvm, vm = begin(config) if origin is None else origin.begin(config)
-        self._closers += [kvm.close, vm.close]
+        self._handles += [kvm.close, vm.close]
         if origin is None:
             self.memory = GuestMemory(config.memory, config.backing)
         else:
             self.memory = origin.map_memory(config)
-        self._closers.insert(1, self.memory.close)  # after the VM: then nobody maps it any more
+        self._handles.insert(1, self.memory.close)  # after the VM: then nobody maps it any more
         from vmm.machine.platform import Platform
 
         self.platform = Platform(self, vm)
@@ -124,7 +129,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         for number in range(config.cpus):
             vcpu = vm.create_vcpu(number)
             self._vcpus.append(vcpu)
-            self._closers.append(vcpu.close)
+            self._handles.append(vcpu.close)
             if tables is not None:
                 vcpu.set_cpuid2(tables[number])
             if self.boot is not None:
@@ -139,6 +144,17 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if origin is not None:
             origin.apply(self)
 
+    def __repr__(self) -> str:
+        """`<Machine running: vmlinuz, 1 vCPU, 256 MiB>`, and why it stopped, if it did."""
+        config, cpus = self.config, self.config.cpus
+        kernel = config.kernel or ("no kernel" if self.origin is None else "restored or copied")
+        text = f"{self._state}: {kernel}, {cpus} vCPU{'s' * (cpus > 1)}, {config.memory >> 20} MiB"
+        if self.paused_for:
+            text += f"; {self.paused_for}"
+        if self.exit is not None:
+            text += f"; {self.exit.message}"
+        return f"<{type(self).__name__} {text}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -146,33 +162,76 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self.close()
 
     def close(self) -> None:
-        """Stop the machine if it runs, and give back everything; harmless twice."""
+        """Stop the machine if it runs, and give back everything; harmless twice.
+
+        All of it is given back even if a part raises; the first such error is raised then. This
+        takes a second at most: where a function of the program that the guest has called, or a
+        listener, does not return, a ResourceWarning says so, and what that thread uses (the vCPUs,
+        RAM) is given back when it does return.
+        """
         if self._state == CLOSED:
             return
-        if self._state != CREATED:
-            self.stop()
+        self.unplug()
         if self._watchdog is not None:
-            self._watchdog.join()
-        if self._faults is not None:
-            self._faults.close()
-        self._close_all()
-        self._state = CLOSED
-        self._close_events()
+            self._watchdog.join(END_WITHIN)
+        try:
+            steps = [self._faults.close] if self._faults is not None else []
+            call_each([*steps, self._close_all])
+        finally:
+            self._state = CLOSED
+            self._close_events()
 
     def at_close(self, function: Callable[[], object]) -> None:
         """Have `function` called when the machine is closed, before its memory is."""
         self._closers.append(function)
 
     def _close_all(self) -> None:
-        if self._close_platform is not None:
+        until = time.monotonic() + END_WITHIN
+        threads = self._join_vcpus(until)
+        steps: list[Callable[[], object]] = []
+        later: list[Callable[[], object]] = []
+        platform, self._close_platform = self._close_platform, None
+        if platform is not None:
             # First: its console thread may still raise interrupts, and holds a vCPU's mapping.
-            self._close_platform()
-            self._close_platform = None
-        if self._checkpoint is not None:
-            self._checkpoint.close()
-            self._checkpoint = None
-        while self._closers:
-            self._closers.pop()()
+            devices = self.platform.end_threads(until)
+            (steps if devices else later).append(platform)
+            threads = threads and devices
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None:
+            steps.append(checkpoint.close)
+        closers, self._closers = self._closers, []
+        steps += reversed(closers)
+        handles, self._handles = self._handles, []
+        (steps if threads else later).extend(reversed(handles))
+        if later:
+            steps.append(lambda: self._close_later(later))
+        call_each(steps)
+
+    def _close_later(self, steps: list[Callable[[], object]]) -> None:
+        """A thread of the machine is in a function that does not return: have `steps` done when it
+        has returned, which may be never."""
+        import warnings
+
+        def close() -> None:
+            self._join_vcpus(None)
+            self.platform.end_threads(None)
+            call_each(steps)
+
+        threading.Thread(target=close, name="vmm-close", daemon=True).start()
+        warnings.warn(
+            f"{self!r} is closed while a function of the program, called by its guest or with an "
+            "event, has not returned; its vCPUs and memory are given back when it does",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+    def _join_vcpus(self, until: float | None) -> bool:
+        """Whether the vCPUs' threads have ended by `until`, of time.monotonic."""
+        ended = True
+        for thread in self._threads:
+            left = None if until is None else max(until - time.monotonic(), 0)
+            ended &= thread.join(left)
+        return ended
 
     # --- life cycle ---------------------------------------------------------------------------
 
@@ -239,6 +298,15 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def start(self) -> None:
         """Run: from created. Returns at once."""
+        self.start_parked()
+        self.let_go()
+
+    def start_parked(self) -> None:
+        """All of `start` but that the vCPUs run, which `let_go` has them do.
+
+        Between the two the machine counts as running. Copies of a busy machine are started so: the
+        first of them would take the processors from the start of the others.
+        """
         with self._lock:
             self.need("start", CREATED)
             self.platform.start(self._threads)
@@ -256,7 +324,14 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                 for thread in self._threads:
                     thread.resumed()
                 self.platform.resumed()
-            self._go("started")
+            self._tell("started")
+
+    def let_go(self) -> None:
+        """Have the vCPUs run, unless somebody has paused or ended the machine meanwhile."""
+        with self._lock:
+            if self._state == RUNNING:
+                for thread in self._threads:
+                    thread.request(RUNNING)
 
     def pause(self) -> None:
         """Park every vCPU; returns when all are out of KVM_RUN. From running."""
@@ -282,7 +357,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                 thread.resumed()
             self._state = RUNNING
             self.paused_for = ""
-            self._go("resumed")
+            self._tell("resumed")
+            self.let_go()  # after that was told: what the vCPUs do comes after it
         self.platform.resumed()
 
     @property
@@ -312,8 +388,16 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
             self.paused_for = why
             self._tell("paused", why)
 
+    def unplug(self) -> None:
+        """End the machine, if it has started, without waiting for its vCPUs, as `stop` does."""
+        if self._state not in (CREATED, CLOSED):
+            self.end(MachineExit(exits.STOPPED, "stopped by the monitor"))
+
     def stop(self) -> MachineExit:
-        """End the machine now, as pulling the plug; why it ended (maybe before) is returned."""
+        """End the machine now, as pulling the plug; why it ended (maybe before) is returned.
+
+        A function of the program that the guest has called is waited for, but not for long.
+        """
         if self._state != CLOSED:
             self.end(MachineExit(exits.STOPPED, "stopped by the monitor"))
         elif self.exit is None:
@@ -384,8 +468,11 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         return self.exit
 
     def revive(self) -> None:
-        """From stopped to paused, with new threads, which park."""
+        """From stopped to paused, with new threads, which park. StateError where one of the former
+        has not ended."""
         self._join()
+        if not self._join_vcpus(time.monotonic()):
+            raise StateError("a function of the program that the guest called has not returned")
         if self._watchdog is not None:
             self._watchdog.join()
             self._watchdog = None
@@ -406,7 +493,9 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         """The machine is over; the first reason given stays. From any thread."""
         if self.doubt is not None:
             reason = self.doubt() or reason
-        with self._lock:
+        # Whoever has the lock for long is in a listener that does not return.
+        locked = self._lock.acquire(timeout=END_WITHIN)
+        try:
             if self.exit is not None:
                 return
             self.exit = reason
@@ -416,6 +505,9 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                 thread.request(STOPPED)
             if self._watchdog is not None:
                 self._watchdog.cancel()
+        finally:
+            if locked:
+                self._lock.release()
         try:
             self._tell("stopped", reason)
         finally:
@@ -475,13 +567,6 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if self._state != state:
             raise StateError(f"{call}: the machine is {self._state}, not {state}")
 
-    def _go(self, event: str) -> None:
-        """Tell `event`, then let the vCPUs run: what they do comes after it."""
-        self._tell(event)
-        if self._state == RUNNING:  # a listener may have paused or ended it
-            for thread in self._threads:
-                thread.request(RUNNING)
-
     def _watch(self) -> None:
         """Have the time limit kept, whether or not anybody waits for the end."""
         limit = self.config.timeout
@@ -495,8 +580,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def _join(self) -> None:
         if self._state == CLOSED:
             return
-        for thread in self._threads:
-            thread.join()
+        self._join_vcpus(time.monotonic() + END_WITHIN)
         self.platform.flush(wait=True)  # not for long: a stuck reader is given up on at the end
         self.console.close()
 

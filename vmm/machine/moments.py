@@ -8,6 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
 
+    from vmm.machine.copies import Copies
     from vmm.machine.machine import Machine
     from vmm.snapshot.checkpoint import Checkpoint
 
@@ -136,12 +137,13 @@ class MomentCalls:
         if running and machine.state == "paused":
             machine.resume()
 
-    def clone(self, count: int = 1) -> list[Machine]:
-        """Copies of the machine as it is now, each a `Machine` to be closed by the caller.
+    def clone(self, count: int = 1) -> Copies:
+        """Copies of the machine as it is now: a list of machines, to be closed by the caller.
 
         From created, running (parked meanwhile) or paused. Copies of a running machine run, others
-        wait for `start`. Memory is shared until somebody writes to it. See docs/clones.md for what
-        each has for its own.
+        wait for `start`. The list has `start` and `close` for all of them at once, which is much
+        quicker for many busy ones, and is a context manager. Memory is shared until somebody
+        writes to it. See docs/clones.md for what each has for its own.
 
         Raises:
             StateError: it is stopped or closed, or has something there can be only one of.

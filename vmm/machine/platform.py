@@ -13,7 +13,7 @@ from vmm.devices.power import AcpiPower
 from vmm.devices.pvpanic import PvPanic
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
-from vmm.errors import StateError
+from vmm.errors import StateError, call_each
 from vmm.kvm import constants
 from vmm.machine import exits
 from vmm.machine.coalescing import ConsoleCoalescing
@@ -313,18 +313,27 @@ class Platform:
         if self.agent is not None:
             self.agent.revive()
 
+    def end_threads(self, until: float | None) -> bool:
+        """Whether the devices' threads have ended by `until`, of time.monotonic; they are told to.
+
+        One has not where it is in a function of the program that does not return."""
+        if self.virtio is None:
+            return True
+        self.virtio.end()
+        return self.virtio.join(until)
+
     def close(self) -> None:
-        """Give back what the devices hold, and the terminal."""
+        """Give back what the devices hold, and the terminal; all of it, whatever raises."""
+        steps: list[Callable[[], object]] = []
         if self._coalescing is not None:
-            self._coalescing.close()
+            steps.append(self._coalescing.close)
         if self.virtio is not None:
-            self.virtio.close()
-        self.uart.flush()
-        self.console.close()
-        for device in self.pio.devices() + self.mmio.devices():
-            device.close()
+            steps.append(self.virtio.close)
+        steps += [self.uart.flush, self.console.close]
+        steps += [device.close for device in self.pio.devices() + self.mmio.devices()]
         if self.agent is not None:
-            self.agent.close()
+            steps.append(self.agent.close)
+        call_each(steps)
 
     # --- called by devices ------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ NOTES_MAX = 100
 class ProgramCalls:
     """Events, and functions of the program that the guest calls."""
 
-    _lock: threading.RLock
+    _telling: threading.RLock
+    """Held while events are noted, and while the one of `listen` is told; not while others are."""
     _closers: list[Callable[[], object]]
 
     @property
@@ -82,7 +83,7 @@ class ProgramCalls:
 
     @property
     def _events(self) -> EventHub:
-        with self._lock:
+        with self._telling:
             if self._hub is None:
                 from vmm.machine.event_hub import EventHub
 
@@ -103,11 +104,11 @@ class ProgramCalls:
         It is called in the thread the event happens in and must not block. Once this has returned,
         the former listener is not called.
         """
-        with self._lock:
+        with self._telling:
             self._listener = listener
 
     def _tell(self, event: str, *arguments: object) -> None:
-        with self._lock:
+        with self._telling:
             if self._listener is not None:
                 self._listener(event)
             hub = self._hub

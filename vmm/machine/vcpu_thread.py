@@ -129,17 +129,26 @@ class VcpuThread:
                 raise
 
     def wait_parked(self) -> None:
-        """Wait until the vCPU is out of KVM_RUN, parked or ended."""
+        """Wait until the vCPU is out of KVM_RUN and parked, or the machine has ended."""
         if self._thread.ident == threading.get_ident():
             return
         with self._cond:
-            while not self._parked:
+            while not self._parked and self._want != STOPPED:
                 self._cond.wait()
 
-    def join(self) -> None:
-        """Wait for the thread to end."""
-        if self._thread.ident not in (None, threading.get_ident()):
-            self._thread.join()
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended within `timeout` seconds, or never began.
+
+        Where only the host is slow, it has longer; see `vmm.held_up`.
+        """
+        if self._thread.ident in (None, threading.get_ident()):
+            return True
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        from vmm import held_up
+
+        return held_up.join(self._thread)
 
     @property
     def is_current(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from vmm import layout
 from vmm.errors import UsageError
 from vmm.virtio import mmio
@@ -120,16 +122,31 @@ class VirtioDevices:
         for transport in reversed(self.transports):
             transport.device.release()
 
-    def close(self) -> None:
-        """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""
+    def end(self) -> None:
+        """Have the threads that serve queues end, without waiting for that."""
         for transport in self.transports:
             transport.device.quiet = True  # its thread goes no further than the next request
-        threads, self._threads = self._threads, []
-        for thread in threads:
-            thread.close()
+        for thread in self._threads:
+            thread.end()
         if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+            self._loop.end()
+
+    def join(self, until: float | None = None) -> bool:
+        """Whether these threads have ended by `until`, of time.monotonic."""
+        ended = True
+        for thread in (*self._threads, *([self._loop] if self._loop is not None else ())):
+            left = None if until is None else max(until - time.monotonic(), 0)
+            ended &= thread.join(left)
+        return ended
+
+    def close(self) -> None:
+        """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""
+        self.end()
+        self.join()
+        self._threads = []
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
 
 
 class MmioDevices(VirtioDevices):

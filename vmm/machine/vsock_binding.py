@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 from vmm.errors import StateError, UsageError
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 CONNECTIONS_MAX = 256
 """Connections of one port at a time; what a guest asks for beyond is closed at once."""
-PATIENCE = 10.0
-"""Seconds a handler has to return once its machine is closed."""
+PATIENCE = 0.4
+"""Seconds the handlers have to return once their machine is closed; one that does not goes on."""
 
 
 def device_of(machine: Machine) -> Vsock:
@@ -88,9 +89,10 @@ class VsockServer:
         self._leave()
         self._closed = True
         self._end()
+        until = time.monotonic() + PATIENCE
         for thread in list(self._threads):
             if thread is not threading.current_thread():
-                thread.join(PATIENCE)
+                thread.join(max(until - time.monotonic(), 0))
 
     def _stopped(self, event: Event) -> None:
         self._end()

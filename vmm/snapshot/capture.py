@@ -43,6 +43,7 @@ def quiesced(machine: Machine) -> Iterator[None]:
     """
     _need(machine, "snapshot")
     machine.wait_parked()
+    _need(machine, "snapshot")  # it may have ended meanwhile
     virtio = machine.platform.virtio
     if virtio is not None:
         virtio.hold()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vmm.errors import UsageError
 from vmm.machine.begin import begin
+from vmm.machine.copies import Copies
 from vmm.machine.machine import Machine
 from vmm.machine.origin import Origin
 from vmm.memory import GuestMemory, point
@@ -36,7 +37,7 @@ AHEAD = 64
 """VMs begun before the one that is finished; each takes two descriptors."""
 
 
-def clone(machine: Machine, numbers: Sequence[int], *, checkpoint: bool) -> list[Machine]:
+def clone(machine: Machine, numbers: Sequence[int], *, checkpoint: bool) -> Copies:
     """See `Machine.clone`; `numbers` are the copies', `checkpoint`: the machine has one."""
     if not numbers:
         raise UsageError("clone: 0 copies; at least 1")
@@ -44,18 +45,16 @@ def clone(machine: Machine, numbers: Sequence[int], *, checkpoint: bool) -> list
     running = machine.state == "running"
     source = Source(machine, checkpoint)
     begun: list[tuple[Kvm, Vm]] = []
-    made: list[Machine] = []
+    made = Copies()
     try:
         for place, config in enumerate(configs):
             for each in configs[place + len(begun) : place + AHEAD]:
                 begun.append(begin(each))
             made.append(Machine(config, origin=Copy(source, begun.pop(0))))
         if running:
-            for each_made in made:
-                each_made.start()
+            made.start()
     except BaseException:
-        for each_made in made:
-            each_made.close()
+        made.close()
         for kvm, vm in begun:
             vm.close()
             kvm.close()

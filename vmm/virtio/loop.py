@@ -58,13 +58,29 @@ class DeviceLoop:
         self._fds.append(fd)
         self.call(lambda: self.loop.add_reader(fd, ready))
 
+    def end(self) -> None:
+        """Have the loop stop, without waiting for its thread."""
+        if self._thread.is_alive():
+            self.call(self.loop.stop)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended within `timeout` seconds.
+
+        Where only the host is slow, it has longer; see `vmm.held_up`.
+        """
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        from vmm import held_up
+
+        return held_up.join(self._thread)
+
     def close(self) -> None:
         """Stop the loop and wait for its thread; tasks left are cancelled. Harmless twice."""
         if self.loop.is_closed():
             return
-        if self._thread.is_alive():
-            self.call(self.loop.stop)
-            self._thread.join()
+        self.end()
+        self.join()
         for fd in self._fds:
             self.loop.remove_reader(fd)
         tasks = asyncio.all_tasks(self.loop)

@@ -44,9 +44,26 @@ class QueueThread:
         except BaseException as err:  # a bug of ours: the machine ends, the process does not
             self._failed(err)
 
-    def close(self) -> None:
-        """End the thread; the descriptor stays open."""
+    def end(self) -> None:
+        """Have the thread end, without waiting for that; the descriptor stays open."""
         self._ended = True
         os.eventfd_write(self._fd, 1)
-        if threading.get_ident() != self._thread.ident:
-            self._thread.join()
+
+    def close(self) -> None:
+        """End the thread, and wait for that; the descriptor stays open."""
+        self.end()
+        self.join()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended within `timeout` seconds; also in that thread itself.
+
+        Where only the host is slow, it has longer; see `vmm.held_up`.
+        """
+        if threading.get_ident() == self._thread.ident:
+            return True
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        from vmm import held_up
+
+        return held_up.join(self._thread)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,19 @@ def make_initrd(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    """A disk of 8 MiB whose blocks are 4 KiB; a file `backing` is under it."""
+    backing = tmp_path / "backing"
+    backing.write_bytes(bytes(8 << 20))
+    made = subprocess.run(
+        ["losetup", "--sector-size", "4096", "--find", "--show", str(backing)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
+from tests.support.virtio_driver import Driver
+from tests.test_virtio_blk import request
 from vmm.block.drive import Drive
 from vmm.block.overlay import Overlay
 from vmm.block.raw import RawImage
 from vmm.errors import HostError, UsageError
-from vmm.virtio import blk
+from vmm.virtio import blk, mmio
 from vmm.virtio.blk import Block
 
 DEFAULTS = {
     "readonly": False, "format": "", "serial": "", "cache": "writeback", "queues": 1,
-    "snapshot": False, "werror": "report", "bps": 0, "burst": 0, "iops": 0, "iops_burst": 0,
+    "snapshot": False, "werror": "report", "discard": "unmap", "backing": (), "data_file": "",
+    "logical_block_size": 512, "physical_block_size": 0, "bps": 0, "burst": 0,
+    "iops": 0, "iops_burst": 0,
 }  # fmt: skip
 
 
@@ -41,6 +46,16 @@ DEFAULTS = {
         ("x,cache=none,queues=16", "x", {"cache": "none", "queues": 16}),
         ("x,cache=unsafe,queues=01", "x", {"cache": "unsafe"}),
         ("x,werror=stop", "x", {"werror": "stop"}),
+        ("x,format=qcow2,werror=stop", "x", {"format": "qcow2", "werror": "stop"}),
+        ("x,format=vdi,serial=1,snapshot", "x",
+         {"format": "vdi", "serial": "1", "snapshot": True}),
+        ("x,discard=on", "x", {}),
+        ("x,discard=ignore", "x", {"discard": "off"}),
+        ("x,format=qcow2,backing=a,backing=b,,c", "x",
+         {"format": "qcow2", "backing": ("a", "b,c")}),
+        ("x,format=vmdk,data-file=y", "x", {"format": "vmdk", "data_file": "y"}),
+        ("x,logical-block-size=4096", "x", {"logical_block_size": 4096}),
+        ("x,physical-block-size=512", "x", {"physical_block_size": 512}),
         ("x,bps=10M", "x", {"bps": 10 << 20}),
         ("x,iops=1000,iops-burst=2K", "x", {"iops": 1000, "iops_burst": 2048}),
         ("x,bps=1,burst=9,format=raw", "x", {"bps": 1, "burst": 9, "format": "raw"}),
@@ -63,7 +78,8 @@ def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
         (
             "x,read-only",
             "--drive x,read-only: 'read-only' is not one of readonly, snapshot, format=, serial=, "
-            "cache=, queues=, werror=, bps=, burst=, iops=, iops-burst=",
+            "cache=, queues=, werror=, discard=, backing=, data-file=, logical-block-size=, "
+            "physical-block-size=, bps=, burst=, iops=, iops-burst=",
         ),
         ("x,", "--drive x,: '' is not one of readonly, "),
         ("x,cache", "--drive x,cache: 'cache' is not one of readonly, "),
@@ -89,9 +105,19 @@ def test_what_is_said(text: str, path: str, values: dict[str, object]) -> None:
         ("x,serial=123456789012345678901", "is not up to 20 ASCII characters"),
         ("x,serial=\u00e9", "is not up to 20 ASCII characters"),
         ("x,serial=a\tb", r"--drive x: serial='a\tb' is not up to 20 ASCII characters"),
-        ("x,format=qcow2,serial=1", "--drive x: serial= works with format=raw only"),
-        ("x,format=qcow2,snapshot", "--drive x: snapshot works with format=raw only"),
-        ("x,format=qcow2,werror=stop", "--drive x: werror=stop works with format=raw only"),
+        ("x,format=luks", "format=luks: a LUKS volume is a raw disk, which the guest itself"),
+        ("x,discard=maybe", "--drive x: discard=maybe is not one of unmap, off"),
+        ("x,backing=y", "backing= goes with format=qcow2, qcow, qed or vmdk"),
+        ("x,format=vdi,backing=y", "backing= goes with format=qcow2, qcow, qed or vmdk"),
+        ("x,format=vdi,data-file=y", "--drive x: data-file= goes with format=qcow2 or vmdk"),
+        ("x,backing=", "--drive x,backing=: nothing after backing="),
+        ("x,logical-block-size=513", "logical-block-size=513 is not one of 512, 1024, 2048, 4096"),
+        ("x,logical-block-size=8192", "logical-block-size=8192 is not one of 512, 1024, 2048"),
+        ("x,physical-block-size=4k", "physical-block-size=4k is not one of 512, 1024, 2048, 4096"),
+        (
+            "x,logical-block-size=4096,physical-block-size=512",
+            "physical-block-size=512 is less than logical-block-size=4096",
+        ),
     ],
 )
 def test_what_cannot_be_said(text: str, line: str) -> None:
@@ -151,3 +177,35 @@ def test_another_format_has_to_be_said(path: Path, words: str) -> None:
         Drive.parse(f"{path}{words}").open(0)
     assert os.listdir("/proc/self/fd") == before
     Drive.parse(f"{path},format=raw{words}").open(0).close()
+
+
+def test_discard_off_is_not_offered(path: Path) -> None:
+    """And a driver that asks all the same is told that there is no such request."""
+    disk = Drive.parse(f"{path},discard=off").open(0)
+    with Driver(disk) as driver:
+        assert not driver.features >> blk.F_DISCARD & 1
+        assert driver.features >> blk.F_WRITE_ZEROES & 1
+        assert driver.read(mmio.CONFIG + 0x38) & 0xFF == 0  # write_zeroes_may_unmap
+        out = struct.pack("<QII", 0, 8, 0)
+        assert request(driver, blk.T_DISCARD, out=out)[0] == blk.S_UNSUPP
+        assert request(driver, blk.T_WRITE_ZEROES, out=out)[0] == blk.S_OK
+    disk.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "logical", "exponent"),
+    [("", 512, 3), (",logical-block-size=4096", 4096, 0), (",physical-block-size=512", 512, 0),
+     (",logical-block-size=1024,physical-block-size=2048", 1024, 1)],
+)  # fmt: skip
+def test_block_sizes(path: Path, words: str, logical: int, exponent: int) -> None:
+    disk = Drive.parse(f"{path}{words}").open(0)
+    assert isinstance(disk, Block)
+    assert struct.unpack_from("<IB", disk.config, 20) == (logical, exponent)
+    assert struct.unpack_from("<Q", disk.config)[0] == path.stat().st_size // 512
+    disk.close()
+    path.write_bytes(bytes(512 * 9))
+    if logical > 512:
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(UsageError, match="4608 bytes is not whole blocks of logical-block-si"):
+            Drive.parse(f"{path}{words}").open(0)
+        assert os.listdir("/proc/self/fd") == before

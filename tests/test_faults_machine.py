@@ -427,7 +427,7 @@ def test_what_a_machine_does_not_have(machine: Make, disk: Path) -> None:
 )
 def test_a_disk_that_another_process_serves(machine: Make, qcow2: Callable[..., str]) -> None:
     with machine(drives=[f"{qcow2(MIB)},format=qcow2"]) as m:
-        with pytest.raises(StateError, match="only drives with format=raw have faults"):
+        with pytest.raises(StateError, match="or with serial=, has faults"):
             m.faults.disk(0)
         with pytest.raises(StateError, match="qemu-storage-daemon serves it"):
             m.faults.volatile()

@@ -198,7 +198,15 @@ class MachineConfig:
             return ()
         from vmm.virtio.fs import Share
 
-        return tuple(Share.parse(share) if isinstance(share, str) else share for share in shares)
+        made = tuple(Share.parse(share) if isinstance(share, str) else share for share in shares)
+        tags = [share.tag for share in made]
+        for share in made:
+            if tags.count(share.tag) > 1:
+                raise UsageError(
+                    f"--fs {share.path}: tag={share.tag} is given twice; the guest mounts a "
+                    "directory by its tag, so each needs its own"
+                )
+        return made
 
     @staticmethod
     def _vhost_user_blks(disks: Sequence[str | VhostUserBlk]) -> tuple[VhostUserBlk, ...]:

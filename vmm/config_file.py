@@ -210,7 +210,7 @@ def _join(base: str, path: str) -> str:
 
 PARTS = ("drives", "nets", "ports", "shares", "vhost_user_blks")
 PATHS = {
-    "drives": ("path",),
+    "drives": ("path", "data_file", "backing"),
     "nets": ("pcap",),
     "ports": ("socket", "file"),
     "shares": ("path",),
@@ -254,11 +254,15 @@ def _part(key: str, value: object, base: str) -> object:
         value = _text_as_table(key, value, base)
     assert isinstance(value, dict)
     paths = (*PATHS[key], "name") if value.get("kind") == "socket" else PATHS[key]
-    made = {
-        name: _join(base, item) if name in paths and isinstance(item, str) else item
-        for name, item in value.items()
-    }
+    made = {name: _based(base, item) if name in paths else item for name, item in value.items()}
     return kind(**made)
+
+
+def _based(base: str, item: object) -> object:
+    """A path, or a list of them, taken from `base`; anything else as it is."""
+    if isinstance(item, (list, tuple)):
+        return [_based(base, each) for each in item]
+    return _join(base, item) if isinstance(item, str) else item
 
 
 def _text_as_table(key: str, text: str, base: str) -> dict[str, object]:

@@ -6,7 +6,8 @@ and of the parts; a test compares the two.
 
 from __future__ import annotations
 
-from vmm.block.drive import CACHES, FORMATS, QUEUES_MAX, WERRORS
+from vmm.block.drive import CACHES, DISCARDS, QUEUES_MAX, WERRORS
+from vmm.block.probe import FORMATS
 from vmm.config import BOOT_MODES, MAX_CPUS, ON_PANIC, TRANSPORTS
 from vmm.errors import UsageError
 from vmm.net.config import KINDS, VHOSTS
@@ -75,6 +76,11 @@ DRIVE = {
     "queues": _number("request queues", 1, QUEUES_MAX, 1),
     "snapshot": _flag("what the guest writes goes with the machine"),
     "werror": _text("what a full host file system does", "report", enum=list(WERRORS)),
+    "discard": _text("off: the image keeps its space", "unmap", enum=list(DISCARDS)),
+    "backing": _list("files that the image lies over, the nearest first", {"type": "string"}),
+    "data_file": _text("a qcow2 image's data, or a VMDK descriptor's extents", ""),
+    "logical_block_size": _number("bytes of the smallest request", 512, 4096, 512),
+    "physical_block_size": _number("bytes to keep to; 0: 4096", 0, 4096, 0),
     "bps": _size("limit a second", 0),
     "burst": _size("what may come at once after a pause", 0),
     "iops": _number("requests a second, at most", 0, RATE_MAX, 0),

@@ -7,6 +7,7 @@ is in its memory, or in a file without a name, and is gone with it.
 from __future__ import annotations
 
 import os
+import shlex
 
 from vmm.errors import UsageError
 
@@ -63,6 +64,14 @@ class Root:
             self.wanted.append("overlay")
 
 
+def image_format(path: str) -> str:
+    """The format of an image, by its mark."""
+    from vmm.block.probe import detect
+
+    with open(path, "rb", buffering=0) as file:
+        return detect(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
 def file_system(path: str) -> str:
     """The file system in an image, as mount(8) calls it. Raises UsageError."""
     try:
@@ -75,9 +84,11 @@ def file_system(path: str) -> str:
     for offset, magic, name in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return name
-    if head[:4] == b"QFI\xfb":
+    format = image_format(path)
+    if format != "raw":
         raise UsageError(
-            f"--root {path} is a qcow2 image; make it raw: qemu-img convert -O raw {path} root.img"
+            f"--root {path} is a {format} image; make it raw: "
+            f"qemu-img convert -O raw {shlex.quote(path)} root.img"
         )
     known = ", ".join(name for _, _, name in _MAGIC)
     if head[510:512] == b"\x55\xaa":

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from vmm.block.probe import FORMATS, LAYERED
 from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.block.nbd import NbdImage
     from vmm.block.overlay import Overlay
+    from vmm.block.raw import RawImage
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.rate import Rate
 
 FLAGS = ("readonly", "snapshot")
-KEYS = ("format", "serial", "cache", "queues", "werror")
+KEYS = (
+    "format", "serial", "cache", "queues", "werror", "discard", "backing", "data-file",
+    "logical-block-size", "physical-block-size",
+)  # fmt: skip
 LIMITS = ("bps", "burst", "iops", "iops-burst")
 """See `vmm.virtio.rate`."""
-FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi", "vpc", "qed", "parallels")
-"""The last seven by qemu-storage-daemon."""
 CACHES = ("writeback", "none", "unsafe")
 WERRORS = ("report", "stop")
+DISCARDS = {"unmap": "unmap", "on": "unmap", "off": "off", "ignore": "off"}
+"""What may be said, QEMU's words among it, and what it means."""
+BLOCK_SIZES = (512, 1024, 2048, 4096)
 QUEUES_MAX = 16
 
 
@@ -35,6 +44,15 @@ class Drive:
         snapshot: the image is only read; what the guest writes goes with the machine.
         werror: what happens when there is no space left for a write: `report` it to the guest, or
             `stop`: the machine is paused, and does it again when it goes on.
+        discard: `unmap`: the space of what the guest discards goes back to the host; `off`: the
+            image keeps its space, and the guest is not offered discards.
+        backing: the files that the image's header names as its backing file, that one's, and so
+            on; a header's word alone does not have them opened.
+        data_file: the same for the file with a qcow2 image's data, or with a VMDK descriptor's
+            extents (or their directory).
+        logical_block_size: bytes of the smallest request a guest makes: 512, 1024, 2048 or 4096.
+        physical_block_size: bytes that the guest is told to keep to where it can: one of those, and
+            at least the logical one; 0: 4096.
         bps, iops: bytes and requests a second, both directions together: numbers, or text as
             `10M`; 0: no limit.
         burst, iops_burst: what may come at once after a pause; 0: a tenth of a second's worth.
@@ -44,13 +62,18 @@ class Drive:
     """
 
     __slots__ = (
+        "backing",
         "bps",
         "burst",
         "cache",
+        "data_file",
+        "discard",
         "format",
         "iops",
         "iops_burst",
+        "logical_block_size",
         "path",
+        "physical_block_size",
         "queues",
         "rate",
         "readonly",
@@ -70,6 +93,11 @@ class Drive:
         queues: int = 1,
         snapshot: bool = False,
         werror: str = "report",
+        discard: str = "unmap",
+        backing: str | Sequence[str] = (),
+        data_file: str = "",
+        logical_block_size: int = 512,
+        physical_block_size: int = 0,
         bps: int | str = 0,
         burst: int | str = 0,
         iops: int | str = 0,
@@ -83,6 +111,11 @@ class Drive:
         self.queues = queues
         self.snapshot = snapshot
         self.werror = werror
+        self.discard = DISCARDS.get(discard, discard)
+        self.backing = (backing,) if isinstance(backing, str) else tuple(map(str, backing))
+        self.data_file = str(data_file)
+        self.logical_block_size = logical_block_size
+        self.physical_block_size = physical_block_size
         limits = (bps, burst, iops, iops_burst)
         self.rate: Rate | None = None
         self.bps = self.burst = self.iops = self.iops_burst = 0
@@ -95,25 +128,49 @@ class Drive:
             raise UsageError("--drive: no path; say --drive disk.img")
         if "\0" in self.path:
             raise UsageError(f"--drive {self.path!r} has a NUL character in it")
+        if format == "luks":
+            raise UsageError(
+                f"--drive {path}: format=luks: a LUKS volume is a raw disk, which the guest itself "
+                "unlocks; say format=raw, or leave format out"
+            )
         if format and format not in FORMATS:
             raise UsageError(f"--drive {path}: format={format} is not one of {', '.join(FORMATS)}")
         if werror not in WERRORS:
             raise UsageError(f"--drive {path}: werror={werror} is not one of {', '.join(WERRORS)}")
-        if self.external:
-            given = (("serial=", serial), ("snapshot", snapshot), ("werror=stop", werror == "stop"))
-            for name, value in given:
-                if value:
-                    raise UsageError(f"--drive {path}: {name} works with format=raw only")
-            if 0 < self.burst < self.bps or 0 < self.iops_burst < self.iops:
-                raise UsageError(
-                    f"--drive {path}: with format={format} a burst is a second's worth at least"
-                )
+        if self.discard not in ("unmap", "off"):
+            raise UsageError(f"--drive {path}: discard={discard} is not one of unmap, off")
+        if self.backing and format not in LAYERED:
+            raise UsageError(
+                f"--drive {path}: backing= goes with format={', '.join(LAYERED[:-1])} or "
+                f"{LAYERED[-1]}"
+            )
+        if self.data_file and format not in ("qcow2", "vmdk"):
+            raise UsageError(f"--drive {path}: data-file= goes with format=qcow2 or vmdk")
+        self._check_blocks()
+        if self.external and (0 < self.burst < self.bps or 0 < self.iops_burst < self.iops):
+            raise UsageError(
+                f"--drive {path}: with format={format} a burst is a second's worth at least"
+            )
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
         if len(serial) > 20 or not serial.isascii() or not serial.isprintable():
             raise UsageError(f"--drive {path}: serial={serial!r} is not up to 20 ASCII characters")
         if not 1 <= queues <= QUEUES_MAX:
             raise UsageError(f"--drive {path}: queues={queues} is not from 1 to {QUEUES_MAX}")
+
+    def _check_blocks(self) -> None:
+        logical, physical = self.logical_block_size, self.physical_block_size
+        for name, size in (("logical", logical), ("physical", physical or 4096)):
+            if size not in BLOCK_SIZES:
+                raise UsageError(
+                    f"--drive {self.path}: {name}-block-size={size} is not one of "
+                    f"{', '.join(map(str, BLOCK_SIZES))}"
+                )
+        if 0 < physical < logical:
+            raise UsageError(
+                f"--drive {self.path}: physical-block-size={physical} is less than "
+                f"logical-block-size={logical}"
+            )
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
@@ -131,8 +188,14 @@ class Drive:
         """From the command line. A comma in the path is written twice, as in QEMU."""
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
         values: dict[str, str] = {}
+        backing: list[str] = []
         for word in words[1:]:
             key, equals, value = word.partition("=")
+            if key == "backing" and equals:
+                if not value:
+                    raise UsageError(f"--drive {text}: nothing after backing=")
+                backing.append(value)
+                continue
             if key in FLAGS:
                 if value not in ("", "on", "off"):
                     raise UsageError(f"--drive {text}: {key}={value} is not on or off")
@@ -145,8 +208,22 @@ class Drive:
         queues = values.get("queues", "1")
         if not queues.isdecimal() or len(queues) > 4:
             raise UsageError(f"--drive {text}: queues={queues} is not from 1 to {QUEUES_MAX}")
+        sizes = []
+        for key, default in (("logical-block-size", "512"), ("physical-block-size", "0")):
+            value = values.get(key, default)
+            if value != default and value not in map(str, BLOCK_SIZES):
+                raise UsageError(
+                    f"--drive {text}: {key}={value} is not one of "
+                    f"{', '.join(map(str, BLOCK_SIZES))}"
+                )
+            sizes.append(int(value))
         return cls(
             words[0],
+            discard=values.get("discard", "unmap"),
+            backing=backing,
+            data_file=values.get("data-file", ""),
+            logical_block_size=sizes[0],
+            physical_block_size=sizes[1],
             readonly=values.get("readonly", "off") != "off",
             snapshot=values.get("snapshot", "off") != "off",
             werror=values.get("werror", "report"),
@@ -161,9 +238,17 @@ class Drive:
         )
 
     @property
-    def external(self) -> bool:
-        """Another process serves it, so guest memory must be shared."""
+    def foreign(self) -> bool:
+        """Its format is one that qemu-storage-daemon reads and writes."""
         return self.format not in ("", "raw")
+
+    @property
+    def external(self) -> bool:
+        """Another process serves the guest's queues, so guest memory must be shared. With what such
+        a process does not know (a serial number, for one) this process serves them."""
+        ours = self.serial or self.snapshot or self.werror == "stop" or self.discard == "off"
+        sizes = self.logical_block_size != 512 or self.physical_block_size
+        return self.foreign and not ours and not sizes
 
     def open(self, number: int) -> VirtioDevice:
         """The device, with its image open and locked. Raises UsageError, HostError."""
@@ -171,18 +256,15 @@ class Drive:
             from vmm.block.storage_daemon import open_disk
 
             return open_disk(self, f"blk{number}")
-        from vmm.block.raw import RawImage, probe
         from vmm.virtio.blk import Block
 
-        keep = self.readonly or self.snapshot
-        base = RawImage(self.path, readonly=keep, cache=self.cache)
-        image: RawImage | Overlay = base
+        base = self._image()
+        image: RawImage | NbdImage | Overlay = base
         try:
-            found = "raw" if self.format else probe(self.path)
-            if found != "raw":
+            if image.size % self.logical_block_size:
                 raise UsageError(
-                    f"--drive {self.path}: this looks like a {found} image; say "
-                    f"{self.path},format={found} (or format=raw, if it only looks so)"
+                    f"--drive {self.path}: {image.size} bytes is not whole blocks of "
+                    f"logical-block-size={self.logical_block_size}"
                 )
             if self.snapshot and not self.readonly:
                 from vmm.block.overlay import Overlay
@@ -196,8 +278,50 @@ class Drive:
             serial=self.serial,
             queues=self.queues,
             stop_when_full=self.werror == "stop",
+            discard=self.discard != "off",
+            block_size=self.logical_block_size,
+            physical_size=self.physical_block_size or 4096,
             name=f"blk{number}",
         )
         if self.rate:
             self.rate.apply(disk.limit)
         return disk
+
+    def _image(self) -> RawImage | NbdImage:
+        readonly = self.readonly or self.snapshot
+        if self.foreign:
+            from vmm.block.storage_daemon import open_image
+
+            return open_image(self)
+        from vmm.block.raw import RawImage
+
+        return RawImage(
+            self.path,
+            readonly=readonly,
+            cache=self.cache,
+            format=self.format,
+            discard=self.discard,
+        )
+
+
+def check_once(drives: Sequence[Drive]) -> None:
+    """UsageError where two of `drives` are one image, by whatever names, and one writes to it."""
+    import os
+    import stat
+
+    found: dict[object, Drive] = {}
+    for drive in drives:
+        try:
+            info = os.stat(drive.path)
+        except OSError:
+            continue  # whoever opens it tells of it
+        device = stat.S_ISBLK(info.st_mode)
+        key = info.st_rdev if device else (info.st_dev, info.st_ino)
+        other = found.setdefault(key, drive)
+        kept = all(each.readonly or each.snapshot for each in (drive, other))
+        if other is not drive and not kept:
+            same = "given twice" if drive.path == other.path else f"the image of {other.path} too"
+            raise UsageError(
+                f"--drive {drive.path}: {same}; two disks that write to one image destroy it: "
+                "give each readonly or snapshot, or one of them a copy"
+            )

@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.block.nbd import NbdImage
     from vmm.block.raw import RawImage
 
 
@@ -23,7 +24,7 @@ class Frozen:
 
     readonly = True
 
-    def __init__(self, image: RawImage | Overlay) -> None:
+    def __init__(self, image: RawImage | NbdImage | Overlay) -> None:
         self.image = image
         self.path: str = image.path
         self.size: int = image.size

@@ -14,6 +14,8 @@ import struct
 import time
 from contextlib import suppress
 
+from vmm.errors import HostError
+
 F_OFD_GETLK, F_OFD_SETLK = 36, 37
 """Linux, include/uapi/asm-generic/fcntl.h: locks of the open file, not of the process."""
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
@@ -65,6 +67,14 @@ def wait_free(path: str, *, write: bool, within: float) -> None:
                 time.sleep(0.01)
         finally:
             os.close(fd)
+
+
+def in_use(path: str, fd: int, *, write: bool) -> HostError:
+    """What to say where the image, open as `fd`, cannot be locked."""
+    other = "end it" if not write else "end it, or give this machine a copy"
+    if write and free(fd, write=False):  # they only read it
+        other = f"end it, or say {path.replace(',', ',,')},readonly"
+    return HostError(f"--drive {path}: another process uses this image; {other}")
 
 
 def _needed(write: bool) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vmm.block.frozen import Frozen
+    from vmm.block.nbd import NbdImage
 
 CLUSTER = 64 << 10
 """Bytes. Large enough that the bitmap of 1 TiB is 2 MiB, small enough to be copied in no time."""
@@ -38,7 +39,7 @@ class Overlay:
 
     readonly = False
 
-    def __init__(self, base: RawImage | Frozen, *, directory: str = "") -> None:
+    def __init__(self, base: RawImage | NbdImage | Frozen, *, directory: str = "") -> None:
         self.base = base
         self.path: str = base.path
         self.size: int = base.size

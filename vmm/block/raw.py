@@ -8,12 +8,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import struct
 
-from vmm.block.lock import lock
+from vmm.block.host_file import HostFile
+from vmm.block.lock import in_use, lock
 from vmm.block.vector import whole
-from vmm.errors import HostError, UsageError
+from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,26 +22,10 @@ if TYPE_CHECKING:
     from vmm.block.vector import Call
 
 SECTOR = 512
-BLKGETSIZE64 = 0x80081272
+BLKSSZGET = 0x1268
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
 CACHES = ("writeback", "none", "unsafe")
-
-_MAGICS = (
-    (b"QFI\xfb", "qcow2"),
-    (b"KDMV", "vmdk"),
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vpc"),
-    (b"LUKS\xba\xbe", "luks"),
-)
-
-
-def probe(path: str) -> str:
-    """The format a file's first bytes say: `qcow2`, `vmdk`, `vhdx`, `vpc`, `luks`, or `raw`."""
-    with open(path, "rb", buffering=0) as file:
-        start = file.read(8)
-    return next((name for magic, name in _MAGICS if start.startswith(magic)), "raw")
-
 
 class RawImage:
     """An open image.
@@ -51,38 +35,49 @@ class RawImage:
         readonly: never written; several may have it open.
         cache: `writeback` (the host's page cache), `none` (O_DIRECT), or `unsafe` (flushes are
             not carried out).
+        format: `raw`, whatever the file's first bytes are; empty: a file that has another
+            format's mark is refused.
+        discard: `unmap` gives the space of what the guest discards back to the host; with `off`
+            the file keeps the space that it has.
 
     Attributes:
         size: bytes.
         direct: O_DIRECT is used.
         align: what the host wants transfers to be multiples of (1 without O_DIRECT).
+        block: bytes that discards and zeroes of a device must be multiples of; 1 of a file.
 
     Raises:
         UsageError: the file cannot be a disk; one line says why.
         HostError: it cannot be opened, or another process has it.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False, cache: str = "writeback") -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        readonly: bool = False,
+        cache: str = "writeback",
+        format: str = "raw",
+        discard: str = "unmap",
+    ) -> None:
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
         self.path = path
         self.readonly = readonly
         self.cache = cache
         self.direct = cache == "none"
-        self.align = 1
+        self.unmaps = discard != "off"
+        self.align = self.block = 1
+        file = HostFile(path, readonly=readonly, direct=self.direct, format=format)
+        self.fd, self.is_device = file.fd, file.is_device
         try:
-            self.fd = os.open(path, self._flags())
-        except OSError as err:
-            raise self._cannot_open(err) from err
-        try:
-            self.size = self._size()
+            self.size = self._checked(file.size)
+            if self.is_device:
+                self.block = int.from_bytes(fcntl.ioctl(self.fd, BLKSSZGET, bytes(4)), "little")
             if self.direct:
                 self._prepare_direct()
             if not lock(self.fd, write=not readonly):
-                raise HostError(
-                    f"--drive {path}: another process uses this image; end it, or open it "
-                    f"{'after it' if readonly else 'readonly in both'}"
-                )
+                raise in_use(path, self.fd, write=not readonly)
         except BaseException:
             os.close(self.fd)
             raise
@@ -90,47 +85,16 @@ class RawImage:
     def __repr__(self) -> str:
         return f"RawImage({self.path!r}, {self.size} bytes)"
 
-    def _flags(self) -> int:
-        flags = os.O_CLOEXEC | os.O_NONBLOCK  # so that a FIFO does not hold us up
-        flags |= os.O_RDONLY if self.readonly else os.O_RDWR
-        if self.direct:
-            flags |= os.O_DIRECT
-        if not self.readonly and stat.S_ISBLK(os.stat(self.path).st_mode):
-            flags |= os.O_EXCL  # Linux: not while it is mounted
-        return flags
-
-    def _cannot_open(self, err: OSError) -> Exception:
-        path = self.path
-        if err.errno == errno.ENOENT:
-            return UsageError(f"--drive {path}: no such file; make one: truncate -s 1G {path}")
-        if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not self.readonly:
-            return UsageError(f"--drive {path}: {os.strerror(err.errno)}; try {path},readonly")
-        if err.errno == errno.EISDIR:
-            return UsageError(f"--drive {path} is a directory, not a disk image")
-        if err.errno == errno.EBUSY:
-            return HostError(
-                f"--drive {path}: this host uses the device; unmount it, or say {path},readonly"
-            )
-        if err.errno == errno.EINVAL and self.direct:
-            return UsageError(f"--drive {path}: cache=none (O_DIRECT) is not possible there")
-        return UsageError(f"--drive {path}: {os.strerror(err.errno or errno.EIO)}")
-
-    def _size(self) -> int:
-        info = os.fstat(self.fd)
-        self.is_device = stat.S_ISBLK(info.st_mode)
-        if stat.S_ISDIR(info.st_mode):
-            raise UsageError(f"--drive {self.path} is a directory, not a disk image")
-        if not self.is_device and not stat.S_ISREG(info.st_mode):
-            raise UsageError(f"--drive {self.path} is neither a file nor a block device")
-        size = info.st_size
-        if self.is_device:
-            size = int.from_bytes(fcntl.ioctl(self.fd, BLKGETSIZE64, bytes(8)), "little")
+    def _checked(self, size: int) -> int:
         if not size:
             raise UsageError(f"--drive {self.path} is empty; a disk has at least one sector")
         if size % SECTOR:
+            from vmm.block.probe import compression
+
+            program = compression(self.fd)
+            hint = f"a {program} file? unpack it first" if program else "is it a disk's image?"
             raise UsageError(
-                f"--drive {self.path}: {size} bytes is not whole sectors of {SECTOR}; "
-                f"truncate -s {size + SECTOR - size % SECTOR} {self.path}"
+                f"--drive {self.path}: {size} bytes is not whole sectors of {SECTOR}; {hint}"
             )
         return size
 
@@ -141,11 +105,13 @@ class RawImage:
         self._writers = direct.Writers()
         self.align = direct.alignment(self.fd)
         if not self.align:
-            raise UsageError(f"--drive {self.path}: cache=none (O_DIRECT) is not possible there")
+            raise UsageError(
+                f"--drive {self.path}: cache=none (O_DIRECT) is not possible there; leave it out"
+            )
         if self.size % self.align:
             raise UsageError(
                 f"--drive {self.path}: {self.size} bytes is not whole blocks of {self.align}, "
-                f"which cache=none needs there; truncate -s %{self.align} {self.path}"
+                "which cache=none needs there; leave it out"
             )
 
     def close(self) -> None:
@@ -213,24 +179,41 @@ class RawImage:
             os.fdatasync(self.fd)
 
     def discard(self, offset: int, size: int) -> None:
-        """The contents are no longer needed; what is read there later may be anything."""
+        """The contents are no longer needed; what is read there later may be anything.
+
+        Of a block device the whole blocks in it; the rest stays as it is.
+        """
+        if not self.unmaps:
+            return
         if self.is_device:
-            fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("QQ", offset, size))
+            start, end = self._blocks(offset, size)
+            if start < end:
+                fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("QQ", start, end - start))
         else:
             self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """Zeroes from `offset` on, giving the space back if `unmap`."""
         if self.is_device:
-            fcntl.ioctl(self.fd, BLKZEROOUT, struct.pack("QQ", offset, size))
+            start, end = self._blocks(offset, size)
+            if start >= end:
+                self._write_zeroes_slowly(offset, size)
+                return
+            fcntl.ioctl(self.fd, BLKZEROOUT, struct.pack("QQ", start, end - start))
+            self._write_zeroes_slowly(offset, start - offset)
+            self._write_zeroes_slowly(end, offset + size - end)
             return
-        mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+        mode = FALLOC_FL_PUNCH_HOLE if unmap and self.unmaps else FALLOC_FL_ZERO_RANGE
         try:
             self._fallocate(mode | FALLOC_FL_KEEP_SIZE, offset, size)
         except OSError as err:
             if err.errno != errno.EOPNOTSUPP:
                 raise
             self._write_zeroes_slowly(offset, size)
+
+    def _blocks(self, offset: int, size: int) -> tuple[int, int]:
+        """Where the device's whole blocks in [offset, offset + size) begin and end."""
+        return -(-offset // self.block) * self.block, (offset + size) // self.block * self.block
 
     def _write_zeroes_slowly(self, offset: int, size: int) -> None:
         import mmap

@@ -1,14 +1,16 @@
-"""Image formats other than raw: qemu-storage-daemon opens the image and serves the disk.
+"""Image formats other than raw: qemu-storage-daemon opens the image.
 
-It is the code QEMU itself has for qcow2 and the others, in a process of its own (vhost-user-blk).
+It is the code QEMU itself has for qcow2 and the others, in a process of its own. That serves the
+guest's queues (vhost-user-blk), or, where a drive wants what such a disk does not know, reads and
+writes the image for a disk of this process (NBD).
 """
 
 from __future__ import annotations
 
 import socket
 
-from vmm.block import lock
-from vmm.errors import HostError, StateError
+from vmm.block import layers
+from vmm.errors import HostError, StateError, UsageError
 from vmm.virtio import spec
 from vmm.virtio.blk import S_IOERR
 from vmm.virtio.queue import QueueError
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.block.drive import Drive
+    from vmm.block.nbd import NbdImage
     from vmm.block.remote_limit import RemoteLimit
     from vmm.child import Child
+    from vmm.errors import VmmError
     from vmm.virtio.queue import Chain
 
 CONFIG_BYTES = 60
@@ -31,8 +35,7 @@ NUM_QUEUES = 34
 QUEUE_SIZE = 128
 GROUP = "limit"
 """The id of the throttle group."""
-FREE_WITHIN = 2.0
-"""Seconds to wait for an image in use: a killed monitor's daemon is about to let it go."""
+PROGRAM, PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 
 
 class ExternalDisk(VhostUserDevice):
@@ -86,41 +89,42 @@ class ExternalDisk(VhostUserDevice):
         return 1
 
 
-def command(drive: Drive, fd: int, monitor: int = -1) -> list[str]:
-    """The daemon's arguments; `fd` is the socket it is to listen on, `monitor` one for QMP."""
-    path = drive.path.replace(",", ",,")
-    readonly = "on" if drive.readonly else "off"
-    cache = "cache.direct=" + ("on" if drive.cache == "none" else "off")
-    no_flush = "cache.no-flush=" + ("on" if drive.cache == "unsafe" else "off")
-    common = f"read-only={readonly},{cache},{no_flush}"
-    node, limits = "disk", []
-    if drive.rate:
+def command(drive: Drive, export: str, monitor: int = -1) -> list[str]:
+    """The daemon's arguments: what it opens, `export` (how it serves it, of node `{node}`), and the
+    descriptor of a socket for its monitor. Raises UsageError, HostError."""
+    import json
+
+    node, more = layers.DISK, []
+    if drive.rate and drive.external:
         rate, node = drive.rate, "limited"
         group = {"bps-total": rate.bps, "bps-total-max": rate.burst,
                  "iops-total": rate.ops, "iops-total-max": rate.ops_burst}  # fmt: skip
         given = "".join(f",limits.{name}={value}" for name, value in group.items() if value)
-        limits = [
+        more = [
             "--object", f"throttle-group,id={GROUP}{given}",
             "--blockdev", f"driver=throttle,node-name=limited,throttle-group={GROUP},file=disk",
         ]  # fmt: skip
     if monitor >= 0:
-        limits += ["--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
-    return [
-        "--blockdev", f"driver=file,node-name=file,filename={path},{common},discard=unmap",
-        "--blockdev", f"driver={drive.format},node-name=disk,file=file,{common},discard=unmap",
-        *limits,
-        "--export",
-        f"type=vhost-user-blk,id=export,node-name={node},addr.type=fd,addr.str={fd},"
-        f"writable={'off' if drive.readonly else 'on'},num-queues={drive.queues}",
-    ]  # fmt: skip
+        more += ["--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
+    opened = [word for each in layers.nodes(drive) for word in ("--blockdev", json.dumps(each))]
+    return [*opened, *more, "--export", export.format(node=node)]
+
+
+def failed(drive: Drive, said: str, err: BaseException) -> VmmError:
+    """What to say where the daemon did not come to serve an image: `said` by it, or `err`."""
+    name = "qemu-storage-daemon: "
+    said = said.removeprefix(name)
+    if said.startswith("--blockdev"):  # the image's fault: what could be told before, was
+        reason = said.rpartition("}: ")[2]
+        return UsageError(f"--drive {drive.path}: {name}{reason}")
+    return HostError(f"--drive {drive.path}: {name}{said}" if said else f"{err}")
 
 
 def open_disk(drive: Drive, name: str) -> ExternalDisk:
     """Start a daemon on the drive's image. Raises HostError with what it says."""
     from vmm.child import Child, find
 
-    program = find("qemu-storage-daemon", "qemu-system-common")
-    lock.wait_free(drive.path, write=not drive.readonly, within=FREE_WITHIN)
+    program = find(PROGRAM, PACKAGE)
     listener = Listener()
     ours = theirs = None
     try:
@@ -128,7 +132,11 @@ def open_disk(drive: Drive, name: str) -> ExternalDisk:
         if drive.rate:
             ours, theirs = socket.socketpair()
             fds.append(theirs.fileno())
-        child = Child([program, *command(drive, *fds)], pass_fds=fds)
+        export = (
+            f"type=vhost-user-blk,id=export,node-name={{node}},addr.type=fd,addr.str={fds[0]},"
+            f"writable={'off' if drive.readonly else 'on'},num-queues={drive.queues}"
+        )
+        child = Child([program, *command(drive, export, *fds[1:])], pass_fds=fds)
     except BaseException:
         listener.close()
         if ours is not None:
@@ -154,5 +162,42 @@ def open_disk(drive: Drive, name: str) -> ExternalDisk:
         said = child.said()
         child.close()
         if isinstance(err, BackEndGone):
-            raise HostError(f"--drive {drive.path}: {said or err}") from err
+            raise failed(drive, said, err) from err
+        raise
+
+
+def open_image(drive: Drive) -> NbdImage:
+    """Start a daemon on the drive's image, which is only read under `snapshot`. Raises UsageError,
+    HostError."""
+    from vmm.block.nbd import CONNECTIONS, EXPORT, NbdImage
+    from vmm.child import Child, find
+
+    program = find(PROGRAM, PACKAGE)
+    readonly = drive.readonly or drive.snapshot
+    listener = Listener(CONNECTIONS)
+    try:
+        fd = listener.sock.fileno()
+        export = (
+            f"type=nbd,id=export,node-name={{node}},name={EXPORT},"
+            f"writable={'off' if readonly else 'on'}"
+        )
+        words = command(drive, export)
+        server = f"addr.type=fd,addr.str={fd},max-connections={CONNECTIONS}"
+        child = Child([program, "--nbd-server", server, *words], pass_fds=[fd])
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        return NbdImage(
+            drive.path,
+            listener.take(),
+            readonly=readonly,
+            flushes=drive.cache != "unsafe",
+            child=child,
+        )
+    except BaseException as err:
+        said = child.said()
+        child.close()
+        if isinstance(err, HostError):
+            raise failed(drive, said, err) from err
         raise

@@ -80,8 +80,8 @@ class Faults:
                 device = self._device("disk", "blk", number)
                 if not isinstance(device, Block):
                     raise StateError(
-                        f"faults.disk({number}): qemu-storage-daemon serves it; only drives with "
-                        "format=raw have faults"
+                        f"faults.disk({number}): qemu-storage-daemon serves it; a drive with "
+                        "format=raw, or with serial=, has faults"
                     )
                 found = DiskFaults(device, self._control, f"faults.disk({number})")
                 self._disks[number] = found

@@ -17,11 +17,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from random import Random
+    from typing import TypeAlias
 
+    from vmm.block.nbd import NbdImage
     from vmm.block.overlay import Overlay
     from vmm.block.raw import RawImage
 
-    Image = RawImage | Overlay
+    Image: TypeAlias = RawImage | NbdImage | Overlay
     Write = Callable[[int, bytes], object]
     """Puts bytes at an offset."""
 

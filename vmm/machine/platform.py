@@ -118,6 +118,10 @@ class Platform:
         if root is not None:
             drives += (root.drive,) if root.drive is not None else ()
             shares += (root.share,) if root.share is not None else ()
+        if len(drives) > 1:
+            from vmm.block.drive import check_once
+
+            check_once(drives)
         for number, drive in enumerate(drives):
             self.virtio.add(drive.open(number))
         for number, disk in enumerate(config.vhost_user_blks):

@@ -46,7 +46,7 @@ def images(machine: Machine) -> list[tuple[Block, Drive]]:
         if not isinstance(device, Block):
             raise StateError(
                 f"snapshot: {drive.path} is served by another process (format={drive.format}), "
-                "whose state cannot be saved; use raw images"
+                "whose state cannot be saved; give the drive a serial=, and this one serves it"
             )
         if device.faults is not None:
             raise StateError(
@@ -163,7 +163,8 @@ def drives(
     for disk, drive in zip(disks, made_with, strict=False):  # after them, there may be the root
         made = copy.copy(drive)
         made.path = path_of(directory, disk)
-        made.format = "raw"
+        if disk["how"] != KEEP:
+            made.format, made.backing, made.data_file = "raw", (), ""
         if not made.readonly:
             made.snapshot = use == "overlay"
         found.append(made)

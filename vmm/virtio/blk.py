@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.block.nbd import NbdImage
     from vmm.block.overlay import Overlay
     from vmm.block.raw import RawImage
     from vmm.faults.disk_layer import DiskLayer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from vmm.virtio.queue import Chain
     from vmm.virtio.throttle import Throttle
 
-    Storage = RawImage | Overlay
+    Storage = RawImage | NbdImage | Overlay
     Image = Storage | FaultyImage
 
 SECTOR = 512
@@ -39,6 +40,7 @@ T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY = 2, 5, 6, 9, 10
 F_CONFIG_WCE, F_MQ, F_DISCARD, F_WRITE_ZEROES = 11, 12, 13, 14
+RANGE_FEATURES = {T_DISCARD: F_DISCARD, T_WRITE_ZEROES: F_WRITE_ZEROES}
 CONFIG = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 """struct virtio_blk_config: capacity, size_max, seg_max, (geometry), blk_size, topology (4 fields),
 writeback, num_queues, then limits of discard and of write zeroes."""
@@ -69,6 +71,9 @@ class Block(VirtioDevice):
         queues: how many request queues.
         stop_when_full: where there is no space left for a write, have the machine paused, and
             write again when it goes on; else the guest is told of an error.
+        discard: offer discards, and zeroes that give back space.
+        block_size: bytes of a logical block, a power of two from 512 to 4096.
+        physical_size: bytes of a physical block, no smaller.
     """
 
     ID = spec.ID_BLOCK
@@ -80,6 +85,9 @@ class Block(VirtioDevice):
         serial: str = "",
         queues: int = 1,
         stop_when_full: bool = False,
+        discard: bool = True,
+        block_size: int = SECTOR,
+        physical_size: int = 4096,
         name: str = "blk",
     ) -> None:
         self.QUEUES = (QUEUE_SIZE,) * queues
@@ -87,7 +95,7 @@ class Block(VirtioDevice):
         if image.readonly:
             features |= 1 << F_RO
         else:
-            features |= spec.bits(F_DISCARD, F_WRITE_ZEROES)
+            features |= spec.bits(F_WRITE_ZEROES, *([F_DISCARD] if discard else []))
         self.FEATURES = features
         super().__init__(name)
         self.image: Image = image
@@ -97,9 +105,9 @@ class Block(VirtioDevice):
         self._kernel: DiskKernel | None = None
         self.capacity = image.size // SECTOR
         self.config[:] = CONFIG.pack(
-            self.capacity, 0, SEG_MAX, SECTOR,
-            3, 0, 0, 0,  # physical blocks of 2**3 sectors
-            1, queues, RANGE_MAX, RANGES, 8, RANGE_MAX, RANGES, 1,
+            self.capacity, 0, SEG_MAX, block_size,
+            (physical_size // block_size).bit_length() - 1, 0, 0, 0,
+            1, queues, RANGE_MAX, RANGES, 8, RANGE_MAX, RANGES, int(discard),
         )  # fmt: skip
         self._writeback = True
         self._closing = False
@@ -197,7 +205,7 @@ class Block(VirtioDevice):
             chain.write(self.serial[:written])
             status[0] = S_OK
             return written + 1
-        if kind in (T_DISCARD, T_WRITE_ZEROES) and not self.image.readonly:
+        if kind in (T_DISCARD, T_WRITE_ZEROES) and self.has(RANGE_FEATURES[kind]):
             return self._ranges(index, chain, status, kind, out)
         status[0] = S_UNSUPP
         return 1

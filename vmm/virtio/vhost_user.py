@@ -432,35 +432,44 @@ class Listener:
     We are connected before it starts, so its path is gone again within microseconds: hardly ever
     does a monitor that is killed leave it.
 
+    Args:
+        count: how many connections to it are made.
+
     Attributes:
         sock: what the back end inherits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 1) -> None:
         import tempfile
 
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._ours: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._ours: list[socket.socket] = []
         try:
             with tempfile.TemporaryDirectory(prefix="vmm-") as directory:
                 path = os.path.join(directory, "vhost-user")
                 self.sock.bind(path)
-                self.sock.listen(1)
-                self._ours.connect(path)
+                self.sock.listen(count)
+                for _ in range(count):
+                    self._ours.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                    self._ours[-1].connect(path)
         except BaseException:
             self.close()
             raise
 
-    def connect(self, name: str) -> Connection:
-        """Our end; the listening one is in the back end's hands by now."""
-        assert self._ours is not None
-        sock, self._ours = self._ours, None
+    def take(self) -> list[socket.socket]:
+        """Our ends; the listening one is in the back end's hands by now."""
+        socks, self._ours = self._ours, []
         self.close()
+        return socks
+
+    def connect(self, name: str) -> Connection:
+        """The one end of ours."""
+        (sock,) = self.take()
         return Connection(sock, name)
 
     def close(self) -> None:
         """Close what nobody was given; harmless twice."""
         self.sock.close()
-        if self._ours is not None:
-            self._ours.close()
-            self._ours = None
+        for sock in self._ours:
+            sock.close()
+        self._ours = []

@@ -150,7 +150,7 @@ RUN = [
     ("{}/good --drive {}/fifo,readonly", r"--drive {}/fifo is neither a file nor a block device"),
     ("{}/good --drive {}/empty", r"--drive {}/empty is empty; a disk has at least one sector"),
     ("{}/good --drive {}/text", r"--drive {}/text: 6 bytes is not whole sectors of 512; is it"),
-    ("{}/good --drive {}/zeroes,ro", r"--drive {}/zeroes,ro: 'ro' is not one of readonly, snap"),
+    ("{}/good --drive {}/zeroes,ro", r"--drive {}/zeroes,ro: say --drive {}/zeroes,readonly"),
     ("{}/good --drive {}/zeroes,cache=all", r"--drive {}/zeroes: cache=all is not one of writeb"),
     ("{}/good --drive {}/zeroes,queues=99", r"--drive {}/zeroes: queues=99 is not from 1 to 16"),
     ("{}/good --drive {}/zeroes,format=iso", r"--drive {}/zeroes: format=iso is not one of raw, "),

@@ -115,6 +115,12 @@ def _command(args: list[str]) -> int:
         answer(f"vmm {__version__}\n")
         return 0
     what = f"{command!r} is not a command" if args else "no command given"
+    if args:
+        from vmm.cli.foreign import subcommand
+
+        hint = subcommand(command, args[1:])
+        if hint:
+            raise UsageError(f"{what}; {hint} (see vmm --help)")
     raise UsageError(f"{what}; use one of: {', '.join(COMMANDS)} (see vmm --help)")
 
 

@@ -115,6 +115,7 @@ class Parser:
         found = Arguments(self.options)
         by_name = {name: option for option in self.options for name in option.names}
         rest = list(argv)
+        before: list[str] = []  # the word before each operand
         while rest:
             word = rest.pop(0)
             if word == "--":
@@ -122,11 +123,12 @@ class Parser:
                 break
             if len(word) < 2 or word[0] != "-":
                 found.operands.append(word)
+                before.append(argv[-len(rest) - 2] if len(rest) + 1 < len(argv) else "")
                 continue
             name, has_value, value = word.partition("=")
             option = by_name.get(name)
             if option is None:
-                raise self._wrong(self._unknown(word, name, by_name))
+                raise self._wrong(self._unknown(argv, word, name, by_name))
             if not option.metavar:
                 if has_value:
                     raise self._wrong(f"{name} takes no value, not even {value!r}")
@@ -138,7 +140,15 @@ class Parser:
             found.add(option, value)
         if not found.given(HELP):
             without = bool(self.instead) and found.given(self.instead)
-            self._check_operands(found.operands, "" if without else self.operand)
+            operand = "" if without else self.operand
+            if operand and len(found.operands) > 1:
+                from vmm.cli.foreign import surplus
+
+                pairs = list(zip(found.operands, [*before, *found.operands], strict=False))
+                hint = surplus(self.command, operand, pairs, by_name)
+                if hint:
+                    raise self._wrong(hint)
+            self._check_operands(found.operands, operand)
         return found
 
     def help_text(self) -> str:
@@ -175,13 +185,36 @@ class Parser:
                 f"only one {operand} can be given, not {operands[0]!r} and {operands[1]!r}"
             )
 
-    def _unknown(self, word: str, name: str, known: dict[str, Option]) -> str:
+    def _unknown(self, argv: Sequence[str], word: str, name: str, known: dict[str, Option]) -> str:
+        from vmm.cli.foreign import complaint
+
+        hint = complaint(self.command, argv, name, known)
+        if hint:
+            return hint
         if len(word) > 2 and word[1] != "-" and word[:2] in known:
             return f"{word!r}: write short options one by one, a value after a space"
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, known, 1)
-        return f"{name!r} is no option" + (f"; {near[0]} is one" if near else "")
+        return f"{name!r} is no option"
 
     def _wrong(self, what: str) -> UsageError:
         return UsageError(f"{what} (see {self.command} --help)")
+
+
+class Spelled:
+    """A context in which a UsageError about a value that another program spells so, as in
+    `--drive file=disk.img,if=virtio`, is replaced by one that says our words for it."""
+
+    __slots__ = ("_args",)
+
+    def __init__(self, args: Arguments) -> None:
+        self._args = args
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
+        if isinstance(err, UsageError):
+            from vmm.cli.foreign import spelling
+
+            hint = spelling(self._args)
+            if hint:
+                raise UsageError(hint) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.arguments import HELP, Option, Parser, Spelled
 from vmm.cli.say import answer, end_guests_line, say, write_error
 from vmm.config import BOOT_MODES, ON_PANIC, TRANSPORTS, MachineConfig
 from vmm.errors import EXIT_OK, UsageError
@@ -228,10 +228,11 @@ def main(argv: Sequence[str]) -> int:
     if args.given(HELP):
         answer(PARSER.help_text())
         return EXIT_OK
-    config = configure(args)
-    from vmm.machine import Machine
+    with Spelled(args):
+        config = configure(args)
+        from vmm.machine import Machine
 
-    return see_through(lambda: Machine(config), args)
+        return see_through(lambda: Machine(config), args)
 
 
 def see_through(make: Callable[[], Machine], args: Arguments) -> int:

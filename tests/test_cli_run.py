@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import boot_files, tiny
 from tests.support.tiny import HALT, AtTerminal
 from vmm import __version__, errors
 from vmm.cli import COMMANDS
@@ -85,15 +85,27 @@ def test_exit_port(kernel: Make, status: int) -> None:
             ["--on-panic", "pause", "--timeout", "0.5"],
             errors.EXIT_TIMEOUT,
             r"vmm: the guest's kernel panicked; it is paused \(SIGINT or Ctrl-A x ends it\)\n"
+            r"vmm: nothing was ever written to the console \(ttyS0\)\n"
+            r"vmm: vCPU 0 was running at 0x1[0-9a-f]{5} in the guest's kernel .*\n"
             r"vmm: no end within 0.5 s \(--timeout\) \(status 124\)\n",
         ),
         (
             b"",
             ["--timeout", "0.3"],
             errors.EXIT_TIMEOUT,
+            r"vmm: nothing was ever written to the console \(ttyS0\)\n"
+            r"vmm: vCPU 0 had halted at 0x100001 in the guest's kernel \(32-bit protected mode\)\n"
             r"vmm: no end within 0.3 s \(--timeout.*\n",
         ),
-        (tiny.SPIN, ["--timeout", "0.3"], errors.EXIT_TIMEOUT, r"vmm: no end within 0.3 s.*\n"),
+        (
+            tiny.SPIN,
+            ["--timeout", "0.3", "--cpus", "2"],
+            errors.EXIT_TIMEOUT,
+            r"vmm: nothing was ever written to the console \(ttyS0\)\n"
+            r"vmm: vCPU 0 was running at 0x100000 in the guest's kernel \(32-bit protected mode\)\n"
+            r"vmm: vCPU 1 was never started\n"
+            r"vmm: no end within 0.3 s.*\n",
+        ),
         (tiny.exits(3), ["--timeout", "9e8"], 3, r"vmm: the guest wrote 3 to the exit port.*\n"),
     ],
     ids=["poweroff", "reset", "panic", "panic, pause", "halted", "spinning", "a long limit"],
@@ -138,6 +150,20 @@ def test_emulation_failure_tells_all(kernel: Make) -> None:
     ) in lines
     assert "use a host with VT-x or AMD-V, see `vmm doctor`" in err
     assert lines[-1] == ("vmm: KVM could not emulate an instruction of the guest (status 122)")
+
+
+@pytest.mark.native_only
+@pytest.mark.parametrize("linux", [True, False])
+def test_a_host_that_cannot_run_linux_is_told_of(tmp_path: Path, linux: bool) -> None:
+    """Always, not only with -v; and not of a guest that is no Linux."""
+    code = tiny.exits(0)
+    notes = boot_files.pvh_note(tiny.ENTRY) + (boot_files.LINUX_NOTE if linux else b"")
+    path = tmp_path / "kernel"
+    path.write_bytes(boot_files.elf(((tiny.ENTRY, code, 4096),), entry=tiny.ENTRY, notes=notes))
+    ended, _, err = vmm(str(path), "--boot", "pvh")
+    assert ended == 0
+    says = "vmm: this host's KVM is kvm_pvm, which interprets guest kernel code: a stock Linux is "
+    assert (err.startswith(says), bool(err)) == (linux, linux)
 
 
 # --- signals ----------------------------------------------------------------------------------

@@ -493,9 +493,7 @@ def test_notifies_are_served_while_a_request_waits(guest: DiskGuest) -> None:
     ],
     ids=str,
 )
-def test_wrong_arguments(
-    guest: DiskGuest, call: str, arguments: dict[str, Any], says: str
-) -> None:
+def test_wrong_arguments(guest: DiskGuest, call: str, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says) as caught:
         getattr(guest.faults, call)(**arguments)
     assert "\n" not in str(caught.value)

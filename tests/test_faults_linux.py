@@ -54,9 +54,7 @@ def test_linux_under_faults(
     power_cuts.make_disk(disk)
     other.touch()
     os.truncate(other, 1 << 20)
-    initrd = make_initrd(
-        SCRIPT, kernel=cloud_kernel, modules=[*power_cuts.MODULES, "virtio_net"]
-    )
+    initrd = make_initrd(SCRIPT, kernel=cloud_kernel, modules=[*power_cuts.MODULES, "virtio_net"])
     with netns.network_namespace():
         config = MachineConfig(
             str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=880, cpus=2,

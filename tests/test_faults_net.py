@@ -534,5 +534,3 @@ def test_wrong_arguments(stream: End, call: str, arguments: dict[str, Any], says
     with pytest.raises(TypeError, match="no such keyword: sectors"):
         stream.faults.loss(sectors=1)  # type: ignore[call-arg]
     assert stream.control.faults == () and stream.guest.nic.ports[0] is port
-
-

@@ -43,9 +43,7 @@ class Model:
     """What each sector may hold after a power cut: the safe content, and what was written since."""
 
     def __init__(self, content: bytes) -> None:
-        self.sectors = [
-            [content[at : at + SECTOR]] for at in range(0, len(content), SECTOR)
-        ]
+        self.sectors = [[content[at : at + SECTOR]] for at in range(0, len(content), SECTOR)]
 
     def write(self, sector: int, data: bytes) -> None:
         for number in range(len(data) // SECTOR):

@@ -47,9 +47,7 @@ class External(Driver):
         return done[0]
 
 
-def blocks(
-    driver: External, kind: int, sector: int, data: bytes | int, queue: int = 0
-) -> bytes:
+def blocks(driver: External, kind: int, sector: int, data: bytes | int, queue: int = 0) -> bytes:
     memory, write = driver.memory, isinstance(data, int)
     size = data if isinstance(data, int) else len(data)
     memory.write(BUFFERS, struct.pack("<IIQ", kind, 0, sector))
@@ -201,9 +199,7 @@ def statuses(driver: External, places: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_a_disk_whose_daemon_dies_gives_errors(
-    qcow2: Callable[..., str], event_idx: bool
-) -> None:
+def test_a_disk_whose_daemon_dies_gives_errors(qcow2: Callable[..., str], event_idx: bool) -> None:
     """For what the daemon had taken, and for all that comes; also after a reset."""
     disk = Drive(qcow2(MIB), format="qcow2", bps=1).open(0)
     assert isinstance(disk, VhostUserDevice)

@@ -29,8 +29,12 @@ class BlkBackend:
         writable = "on" if self.writable else "off"
         limits, name = [], "disk"
         if self.slow:  # takes requests, does the first and keeps the others for minutes
-            limits = ["--object", "throttle-group,id=g,limits.bps-total=1",
-                      "--blockdev", "driver=throttle,node-name=slow,throttle-group=g,file=disk"]
+            limits = [
+                "--object",
+                "throttle-group,id=g,limits.bps-total=1",
+                "--blockdev",
+                "driver=throttle,node-name=slow,throttle-group=g,file=disk",
+            ]
             name = "slow"
         self.process = subprocess.Popen(
             ["qemu-storage-daemon",

@@ -71,7 +71,8 @@ def _echo() -> bytes:
     return code + b"\xeb" + struct.pack("b", -len(code) - 2)
 
 
-ECHO = prints(b"ready\n") + _echo()
+SILENT_ECHO = _echo()
+ECHO = prints(b"ready\n") + SILENT_ECHO
 # Waits until the power button was pressed (the GED's selector says so), then powers off.
 # wait: mov dx, 0x604; in eax, dx; test al, 1; jz wait
 POLITE = prints(b"ready\n") + bytes.fromhex("66ba0406 ed a801 74f7") + POWEROFF + HALT
@@ -136,7 +137,7 @@ class AtTerminal:
     The slave stays open here, so that its modes can be looked at after the end.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, term: str = "dumb") -> None:
         self.master, self.slave = os.openpty()
         self.before = termios.tcgetattr(self.slave)
         self.output = b""
@@ -146,7 +147,7 @@ class AtTerminal:
             try:
                 os.close(self.master)
                 os.login_tty(self.slave)
-                os.execve(sys.executable, command(*arguments), environment())
+                os.execve(sys.executable, command(*arguments), environment(TERM=term))
             finally:
                 os._exit(99)
 

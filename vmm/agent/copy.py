@@ -89,10 +89,12 @@ class Transfer:
         self._send()
         while not (session.failed or session.complete):
             self._wait(
-                lambda: session.complete
-                or session.failed
-                or session.available(ERR)
-                or session.available(OUT)
+                lambda: (
+                    session.complete
+                    or session.failed
+                    or session.available(ERR)
+                    or session.available(OUT)
+                )
             )
             if session.available(OUT):
                 break

@@ -283,4 +283,3 @@ def environment(given: Mapping[str, str | None] | None) -> dict[str, str]:
     """The usual variables with what was given over them; None takes one out."""
     merged: dict[str, str | None] = {**USUAL, **(given or {})}
     return {name: value for name, value in merged.items() if value is not None}
-

@@ -120,7 +120,7 @@ class _Job:
             f"bzImage, boot protocol {image.protocol}, {format_size(image.file.size)} "
             f"at {start:#x}, unpacks itself ({image.compression})"
         )
-        return self._long64(start + ENTRY_64, image, initrd, [what])
+        return self._long64(start + ENTRY_64, image, initrd, [what], True)
 
     def elf(self, elf: Elf, mode: str, image: BzImage | None) -> BootState:
         """An ELF kernel, the vmlinux of `image` if that is given."""
@@ -139,16 +139,22 @@ class _Job:
         what = f"ELF kernel at {elf.start:#x}..{elf.end - 1:#x}"
         if image is not None:
             what = f"vmlinux of a bzImage ({image.compression}, unpacked by the host){what[10:]}"
+        linux = elf.is_linux or image is not None
         if _use_pvh(elf, mode, image):
-            return self._pvh32(elf, initrd, [what])
-        return self._long64(elf.entry, image, initrd, [what])
+            return self._pvh32(elf, initrd, [what], linux)
+        return self._long64(elf.entry, image, initrd, [what], linux)
 
     def _write_common(self, line: bytes, initrd: tuple[int, int]) -> None:
         self.memory.write(layout.CMDLINE, line + b"\0")
         self.archives.load(self.memory, initrd[0])
 
     def _long64(
-        self, rip: int, image: BzImage | None, initrd: tuple[int, int], lines: list[str]
+        self,
+        rip: int,
+        image: BzImage | None,
+        initrd: tuple[int, int],
+        lines: list[str],
+        linux: bool,
     ) -> BootState:
         write_gdt(self.memory, CODE_64)
         header = image.header if image else None
@@ -163,17 +169,23 @@ class _Job:
             rsi=zero_page,
             rsp=layout.BOOT_STACK,
             cr3=write_page_tables(self.memory),
+            is_linux=linux,
             description=lines,
         )
 
-    def _pvh32(self, elf: Elf, initrd: tuple[int, int], lines: list[str]) -> BootState:
+    def _pvh32(self, elf: Elf, initrd: tuple[int, int], lines: list[str], linux: bool) -> BootState:
         assert elf.pvh_entry is not None
         write_gdt(self.memory, CODE_32)
         start_info = pvh.write_start_info(self.memory, initrd=initrd, rsdp=self.rsdp)
         lines += _initrd_line(initrd)
         lines.append(f"starts at {elf.pvh_entry:#x}, PVH")
         return BootState(
-            "pvh32", elf.pvh_entry, rbx=start_info, rsp=layout.BOOT_STACK, description=lines
+            "pvh32",
+            elf.pvh_entry,
+            rbx=start_info,
+            rsp=layout.BOOT_STACK,
+            is_linux=linux,
+            description=lines,
         )
 
 

@@ -10,10 +10,11 @@ class BootState:
         kind: `long64` (64-bit boot protocol) or `pvh32` (PVH).
         rip, rsi, rbx, rsp: register values; rsi is the zero page, rbx the PVH start info.
         cr3: GPA of the PML4; 0 for PVH, which starts without paging.
+        is_linux: the kernel is known to be Linux.
         description: lines that say what was loaded where, for `-v`.
     """
 
-    __slots__ = ("cr3", "description", "kind", "rbx", "rip", "rsi", "rsp")
+    __slots__ = ("cr3", "description", "is_linux", "kind", "rbx", "rip", "rsi", "rsp")
 
     def __init__(
         self,
@@ -24,6 +25,7 @@ class BootState:
         rbx: int = 0,
         rsp: int = 0,
         cr3: int = 0,
+        is_linux: bool = False,
         description: list[str] | None = None,
     ) -> None:
         self.kind = kind
@@ -32,4 +34,5 @@ class BootState:
         self.rbx = rbx
         self.rsp = rsp
         self.cr3 = cr3
+        self.is_linux = is_linux
         self.description = description or []

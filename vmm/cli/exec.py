@@ -136,24 +136,33 @@ def _run(
     grace_text: str,
 ) -> int:
     from vmm.cli.relay import Relay
+    from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals, parse_grace
     from vmm.console.terminal import Terminal
     from vmm.machine import Machine
 
     grace = parse_grace(grace_text)
-    with Signals(SIGNALS) as signals, Machine(config) as machine:
+    with (
+        Signals(SIGNALS) as signals,
+        StatusLine(f"loading {config.kernel}") as status,
+        Machine(config) as machine,
+    ):
         machine.on_error = say
         if config.trace:
             run.describe(machine)
+        run.warn_of_host(machine)
+        status.say("starting the guest", lambda: _last_line(machine))
         with Relay(machine, signals, tty, grace) as relay:
             try:
                 signals.armed()
                 machine.start()
                 relay.wait_for_agent()
+                status.end()
                 if machine.exit is None:
                     with Terminal(0 if tty else -1, post=False):
                         relay.serve(first)
             except AgentError as err:
+                status.end()
                 if machine.exit is None:
                     _show_console(machine)
                     say(str(err))
@@ -164,8 +173,11 @@ def _run(
             if relay.session.returncode is not None:
                 code = relay.session.returncode
                 return code if code >= 0 else 128 - code
+            status.end()
+            ended = machine.exit
+            known = run.what_is_known(machine, ended) if ended is not None else []
             machine.close()
-    return _machine_ended(machine)
+    return _machine_ended(machine, known)
 
 
 def _cannot(failure: Exception) -> int:
@@ -177,7 +189,15 @@ def _cannot(failure: Exception) -> int:
     return EXIT_NOT_FOUND if isinstance(failure, FileNotFoundError) else EXIT_CANNOT_EXECUTE
 
 
-def _machine_ended(machine: Machine) -> int:
+def _last_line(machine: Machine) -> str:
+    """The console's last line that has something on it, for the status line."""
+    machine.platform.flush()
+    lines = machine.console.text()[-400:].split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {last}" if last else ""
+
+
+def _machine_ended(machine: Machine, known: list[str]) -> int:
     """The machine ended, and not the command."""
     ended = machine.exit
     assert ended is not None
@@ -186,6 +206,8 @@ def _machine_ended(machine: Machine) -> int:
     if ended.report:
         write_error(ended.report.rstrip("\n") + "\n")
     status = ended.status or EXIT_AGENT
+    for line in known:
+        say(line)
     say(f"{ended.message}, before the command had ended (status {status})")
     return status
 

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.cli.arguments import Arguments
+    from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals
-    from vmm.machine import Machine
+    from vmm.machine import Machine, MachineExit
 
 EPILOG = """\
 exit status:
@@ -237,14 +238,19 @@ def main(argv: Sequence[str]) -> int:
 
 def see_through(make: Callable[[], Machine], args: Arguments) -> int:
     """Run the machine that `make` makes to its end and close it; the exit status."""
+    from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals, parse_grace
 
     grace = parse_grace(args.value("--grace"))
-    with Signals() as signals, make() as machine:
-        return _run(machine, signals, args.value("--control"), grace)
+    with (
+        Signals() as signals,
+        StatusLine(f"loading {args.operands[0]}") as status,
+        make() as machine,
+    ):
+        return _run(machine, signals, status, args.value("--control"), grace)
 
 
-def _run(machine: Machine, signals: Signals, control: str, grace: float) -> int:
+def _run(machine: Machine, signals: Signals, status: StatusLine, control: str, grace: float) -> int:
     """Run `machine` to its end and close it; the exit status.
 
     `control`: where its control socket is to be, if anywhere.
@@ -261,6 +267,10 @@ def _run(machine: Machine, signals: Signals, control: str, grace: float) -> int:
     backend = machine.platform.console.backend
     if config.console_where == "pty":
         say(f"console on {backend.name.removeprefix('pty ')}")
+    warn_of_host(machine)
+    how = "Ctrl-A x ends it" if backend.interactive else "Ctrl-C ends it"
+    status.say("started", lambda: f", and nothing on the console yet ({how})")
+    machine.platform.console.before_output = status.end
     try:
         if control:
             from vmm.cli.control import Control
@@ -269,7 +279,10 @@ def _run(machine: Machine, signals: Signals, control: str, grace: float) -> int:
                 ended = supervise(machine, signals, lambda: requests.busy, grace)
         else:
             ended = supervise(machine, signals, grace=grace)
+        status.end()
+        known = what_is_known(machine, ended)
     finally:
+        status.end()
         # Before signals take the process again: it gives the terminal back.
         machine.close()
     if ended.report or verbose or not ended.ok:
@@ -278,9 +291,27 @@ def _run(machine: Machine, signals: Signals, control: str, grace: float) -> int:
         say(backend.error)
     if ended.report:
         write_error(ended.report.rstrip("\n") + "\n")
+    for line in known:
+        say(line)
     if not ended.ok or verbose:
         say(f"{ended.message} (status {ended.status})")
     return ended.status
+
+
+def what_is_known(machine: Machine, ended: MachineExit) -> list[str]:
+    """What is said of a guest that did not end by itself.
+
+    All there is to know where a time limit has passed. Where a person has ended it, only what
+    explains an empty console: most ends of this kind have nothing to explain.
+    """
+    if ended.kind not in ("timeout", "stopped") or not ended.status:
+        return []
+    from vmm.machine import failure
+
+    if ended.kind == "timeout":
+        return failure.what_is_known(machine)
+    lines = failure.console_known(machine)
+    return lines + failure.vcpus_known(machine) if lines else []
 
 
 def describe(machine: Machine) -> None:
@@ -291,6 +322,13 @@ def describe(machine: Machine) -> None:
         for line in machine.boot.description:
             say(line)
     say(f"command line: {config.cmdline}")
+    machine.platform.pio.trace = machine.platform.mmio.trace = say
+
+
+def warn_of_host(machine: Machine) -> None:
+    """Say where this host cannot run the guest's kernel, before a person waits for it."""
+    if machine.boot is None or not machine.boot.is_linux:
+        return
     from vmm.machine.failure import backend
 
     if backend() == "kvm_pvm":

@@ -13,11 +13,15 @@ from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.machine import Machine
 
 STDOUT, STDERR = 1, 2
 LONGEST = 1000
 """Characters of a line; what is over is cut out of its middle."""
+before_line: Callable[[], object] | None = None
+"""Called before something is written to standard error: a status line takes itself away."""
 
 
 def say(message: str) -> None:
@@ -39,6 +43,8 @@ def end_guests_line(machine: Machine) -> None:
 
 def write_error(text: str) -> None:
     """`text` as it is on standard error; nothing happens where nobody listens."""
+    if before_line is not None:
+        before_line()
     try:
         _write(STDERR, text)
     except OSError:

@@ -49,9 +49,10 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     path = args.operands[0]
     if args.given(CHECK):
+        from vmm.cli.status import StatusLine
         from vmm.snapshot.store import Snapshot
 
-        with Snapshot(path) as snapshot:
+        with Snapshot(path) as snapshot, StatusLine(f"checking {path}"):
             snapshot.verify()
         return EXIT_OK
     if not args.given(CONTROL):
@@ -69,5 +70,26 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.given(BASE):
         request["base"] = os.path.abspath(args.value(BASE))
-    ask(args.value(CONTROL), {"snapshot": request})
+    from vmm.cli.status import StatusLine
+
+    target = str(request["path"])
+    with StatusLine(f"keeping the machine in {path}", lambda: _written(target)):
+        ask(args.value(CONTROL), {"snapshot": request})
     return EXIT_OK
+
+
+def _written(target: str) -> str:
+    """How much of the snapshot `target` is on disk: it is made beside its place."""
+    import glob
+
+    from vmm.units import format_size
+
+    directory, name = os.path.split(target)
+    pattern = f"{glob.escape(os.path.join(directory, '.' + name))}.*.partial/*"
+    size = 0
+    for file in glob.iglob(pattern):
+        try:
+            size += os.stat(file).st_blocks * 512
+        except OSError:  # it has just been moved to its place
+            continue
+    return f": {format_size(size >> 20 << 20)}" if size >> 20 else ""

@@ -29,6 +29,8 @@ class Console:
     def __init__(self, spec: str = "none") -> None:
         self.backend = open_backend(spec)
         self.tail = ConsoleTail()
+        self.before_output: Callable[[], object] | None = None
+        """Called once, before the next output is shown."""
         self._terminal: Terminal | None = None
         self._pump: InputPump | None = None
         self._uart: Uart | None = None
@@ -42,6 +44,10 @@ class Console:
     def sink(self, data: bytes) -> None:
         """Output of the guest; a UART's sink."""
         self.tail.write(data)
+        before = self.before_output
+        if before is not None:
+            self.before_output = None
+            before()
         self.backend.write(data)
 
     def attach(

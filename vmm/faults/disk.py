@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         probability: float
         after_flush: int
 
+
 REQUESTS = ("read", "write", "flush", "discard", "write zeroes")
 KEEP = {"none": 0.0, "some": 0.5, "all": 1.0}
 
@@ -181,9 +182,7 @@ class DiskFaults:
         """Writes that a power cut may take back now."""
         return self.write_log("unflushed").unflushed
 
-    def power_cut_image(
-        self, path: str, keep: str | float = "some", *, torn: float = 0.5
-    ) -> Cut:
+    def power_cut_image(self, path: str, keep: str | float = "some", *, torn: float = 0.5) -> Cut:
         """Write to `path` what the disk would hold after a power cut now; the guest goes on.
 
         What was written before the last flush that has been answered is in it. `keep` and `torn`
@@ -227,9 +226,7 @@ class DiskFaults:
         log = self.write_log("power_cut")
         image, chance = self._layer.image.base, self._control.stream(self._device.name, "power cut")
         with log.lock:
-            cut = log.cut(
-                lambda at, data: image.write([memoryview(data)], at), keep, torn, chance
-            )
+            cut = log.cut(lambda at, data: image.write([memoryview(data)], at), keep, torn, chance)
             log.forget()
         self._control.record(
             self._device.name, "power cut", "struck",

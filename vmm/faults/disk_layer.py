@@ -114,9 +114,7 @@ class DiskFault(LayerFault):
             return False
         if not self._chance.strikes():
             return False
-        self.struck(
-            request=self._chance.seen, what=request.what, sector=request.offset // SECTOR
-        )
+        self.struck(request=self._chance.seen, what=request.what, sector=request.offset // SECTOR)
         return True
 
     def strike(self, request: Request) -> None:

@@ -72,9 +72,7 @@ class NetFaults:
         fault.delay, fault.jitter = delay, jitter
         return fault.set()
 
-    def reorder(
-        self, probability: float = 1.0, by: float = 0.01, **which: Unpack[Which]
-    ) -> Fault:
+    def reorder(self, probability: float = 1.0, by: float = 0.01, **which: Unpack[Which]) -> Fault:
         """Have frames wait for `by` seconds, so that those after them come first."""
         by = seconds(f"{self._name}.reorder", "by", by)
         fault = self._make(kinds.Delay, "reorder", {**which, "probability": probability}, by=by)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vmm.machine.machine import Machine
     from vmm.memory import GuestMemory
 
+DRIVER_OK = 4
+"""The status bit a virtio driver sets when it is ready (virtio 1.2, section 2.1)."""
 BACKENDS = ("kvm_intel", "kvm_amd", "kvm_pvm")
 
 
@@ -25,6 +27,55 @@ def backend() -> str:
         if os.path.isdir(f"/sys/module/{name}"):
             return name
     return ""
+
+
+SHOWN_VCPUS = 4
+"""Of how many vCPUs `what_is_known` tells."""
+
+
+def what_is_known(machine: Machine) -> list[str]:
+    """Lines about a guest that was ended from outside: what it printed, where its vCPUs were.
+
+    For a machine that has stopped and is not closed. Plain text of this monitor's own, but for the
+    guest's last line.
+    """
+    return [*console_known(machine), *vcpus_known(machine)]
+
+
+def console_known(machine: Machine) -> list[str]:
+    """What may explain an empty console, where it is; else nothing."""
+    config = machine.config
+    lines = []
+    if not machine.console.position:
+        lines.append("nothing was ever written to the console (ttyS0)")
+        boot = machine.boot
+        if boot is not None and boot.is_linux and "console=" not in config.cmdline:
+            lines[0] += "; the command line has no console=ttyS0"
+    hvc = machine.platform.hvc
+    if config.hvc and hvc is not None and not hvc.status & DRIVER_OK:
+        lines.append("no driver took the virtio console (hvc0)")
+    return lines
+
+
+def vcpus_known(machine: Machine) -> list[str]:
+    """Where each vCPU was; nothing where that cannot be read."""
+    lines = []
+    for vcpu in machine.vcpus[:SHOWN_VCPUS]:
+        try:
+            state = vcpu.get_mp_state()
+            regs, sregs = report.registers(vcpu.get_regs(), vcpu.get_sregs())
+        except KvmError:
+            continue
+        if state in (constants.MP_STATE_UNINITIALIZED, constants.MP_STATE_INIT_RECEIVED):
+            lines.append(f"vCPU {vcpu.number} was never started")
+            continue
+        mode, _, cpl = report.mode(regs, sregs)
+        doing = "had halted" if state == constants.MP_STATE_HALTED else "was running"
+        where = "kernel" if cpl == 0 else "user space"
+        at = report.linear_rip(regs, sregs)
+        lines.append(f"vCPU {vcpu.number} {doing} at {at:#x} in the guest's {where} ({mode})")
+    left = len(machine.vcpus) - SHOWN_VCPUS
+    return lines + ([f"and {left} more vCPUs"] if left > 0 else [])
 
 
 def describe(machine: Machine, vcpu: Vcpu, exit_reason: int) -> MachineExit:

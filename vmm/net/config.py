@@ -337,9 +337,7 @@ def parse_mac(text: str, what: str) -> bytes:
         if len(mac) != 6:
             raise ValueError
     except ValueError:
-        raise UsageError(
-            f"{what}: mac={text} is not an address like 52:54:00:12:34:56"
-        ) from None
+        raise UsageError(f"{what}: mac={text} is not an address like 52:54:00:12:34:56") from None
     if mac[0] & 1 or not any(mac):
         raise UsageError(
             f"{what}: mac={text} is not one card's address; the first byte must be even, "

@@ -101,9 +101,7 @@ class PciHost(Device):
                 with self._lock:
                     function.write(register, count, value >> shift & (1 << 8 * count) - 1)
 
-    def _pieces(
-        self, offset: int, size: int
-    ) -> Iterator[tuple[PciFunction | None, int, int, int]]:
+    def _pieces(self, offset: int, size: int) -> Iterator[tuple[PciFunction | None, int, int, int]]:
         """(function, register, bytes, shift in bits) of an access, by aligned 4 bytes."""
         shift = 0
         while size:

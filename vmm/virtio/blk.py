@@ -397,9 +397,7 @@ class Block(VirtioDevice):
     def restore(self, state: dict[str, object]) -> None:
         config = state["config"]
         if not isinstance(config, bytes) or config[:8] != self.config[:8]:
-            raise ValueError(
-                f"state of {self.name}: its disk did not have {self.capacity} sectors"
-            )
+            raise ValueError(f"state of {self.name}: its disk did not have {self.capacity} sectors")
         super().restore(state)
 
     # --- life ---------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class VirtioFs(VhostUserDevice):
         self.config[:] = _CONFIG.pack(tag.encode(), 1)
 
     def fail(self, chain: Chain) -> int:
-        request = b"".join(bytes(view[:_IN.size]) for view in chain.readable[:2])
+        request = b"".join(bytes(view[: _IN.size]) for view in chain.readable[:2])
         if not chain.writable or len(request) < _IN.size:  # FUSE_FORGET has no answer
             return 0
         unique = _IN.unpack_from(request)[2]

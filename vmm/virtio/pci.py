@@ -118,9 +118,7 @@ class PciTransport(Transport):
         function.add_express()
         self._capability(CAP_COMMON_CFG, COMMON, COMMON_LENGTH)
         multiplier = struct.pack("<I", NOTIFY_MULTIPLIER)
-        self._capability(
-            CAP_NOTIFY_CFG, NOTIFY, NOTIFY_MULTIPLIER * len(device.slots), multiplier
-        )
+        self._capability(CAP_NOTIFY_CFG, NOTIFY, NOTIFY_MULTIPLIER * len(device.slots), multiplier)
         self._capability(CAP_ISR_CFG, ISR, 1)
         if device.config:
             self._capability(CAP_DEVICE_CFG, DEVICE, len(device.config))

@@ -53,9 +53,7 @@ class Rate:
 
     def apply(self, limit: Limit) -> None:
         """Have `limit` keep it."""
-        limit.change(
-            bytes=self.bps, ops=self.ops, burst_bytes=self.burst, burst_ops=self.ops_burst
-        )
+        limit.change(bytes=self.bps, ops=self.ops, burst_bytes=self.burst, burst_ops=self.ops_burst)
 
 
 def _number(option: str, name: str, value: Number) -> int:

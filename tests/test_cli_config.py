@@ -88,7 +88,7 @@ def test_options_beside_a_file_override_and_add(tmp_path: Path) -> None:
     done = tiny.run("run", str(file), "--cpus", "1", "--append", "two", "-v")
     assert done.returncode == 9
     assert "vmm: 1 vCPU (host), 16 MiB of memory\n" in done.stderr
-    assert "pci=off one two\n" in done.stderr
+    assert "pci=conf1,noearly one two\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -546,3 +546,24 @@ def test_option_order(kernel: Make, order: str) -> None:
 def test_a_value_may_begin_with_a_dash(kernel: Make) -> None:
     _, _, err = vmm(kernel(tiny.exits(9)), "-v", "--append", "-- -x", "--append", "-s")
     assert re.search(r"^vmm: command line: .* -- -x -s$", err, re.M), err
+
+
+def test_verbose_lists_devices_with_address_and_interrupt(kernel: Make, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    options = ("--drive", f"{disk},format=raw", "--rng", "-v")
+    guest = kernel(tiny.exits(9))
+    _, _, err = vmm(guest, *options)
+    assert "vmm: virtio device blk0 at 0xd0000000, GSI 16\n" in err
+    assert "vmm: virtio device rng at 0xd0001000, GSI 17\n" in err
+    assert "virtio_mmio.device" not in err
+    _, _, err = vmm(guest, *options, "--no-acpi", "--append", "x=y -- z")
+    assert "vmm: virtio device blk0 at 0xd0000000, GSI 5\n" in err
+    line = "virtio_mmio.device=512@0xd0000000:5 virtio_mmio.device=512@0xd0001000:6 x=y -- z\n"
+    assert line in err
+    _, _, err = vmm(guest, *options, "--cmdline-devices")
+    assert "virtio_mmio.device=512@0xd0000000:16 virtio_mmio.device=512@0xd0001000:17\n" in err
+    _, _, err = vmm(guest, *options, "--transport", "pci", "--no-acpi")
+    assert "vmm: virtio device blk0 at PCI 00:01.0, MSI-X\n" in err
+    assert "vmm: virtio device rng at PCI 00:02.0, MSI-X\n" in err
+    assert "virtio_mmio.device" not in err

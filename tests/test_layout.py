@@ -69,6 +69,7 @@ def test_interrupts_are_each_of_one_device() -> None:
     own = [layout.GSI_UART, layout.GSI_RTC, layout.GSI_GED]
     lines = own + list(layout.GSI_VIRTIO)
     assert len(set(lines)) == len(lines)
+    assert sorted(layout.GSI_VIRTIO_LOW) == sorted(layout.GSI_VIRTIO)
     assert max(lines) < layout.IOAPIC_PINS
     # 0 to 3 are timer, keyboard, cascade and COM2; 12 to 15 mouse, FPU and disks of a PC.
     assert not set(lines) & {0, 1, 2, 3, 12, 13, 14, 15}

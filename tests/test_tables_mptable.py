@@ -112,12 +112,13 @@ def test_bus_and_ioapic(cpus: int) -> None:
     assert cpus <= apic < 255
 
 
-def test_isa_interrupts_go_to_the_pin_of_their_number(cpus: int) -> None:
+def test_every_interrupt_goes_to_the_pin_of_its_number(cpus: int) -> None:
     entries = entries_of(cpus)
     apic = of_type(entries, 2)[0][1]
     found = [struct.unpack("<BBHBBBB", entry) for entry in of_type(entries, 3)]
     # (type, vectored, flags: as the bus has it, bus, IRQ, IOAPIC, pin)
-    assert found == [(3, 0, 0, 0, irq, apic, irq) for irq in range(16)]
+    assert found == [(3, 0, 0, 0, irq, apic, irq) for irq in range(layout.IOAPIC_PINS)]
+    assert {*layout.GSI_VIRTIO, *layout.GSI_VIRTIO_LOW} <= {entry[6] for entry in found}
 
 
 def test_local_interrupts(cpus: int) -> None:

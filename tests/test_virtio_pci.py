@@ -520,8 +520,8 @@ def test_the_bus_is_there_without_devices() -> None:
         assert machine.platform.mmio.read(layout.ECAM_BASE, 4) == 0xFFFFFFFF
 
 
-def test_the_command_line_turns_pci_off_where_there_is_none() -> None:
-    assert "pci=off" in MachineConfig().default_cmdline.split()
-    assert "pci=off" not in MachineConfig(transport="pci").default_cmdline.split()
+def test_the_command_line_saves_looking_for_pci_where_there_is_none() -> None:
+    assert "pci=conf1,noearly" in MachineConfig().default_cmdline.split()
+    assert "pci=" not in MachineConfig(transport="pci").default_cmdline
     with pytest.raises(UsageError, match="--transport 'isa' is not one of mmio, pci"):
         MachineConfig(transport="isa")

@@ -11,7 +11,7 @@ from vmm.layout import MIB, PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from os import PathLike
 
     from vmm.agent.root import Root
@@ -49,7 +49,10 @@ class MachineConfig:
         console: `none` (kept in `Machine.console` only), `file:PATH`, `pty`, or `auto`: this
             process's standard input and output. `hvc` or `hvc,WHERE`: by a virtio console.
         boot: `auto`, `bzimage`, `elf64` or `pvh`.
-        acpi: False for no ACPI tables, the MP table alone.
+        acpi: False for no ACPI tables, the MP table alone; the kernel command line then names the
+            virtio devices over MMIO (`virtio_mmio.device=`).
+        cmdline_devices: True names them there with ACPI too, for a kernel that was built without
+            ACPI; one with both finds each device twice, and complains of the second.
         timeout: seconds from start to a forced end (`timeout`), or None.
         on_panic: `exit`, or `pause` to leave the machine for inspection.
         backing: what RAM is made of, see `vmm.memory.map_backing`; empty: `anonymous`, or `memfd`
@@ -87,6 +90,7 @@ class MachineConfig:
         "backing",
         "balloon",
         "boot",
+        "cmdline_devices",
         "console",
         "cpu",
         "cpus",
@@ -124,6 +128,7 @@ class MachineConfig:
         console: str = "none",
         boot: str = "auto",
         acpi: bool = True,
+        cmdline_devices: bool = False,
         timeout: float | None = None,
         on_panic: str = "exit",
         backing: str = "",
@@ -154,6 +159,7 @@ class MachineConfig:
         self.console = console
         self.boot = boot
         self.acpi = acpi
+        self.cmdline_devices = cmdline_devices
         self.timeout = timeout
         self.on_panic = on_panic
         self.default_append = default_append
@@ -387,12 +393,19 @@ class MachineConfig:
         # Linux opens /dev/console on the last one that is there; hvc0 may come with a module.
         consoles = "console=ttyS0 console=hvc0" if self.hvc else "console=ttyS0"
         words = f"{consoles} reboot=k panic=-1"
-        return words if self.transport == "pci" else words + " pci=off"
+        # Linux takes the configuration ports as given, and looks for nothing behind them: as quick
+        # as pci=off, with which it complains that it found no such ports.
+        return words if self.transport == "pci" else words + " pci=conf1,noearly"
 
     @property
     def cmdline(self) -> str:
-        """The whole kernel command line."""
+        """The whole kernel command line, but for what names devices over MMIO."""
+        return self.command_line()
+
+    def command_line(self, devices: Iterable[str] = ()) -> str:
+        """The whole kernel command line, with the parameters `devices` before `append`."""
         words = [self.default_cmdline] if self.default_append else []
+        words += devices
         if self.append:
             words.append(self.append)
         line = " ".join(words)

@@ -24,6 +24,7 @@ KEYS = {
     "--fs": "shares",
     "--vhost-user-blk": "vhost_user_blks",
     "--no-acpi": "acpi",
+    "--cmdline-devices": "cmdline_devices",
     "--verbose": "trace",
     "KERNEL": "kernel",
 }

@@ -134,6 +134,9 @@ PROPERTIES: dict[str, Schema] = {
     "console": _text("none, auto, file:PATH or pty, perhaps after hvc,"),
     "boot": _text("how the kernel is started", "auto", enum=list(BOOT_MODES)),
     "acpi": _flag("whether there are ACPI tables", True),
+    "cmdline_devices": _flag(
+        "whether the kernel command line names virtio devices over MMIO, with ACPI too", False
+    ),
     "timeout": {
         "type": "number",
         "description": "seconds from start to a forced end",

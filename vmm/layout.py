@@ -71,3 +71,6 @@ GSI_UART = 4
 GSI_RTC = 8
 GSI_GED = 9
 GSI_VIRTIO = (16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11)
+"""GSIs of the virtio devices over MMIO, in the order in which devices take them."""
+GSI_VIRTIO_LOW = (5, 6, 7, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23)
+"""The order without ACPI: a kernel that reads no MP table either has the PICs' 16 lines alone."""

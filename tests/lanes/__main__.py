@@ -37,6 +37,7 @@ from tests.lanes.nested import RESULTS, ROOT, LaneCrash, NestedLane
 from tests.support import host
 from vmm.errors import HostError, UsageError
 from vmm.testing.kernels import debian_kernel
+from vmm.testing.tiny import tiny_kernel
 
 NATIVE_TEST_TIMEOUT = 300
 NESTED_TEST_TIMEOUT = 600
@@ -269,6 +270,8 @@ def run(arguments: list[str], serial: bool) -> int:
                 # The nested lane has no network and a read-only cache: all is fetched here.
                 debian_kernel("cloud-amd64").vmlinux()
                 debian_kernel("amd64")
+                say("== the small kernel that tests boot: built once, in some minutes")
+                tiny_kernel()
                 if not serial:
                     nested = NestedThread(directory, arguments, native)
             if "native" in lanes:

@@ -128,7 +128,15 @@ PARSER = Parser(
             default="mmio",
             help="what virtio devices are on: " + " or ".join(TRANSPORTS) + " (default mmio)",
         ),
-        Option("--no-acpi", help="no ACPI tables; processors are found by the MP table alone"),
+        Option(
+            "--no-acpi",
+            help="no ACPI tables: processors are found by the MP table, virtio devices by "
+            "virtio_mmio.device= on the command line",
+        ),
+        Option(
+            "--cmdline-devices",
+            help="name virtio devices on the command line, with ACPI too: for a kernel without it",
+        ),
         Option("--control", metavar="PATH", help="a socket by which `vmm snapshot` reaches it"),
         Option("--timeout", metavar="S", help="end the machine after S seconds, status 124"),
         Option(
@@ -205,6 +213,8 @@ def keywords(args: Arguments) -> dict[str, object]:
         values["balloon"] = parse_size(args.value("--balloon") or "0", "--balloon")
     if args.given("--no-acpi"):
         values["acpi"] = False
+    if args.given("--cmdline-devices"):
+        values["cmdline_devices"] = True
     if args.given("--verbose"):
         values["trace"] = True
     if args.given("--cpus"):
@@ -321,7 +331,11 @@ def describe(machine: Machine) -> None:
     if machine.boot is not None:
         for line in machine.boot.description:
             say(line)
-    say(f"command line: {config.cmdline}")
+    say(f"command line: {machine.platform.cmdline}")
+    virtio = machine.platform.virtio
+    for number, transport in enumerate(virtio.transports if virtio is not None else ()):
+        assert virtio is not None
+        say(f"virtio device {transport.name} {virtio.place_of(number)}")
     machine.platform.pio.trace = machine.platform.mmio.trace = say
 
 

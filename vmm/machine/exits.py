@@ -5,6 +5,8 @@ from __future__ import annotations
 from vmm import errors
 
 POWEROFF = "poweroff"
+HALTED = "halted"
+"""Every processor is halted for good; see vmm/machine/halted.py."""
 REBOOT = "reboot"
 EXIT_PORT = "exit-port"
 PANIC = "panic"
@@ -21,6 +23,7 @@ MEMORY_LOST = "memory-lost"
 STATUS: dict[str, int] = {
     POWEROFF: errors.EXIT_OK,
     REBOOT: errors.EXIT_OK,
+    HALTED: errors.EXIT_OK,
     PANIC: errors.EXIT_PANIC,
     TRIPLE_FAULT: errors.EXIT_TRIPLE_FAULT,
     EMULATION_FAILURE: errors.EXIT_EMULATION,

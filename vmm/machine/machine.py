@@ -174,6 +174,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self.unplug()
         if self._watchdog is not None:
             self._watchdog.join(END_WITHIN)
+        if self.config.kernel is not None and self.has_run:
+            from vmm.machine import halted
+
+            halted.forget(self, END_WITHIN)
         try:
             steps = [self._faults.close] if self._faults is not None else []
             call_each([*steps, self._close_all])
@@ -569,6 +573,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def _watch(self) -> None:
         """Have the time limit kept, whether or not anybody waits for the end."""
+        if self.config.kernel is not None:
+            from vmm.machine import halted
+
+            halted.watch(self)
         limit = self.config.timeout
         if limit is None:
             return

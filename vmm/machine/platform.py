@@ -9,6 +9,7 @@ from vmm.console.console import Console
 from vmm.devices.bus import AddressSpace
 from vmm.devices.debugexit import DebugExit
 from vmm.devices.i8042 import I8042
+from vmm.devices.nopci import NoPci
 from vmm.devices.power import AcpiPower
 from vmm.devices.pvpanic import PvPanic
 from vmm.devices.rtc import Rtc
@@ -97,6 +98,8 @@ class Platform:
     def add_virtio(self) -> None:
         """Make the virtio devices the configuration asks for, if any."""
         config = self.machine.config
+        if config.transport != "pci":
+            self.pio.add(layout.PORT_PCI, NoPci.LENGTH, NoPci())
         disks = config.drives or config.shares or config.vhost_user_blks
         talk = config.vsock or config.hvc or config.ports or config.agent
         memory = config.balloon is not None
@@ -265,7 +268,7 @@ class Platform:
         if config.acpi:
             from vmm.tables import acpi
 
-            virtio = self.virtio.acpi() if self.virtio is not None else ()
+            virtio = self.virtio.windows() if self.virtio is not None else ()
             pci = config.transport == "pci"
             tables = acpi.build(acpi.AcpiConfig(cpus=config.cpus, virtio_mmio=virtio, pci=pci))
             blobs.append((layout.VMGENID, os.urandom(layout.VMGENID_SIZE)))
@@ -277,10 +280,23 @@ class Platform:
             from vmm.agent import archive
 
             initrds.append(archive.build(config))
-        state = load(memory, kernel, initrds, config.cmdline, mode=config.boot, rsdp=rsdp)
+        state = load(memory, kernel, initrds, self.cmdline, mode=config.boot, rsdp=rsdp)
         for gpa, blob in blobs:
             memory.write(gpa, blob)
         return state
+
+    @property
+    def cmdline(self) -> str:
+        """The whole kernel command line, with the virtio-mmio devices where it is to name them."""
+        config = self.machine.config
+        devices = self.virtio.windows() if self.virtio is not None else []
+        if not devices or (config.acpi and not config.cmdline_devices):
+            return config.cmdline
+        return config.command_line(
+            # Documentation/admin-guide/kernel-parameters.txt: virtio_mmio.device=
+            f"virtio_mmio.device={size}@{base:#x}:{gsi}"
+            for base, size, gsi in devices
+        )
 
     def start(self, threads: list[VcpuThread]) -> None:
         """Called before the first vCPU runs."""

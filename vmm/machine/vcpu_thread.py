@@ -14,6 +14,7 @@ import errno
 import fcntl
 import struct
 import threading
+import time
 
 from vmm.errors import KvmError
 from vmm.kvm import constants, ioctls
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 KICK_SIGNAL = _signal.SIGRTMIN + 2
 """Directed at one thread; glibc keeps the first two real-time signals for itself."""
+
+RFLAGS_IF = 1 << 9
 
 RUNNING, PAUSED, STOPPED = "running", "paused", "stopped"
 
@@ -64,6 +67,8 @@ class VcpuThread:
         self._poll: Callable[[], int] = _no_answer
         self._stalls = 0
         self._cond = threading.Condition(threading.Lock())
+        self._asked = False
+        self._dead: bool | None = None
         self.renew()
 
     # --- for other threads ------------------------------------------------------------------------
@@ -119,6 +124,31 @@ class VcpuThread:
                 self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
                 if self._thread.is_alive():
                     _signal.pthread_kill(ident, KICK_SIGNAL)
+
+    def is_dead(self, timeout: float) -> bool:
+        """Whether the vCPU is halted for good: interrupts disabled, or never started. Interrupts
+        KVM_RUN to ask; False where it does not run, or no answer comes within `timeout` seconds.
+        """
+        with self._cond:
+            ident = self._thread.ident
+            if self._held() or self._parked or ident is None or not self._thread.is_alive():
+                return False
+            self._asked, self._dead = True, None
+            self.vcpu.run_map[_IMMEDIATE_EXIT] = 1
+            _signal.pthread_kill(ident, KICK_SIGNAL)
+            self._cond.wait_for(lambda: self._dead is not None or self._parked, timeout)
+            self._asked = False
+            return self._dead is True
+
+    def cpu_time(self) -> int:
+        """CPU time of the thread in ns, guest code included; -1 where it has ended."""
+        # The kernel's clock of another thread (clock_getcpuclockid(3), CPUCLOCK_PERTHREAD), by its
+        # number: pthread_getcpuclockid(3) crashes where that thread has ended.
+        number = self._thread.native_id
+        try:
+            return time.clock_gettime_ns(~number << 3 | 6) if number is not None else -1
+        except OSError:
+            return -1
 
     def resumed(self) -> None:
         """Tell the guest's kvmclock of the pause, if it uses that (KVM_KVMCLOCK_CTRL)."""
@@ -176,6 +206,9 @@ class VcpuThread:
         while _signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
             pass
         with self._cond:
+            if self._asked and self._dead is None:
+                self._dead = self._is_dead()
+                self._cond.notify_all()
             if self._held():
                 self._parked = True
                 self._cond.notify_all()
@@ -185,6 +218,16 @@ class VcpuThread:
             if self._want == RUNNING:
                 self.vcpu.run_map[_IMMEDIATE_EXIT] = 0
             return self._want == RUNNING
+
+    def _is_dead(self) -> bool:
+        """Whether nothing but an NMI or an INIT wakes the vCPU (Intel SDM volume 2A, HLT)."""
+        try:
+            state = self.vcpu.get_mp_state()
+            if state == constants.MP_STATE_HALTED:
+                return not self.vcpu.get_regs().rflags & RFLAGS_IF
+            return state == constants.MP_STATE_UNINITIALIZED
+        except KvmError:
+            return False
 
     def _held(self) -> bool:
         """Whether to stay parked."""

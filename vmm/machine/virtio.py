@@ -52,9 +52,13 @@ class VirtioDevices:
         """Give `device` a transport, a place and an interrupt; the bus closes it from then on."""
         raise NotImplementedError
 
-    def acpi(self) -> list[tuple[int, int, int]]:
-        """(base, size, gsi) of each device that the DSDT must tell of."""
+    def windows(self) -> list[tuple[int, int, int]]:
+        """(base, size, gsi) of each device that the DSDT or the command line must tell of."""
         return []
+
+    def place_of(self, number: int) -> str:
+        """Where the guest finds device `number`, for a person."""
+        raise NotImplementedError
 
     def _serve(self, transport: Transport) -> None:
         """The first driver of a device: from now on somebody waits for its notifies."""
@@ -150,7 +154,7 @@ class VirtioDevices:
 
 
 class MmioDevices(VirtioDevices):
-    """Over MMIO, announced by ACPI (LNRO0005)."""
+    """Over MMIO, announced by ACPI (LNRO0005) or on the kernel's command line."""
 
     def _place(self, device: VirtioDevice) -> MmioTransport:
         number = len(self.transports)
@@ -172,9 +176,14 @@ class MmioDevices(VirtioDevices):
         self._space.add(base, length, transport)
         return transport
 
-    def acpi(self) -> list[tuple[int, int, int]]:
+    def windows(self) -> list[tuple[int, int, int]]:
         return [self._window(number) for number in range(len(self.transports))]
+
+    def place_of(self, number: int) -> str:
+        base, _, gsi = self._window(number)
+        return f"at {base:#x}, GSI {gsi}"
 
     def _window(self, number: int) -> tuple[int, int, int]:
         base = layout.VIRTIO_MMIO_BASE + number * layout.VIRTIO_MMIO_STRIDE
-        return base, mmio.LENGTH, layout.GSI_VIRTIO[number]
+        gsis = layout.GSI_VIRTIO if self._machine.config.acpi else layout.GSI_VIRTIO_LOW
+        return base, mmio.LENGTH, gsis[number]

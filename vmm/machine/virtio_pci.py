@@ -49,6 +49,9 @@ class PciDevices(VirtioDevices):
         transport.on_driver_ok = lambda: self._connect(transport)
         return transport
 
+    def place_of(self, number: int) -> str:
+        return f"at PCI 00:{number + 1:02x}.0, MSI-X"  # 0 is the host bridge
+
     def _connect(self, transport: PciTransport) -> None:
         placed: int | None = None
 

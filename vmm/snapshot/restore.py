@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from vmm.memory import GuestMemory
 
-FIXED = ("memory", "cpus", "cpu", "transport", "acpi", "kernel", "initrds", "append", "boot")
+FIXED = (
+    *("memory", "cpus", "cpu", "transport", "acpi", "cmdline_devices"),
+    *("kernel", "initrds", "append", "boot"),
+)
 """What a restored machine cannot have otherwise than it had."""
 
 

@@ -19,7 +19,6 @@ CPU_ENABLED, CPU_BOOTSTRAP = 1, 2
 CPU_SIGNATURE = 0x600
 CPU_FPU_APIC = 0x201
 APIC_VERSION = 0x14
-ISA_IRQS = 16
 MAX_CPUS = 254
 """Ids have 8 bits: 255 is for broadcasts, and the IOAPIC takes the one after the processors'."""
 
@@ -27,7 +26,9 @@ MAX_CPUS = 254
 def build(cpus: int) -> tuple[int, bytes]:
     """Where to write, layout.MP_TABLE, and the floating pointer with the table behind it.
 
-    ISA interrupts go to the IOAPIC pin of the same number, as KVM's default routing has it.
+    All pins of the IOAPIC are ISA interrupts of the same number, as KVM's default routing has it:
+    edge-triggered and active high. A Linux without ACPI knows no interrupt that no entry names
+    (setup_IO_APIC_irqs(), arch/x86/kernel/apic/io_apic.c).
 
     Raises:
         UsageError: more processors than MAX_CPUS.
@@ -46,7 +47,7 @@ def build(cpus: int) -> tuple[int, bytes]:
     ioapic_id = cpus
     entries.append(struct.pack("<BB6s", BUS, 0, b"ISA   "))
     entries.append(struct.pack("<BBBBI", IOAPIC, ioapic_id, 0x11, 1, layout.IOAPIC))
-    for irq in range(ISA_IRQS):
+    for irq in range(layout.IOAPIC_PINS):
         entries.append(struct.pack("<BBHBBBB", IO_INTERRUPT, INT, 0, 0, irq, ioapic_id, irq))
     entries.append(struct.pack("<BBHBBBB", LOCAL_INTERRUPT, EXTINT, 0, 0, 0, 0, 0))
     entries.append(struct.pack("<BBHBBBB", LOCAL_INTERRUPT, NMI, 0, 0, 0, 0xFF, 1))

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,15 +70,18 @@ def test_a_tree_there_and_back(agent: HostAgent, source: Path, tmp_path: Path) -
     there, back = tmp_path / "there" / "with parents", tmp_path / "back"
     put(agent, source, str(there))
     assert listing(there) == listing(source)
-    get(agent, str(there), back)
+    for refused in (there, there / "a"):  # a FIFO; a link to /no/where
+        with pytest.raises(PermissionError, match="filter='all'"):
+            get(agent, str(refused), tmp_path / "refused")
+    get(agent, str(there), back, filter="all")
     assert listing(back) == listing(source)
     # Over what is there already, and into a directory under its own name.
     (there / "link").unlink()
     (there / "link").write_text("in the way")
     put(agent, source, str(there))
-    get(agent, str(there), back)
+    get(agent, str(there), back, filter="all")
     assert listing(back) == listing(there) == listing(source)
-    get(agent, str(there), f"{tmp_path}/into/")
+    get(agent, str(there), f"{tmp_path}/into/", filter="all")
     assert listing(tmp_path / "into" / "with parents") == listing(source)
     put(agent, source, f"{tmp_path}/into/")
     assert listing(tmp_path / "into" / "source") == listing(source)
@@ -187,7 +191,7 @@ class Hostile:
         for stream in (wire.OUT, wire.ERR):
             out += frame(wire.END, stream, 0, 0)
         out += frame(wire.EXITED, 0, 0, 8) + self.status.to_bytes(4, "little") + bytes(4)
-        with sock:
+        with sock, suppress(OSError):  # the host has hung up
             sock.sendall(out)
             while sock.recv(1 << 16):
                 pass
@@ -259,12 +263,130 @@ def test_links_lead_nowhere(tmp_path: Path) -> None:
         TOP + head(tree.DIRECTORY, b"l") + UP + link(b"l", way_out) + UP + LAST,
     ):
         with pytest.raises(OSError):
-            get(Hostile(stream), "/x", tmp_path / "here", timeout=60)
+            get(Hostile(stream), "/x", tmp_path / "here", timeout=60, filter="all")
     stream = TOP + link(b"f", os.fsencode(victim)) + file(b"f") + UP + LAST
-    get(Hostile(stream), "/x", tmp_path / "there", timeout=60)
+    get(Hostile(stream), "/x", tmp_path / "there", timeout=60, filter="all")
     assert (tmp_path / "there" / "f").read_text() == "evil"
     assert not (tmp_path / "there" / "f").is_symlink()
     assert victim.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+@pytest.mark.parametrize("into", ["new", "over a file", "/"])
+def test_no_link_or_fifo_takes_the_place_of_a_file(kind: str, into: str, tmp_path: Path) -> None:
+    """The next get() to that place would follow the link; who opens the FIFO would wait."""
+    target = tmp_path / "log"
+    if into == "over a file":
+        target.write_text("of before")
+    sent = link(b"", b"/etc/passwd") if kind == "link" else head(tree.FIFO)
+    for choice in ("data", "all"):
+        with pytest.raises(AgentError, match="in place of a file"):
+            get(
+                Hostile(sent + LAST), "/log", f"{tmp_path}/" if into == "/" else target,
+                timeout=60, filter=choice,
+            )  # fmt: skip
+    assert os.listdir(tmp_path) == (["log"] if into == "over a file" else [])
+    assert into != "over a file" or target.read_text() == "of before"
+
+
+@pytest.mark.parametrize(
+    ("where", "target", "leaves"),
+    [
+        ("", b"f", False),
+        ("", b"d/e", False),
+        ("", b".", False),
+        ("", b"./f//g", False),
+        ("d", b"../f", False),
+        ("d", b"..", False),
+        ("d/e", b"../../f", False),
+        ("", b"/etc/passwd", True),
+        ("", b"..", True),
+        ("", b"../f", True),
+        ("d", b"../../f", True),
+        ("d", b"../d/../../f", True),
+        ("", b"d/..", True),  # d may be a link
+        ("", b"./../f", True),
+        ("", b"//etc", True),
+    ],
+)
+def test_links_that_leave_the_tree_are_refused(
+    where: str, target: bytes, leaves: bool, tmp_path: Path
+) -> None:
+    names = [name.encode() for name in where.split("/") if name]
+    stream = TOP + b"".join(head(tree.DIRECTORY, name) for name in names)
+    stream += link(b"l", target) + UP * len(names) + UP + LAST
+    made = tmp_path / "in" / where / "l"
+    if leaves:
+        with pytest.raises(PermissionError, match="outside what is copied; filter='all'"):
+            get(Hostile(stream), "/x", tmp_path / "in", timeout=60)
+        assert not made.is_symlink()
+        get(Hostile(stream), "/x", tmp_path / "in", timeout=60, filter="all")
+    else:
+        get(Hostile(stream), "/x", tmp_path / "in", timeout=60)
+    assert os.readlink(os.fsencode(made)) == target
+
+
+def test_a_link_of_one_get_is_no_way_out_for_the_next(tmp_path: Path) -> None:
+    """As of kubectl cp, CVE-2019-1002101; and by two links, each of which looks well."""
+    victim = tmp_path / "home"
+    victim.mkdir()
+    for stream in (
+        TOP + link(b"sub", os.fsencode(victim)) + UP + LAST,
+        TOP + head(tree.DIRECTORY, b"d") + link(b"up", b"..") + UP
+        + link(b"sub", b"d/up/../home") + UP + LAST,
+    ):  # fmt: skip
+        with pytest.raises(PermissionError):
+            get(Hostile(stream), "/out", tmp_path / "out", timeout=60)
+        with pytest.raises(OSError):
+            os.lstat(tmp_path / "out" / "sub")
+        assert not os.listdir(victim)
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "f"
+    target.write_text("of before")
+    whole = file(b"", b"new")
+    for size in range(len(whole)):
+        with pytest.raises(AgentError):
+            get(Hostile(whole[:size]), "/f", target, timeout=60)
+        assert os.listdir(tmp_path) == ["f"]
+        assert target.read_text() == "of before"
+    get(Hostile(file(b"", b"new") + LAST), "/f", target, timeout=60)
+    assert target.read_text() == "new"
+    # The caller's own link, pipe and device are written through.
+    (tmp_path / "l").symlink_to("f")
+    get(Hostile(file(b"", b"by the link") + LAST), "/f", tmp_path / "l", timeout=60)
+    assert (tmp_path / "l").is_symlink()
+    assert target.read_text() == "by the link"
+    get(Hostile(file(b"", b"x") + LAST), "/f", "/dev/null", timeout=60)
+    os.mkfifo(tmp_path / "p")
+    with pytest.raises(OSError, match="No such device or address"):  # nobody reads it: no waiting
+        get(Hostile(file(b"", b"x") + LAST), "/f", tmp_path / "p", timeout=60)
+    reader = os.open(tmp_path / "p", os.O_RDONLY | os.O_NONBLOCK)
+    get(Hostile(file(b"", b"through") + LAST), "/f", tmp_path / "p", timeout=60)
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    with pytest.raises(IsADirectoryError):
+        (tmp_path / "d").mkdir()
+        get(Hostile(file(b"", b"x") + LAST), "/f", tmp_path / "d", timeout=60)
+    assert sorted(os.listdir(tmp_path)) == ["d", "f", "l", "p"]
+
+
+def test_how_much_and_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AgentError, match="more than 3 bytes; max_bytes="):
+        get(Hostile(file(b"") + LAST), "/f", tmp_path / "f", timeout=60, max_bytes=3)
+    with pytest.raises(AgentError, match="more than 7 bytes"):
+        get(
+            Hostile(TOP + file(b"a") + file(b"b") + UP + LAST), "/d", tmp_path / "d", timeout=60,
+            max_bytes=7,
+        )  # fmt: skip
+    with pytest.raises(AgentError, match="more than 3 bytes"):
+        get(Hostile(file(b"") + LAST), "/f", io.BytesIO(), timeout=60, max_bytes=3)
+    monkeypatch.setattr(tree, "ENTRIES_MAX", 5)
+    with pytest.raises(AgentError, match="more than 5 entries"):
+        get(Hostile(TOP + file(b"a") * 9 + UP + LAST), "/d", tmp_path / "d", timeout=60)
+    with pytest.raises(ValueError, match="filter='tar' is not one of data, all"):
+        get(Hostile(LAST), "/d", tmp_path / "d", filter="tar")
 
 
 def test_set_user_id_stays_in_the_guest(tmp_path: Path) -> None:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 RECEIVE = 256 << 10
 """Bytes received at once."""
+AFTER = 8
+"""Times that is received once the time is up: more than the windows let a guest send at once."""
+SILENCE = 60.0
+"""Seconds an agent has to take what is sent to it, to start a command, or to bring a transfer on.
+A guest takes milliseconds, or seconds where it is emulated."""
 
 
 class Connection:
@@ -57,14 +62,16 @@ class Connection:
         Raises:
             AgentError: the connection is lost, or the agent talks nonsense.
         """
-        more = True
+        more, late = True, 0
         with self._changed:
             while not ready():
                 if self.error is not None:
                     raise self.error
                 left = None if until is None else max(until - time.monotonic(), 0)
-                if left == 0 and not more:
-                    return False
+                if left == 0:
+                    late += 1
+                    if not more or late > AFTER:
+                        return False
                 if not self._receiving:
                     more = self._receive(left)
                 else:
@@ -109,8 +116,12 @@ class Connection:
         return True
 
     def send(self, until: float | None = None) -> bool:
-        """Send what the session has to send; False where that time came first."""
+        """Send what the session has to send; False where that time came first.
+
+        Without a time the agent has `SILENCE` seconds, and the connection is lost then.
+        """
         out = self.session.out
+        limit = time.monotonic() + SILENCE if until is None else until
         while True:
             with self._changed:
                 if self._closed or not out:
@@ -125,8 +136,13 @@ class Connection:
                 except OSError:  # what can still be received says why
                     out.clear()
                     return True
-            left = None if until is None else max(until - time.monotonic(), 0)
-            if not _wait(self._sock, select.POLLOUT, left):
+            if not _wait(self._sock, select.POLLOUT, max(limit - time.monotonic(), 0)):
+                if until is None:
+                    with self._changed:
+                        out.clear()
+                        self.error = self.error or AgentError(
+                            f"the guest's agent has taken nothing for {SILENCE:g} s"
+                        )
                 return False
 
     def do(self, function: Callable[[], object], until: float | None = None) -> None:

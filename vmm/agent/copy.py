@@ -10,14 +10,14 @@ import struct
 import time
 
 from vmm.agent import wire
-from vmm.agent.connection import Connection
-from vmm.agent.tree import Unpacker, pack, pack_file
+from vmm.agent.connection import SILENCE, Connection
+from vmm.agent.tree import MAX_BYTES, Unpacker, pack, pack_file
 from vmm.agent.wire import ERR, OUT, Session
 from vmm.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from vmm.agent.process import Dialer
@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     Path = str | os.PathLike[str]
 
 PATH_MAX = 4096
+FILTERS = ("data", "all")
 
 
 class Transfer:
-    """A connection on which the agent makes or reads a tree at `path` in the guest."""
+    """A connection on which the agent makes or reads a tree at `path` in the guest.
+
+    Whatever `timeout` is, an agent that neither sends nor takes anything for `SILENCE` seconds is
+    given up.
+    """
 
     def __init__(
         self, link: Dialer, kind: int, path: str, timeout: float | None, why: str = ""
@@ -40,19 +45,36 @@ class Transfer:
         session = self._session = Session(kind, flags)
         session.out += wire.request(kind, [path], flags=flags)
         self._connection = Connection(link.connect(), session, link.why_lost)
-        self._connection.send(self._until)
+        try:
+            self._send()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Hang up; what is under way in the guest ends."""
         self._connection.close()
 
-    def _wait(self, ready: object) -> None:
-        if not self._connection.wait_for(ready, self._until):  # type: ignore[arg-type]
-            raise TimeoutError(f"{self._path}: not done within {self._timeout:g} s")
+    def _limit(self) -> float:
+        """Until when something must happen; TimeoutError where the time for all is up."""
+        now = time.monotonic()
+        if self._until is not None and now > self._until:
+            raise self._late()
+        quiet = now + SILENCE
+        return quiet if self._until is None else min(quiet, self._until)
+
+    def _late(self) -> Exception:
+        if self._until is not None and time.monotonic() >= self._until:
+            return TimeoutError(f"{self._path}: not done within {self._timeout:g} s")
+        return AgentError(f"{self._path}: the guest's agent has been silent for {SILENCE:g} s")
+
+    def _wait(self, ready: Callable[[], object]) -> None:
+        if not self._connection.wait_for(lambda: bool(ready()), self._limit()):
+            raise self._late()
 
     def _send(self) -> None:
-        if not self._connection.send(self._until):
-            raise TimeoutError(f"{self._path}: not done within {self._timeout:g} s")
+        if not self._connection.send(self._limit()):
+            raise self._late()
 
     def write(self, data: bytes) -> bool:
         """Send a part of the stream; False where the agent takes no more: it has failed."""
@@ -111,7 +133,9 @@ class Transfer:
             return
         if len(said) < 4:
             raise AgentError(f"{self._path}: the guest's agent failed ({session.returncode})")
-        (number,) = struct.unpack("<i", said[:4])
+        (number,) = struct.unpack("<I", said[:4])
+        if not wire.is_errno(number):
+            raise AgentError(f"{self._path}: the guest's agent sent error {number}")
         where = os.fsdecode(said[4:])
         raise OSError(number, f"{os.strerror(number)} (in the guest)", where)
 
@@ -141,18 +165,21 @@ def put(
 
 
 def get(
-    link: Dialer, source: str, target: Path | BinaryIO, *, timeout: float | None = None
-) -> None:
+    link: Dialer, source: str, target: Path | BinaryIO, *, timeout: float | None = None,
+    max_bytes: int = MAX_BYTES, filter: str = "data",
+) -> None:  # fmt: skip
     """See `Machine.get`."""
+    if filter not in FILTERS:
+        raise ValueError(f"filter={filter!r} is not one of {', '.join(FILTERS)}")
     _check(source)
     transfer = Transfer(link, wire.GET, source, timeout)
     try:
         if isinstance(target, (str, os.PathLike)):
             path = _inside(os.fspath(target), source)
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            Unpacker(transfer.read, path).unpack()
+            Unpacker(transfer.read, path, max_bytes, all_kinds=filter == "all").unpack()
         else:
-            Unpacker(transfer.read, source).unpack_into(target)
+            Unpacker(transfer.read, source, max_bytes).unpack_into(target)
         transfer.finish()
     finally:
         transfer.close()

@@ -13,7 +13,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Protocol
 
 from vmm.agent import wire
-from vmm.agent.connection import Connection
+from vmm.agent.connection import SILENCE, Connection
 from vmm.agent.wire import ERR, IN, OUT, Session
 from vmm.errors import AgentError
 
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     Word = str | bytes | os.PathLike[str]
     Args = str | bytes | os.PathLike[str] | Sequence[Word]
 
-KILL_WITHIN = 10.0
+KILL_WITHIN = 1.0
 """Seconds waited, after a kill, for the news of it."""
+GRACE = 0.25
+"""Seconds past its timeout in which a command that goes on writing may still end."""
+MAX_OUTPUT = 256 << 20
+"""Bytes of a command's output, of both streams together, that are kept for its caller."""
 
 
 class Dialer(Protocol):
@@ -48,6 +52,21 @@ def words(args: Args, shell: bool = False) -> list[Word]:
     if not listed:
         raise ValueError("no command given")
     return ["/bin/sh", "-c", *listed] if shell else listed
+
+
+def not_started(args: Args, timeout: float | None) -> Exception:
+    """What is raised where the agent does not say that it has started a command."""
+    if timeout is not None and timeout <= SILENCE:
+        return subprocess.TimeoutExpired(args, timeout)
+    return AgentError(f"the guest's agent has not started {args!r} within {SILENCE:g} s")
+
+
+def too_much(maximum: int) -> AgentError:
+    """What is raised where a command writes without an end."""
+    return AgentError(
+        f"the command's output is over {maximum} bytes; max_output= is the limit, or read it in "
+        "parts (popen)"
+    )
 
 
 def flags_of(stdin: int, stdout: int, stderr: int, tty: bool) -> int:
@@ -79,13 +98,16 @@ class GuestProcess:
         text, encoding, errors: strings instead of bytes.
         tty: it gets a terminal of its own; its output all comes by stdout.
         size: the terminal's rows and columns.
+        timeout: seconds within which it must be started; None: SILENCE (60).
+        max_output: bytes that `communicate`, and `read()` of a whole stream, keep at most.
 
     Attributes:
         args, pid, returncode, stdin, stdout, stderr: as Popen's.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: it cannot be executed, as Popen's.
-        AgentError: the agent cannot be reached.
+        subprocess.TimeoutExpired: it was not started within `timeout`.
+        AgentError: the agent cannot be reached, or does not answer.
     """
 
     def __init__(
@@ -105,8 +127,12 @@ class GuestProcess:
         tty: bool = False,
         size: tuple[int, int] = (24, 80),
         bufsize: int = -1,
+        timeout: float | None = None,
+        max_output: int = MAX_OUTPUT,
     ) -> None:
         self.args = args
+        self.max_output = max_output
+        begun = time.monotonic()
         argv = words(args, shell)
         flags = flags_of(stdin, stdout, stderr, tty)
         first = wire.request(
@@ -122,8 +148,12 @@ class GuestProcess:
         self._connection = Connection(link.connect(), session, link.why_lost)
         self._session = session
         try:
-            self._connection.send()
-            self._connection.wait_for(lambda: bool(session.pid or session.failed), None)
+            until = begun + (SILENCE if timeout is None else min(timeout, SILENCE))
+            started = self._connection.send(until) and self._connection.wait_for(
+                lambda: bool(session.pid or session.failed), until
+            )
+            if not started:
+                raise not_started(args, timeout)
             failure = session.failure(argv, cwd)
             if failure is not None:
                 raise failure
@@ -142,7 +172,11 @@ class GuestProcess:
         self.stderr: IO[Any] | None = None if without[ERR] else self._file(ERR, bufsize)
 
     def _file(self, stream: int, bufsize: int) -> IO[Any]:
-        raw = _Writer(self._connection) if stream == IN else _Reader(self._connection, stream)
+        raw: io.RawIOBase
+        if stream == IN:
+            raw = _Writer(self._connection)
+        else:
+            raw = _Reader(self._connection, stream, self.max_output)
         if bufsize == 0 and not self._text:
             return raw  # type: ignore[return-value]
         size = bufsize if bufsize > 1 else io.DEFAULT_BUFFER_SIZE
@@ -161,7 +195,8 @@ class GuestProcess:
         try:
             if kind is not None and self.returncode is None:
                 self.kill()
-                self.wait(KILL_WITHIN)
+                with suppress(subprocess.TimeoutExpired):  # what was raised says more
+                    self.wait(KILL_WITHIN)
             for file in (self.stdin, self.stdout, self.stderr):
                 if file is not None:
                     file.close()
@@ -269,9 +304,13 @@ class GuestProcess:
             connection.do(write, until)
             for stream in (OUT, ERR):
                 self._collected[stream] += connection.take(stream)
+            if sum(map(len, self._collected)) > self.max_output:
+                raise too_much(self.max_output)
             if session.complete:
                 self.returncode = session.returncode
                 return True
+            if until is not None and time.monotonic() > until + GRACE:
+                return False  # it goes on writing
             if not connection.wait_for(something, until):
                 return False
 
@@ -289,12 +328,21 @@ class GuestProcess:
 class _Reader(io.RawIOBase):
     """The command's output."""
 
-    def __init__(self, connection: Connection, stream: int) -> None:
+    def __init__(self, connection: Connection, stream: int, maximum: int) -> None:
         self._connection = connection
         self._stream = stream
+        self._max = maximum
 
     def readable(self) -> bool:
         return True
+
+    def readall(self) -> bytes:
+        data = bytearray()
+        while part := self.read(wire.WINDOW):
+            data += part
+            if len(data) > self._max:
+                raise too_much(self._max)
+        return bytes(data)
 
     def readinto(self, buffer: Any) -> int:
         session, stream = self._connection.session, self._stream
@@ -354,7 +402,8 @@ def run(
 
     Args:
         input: what it reads; None: nothing, /dev/null.
-        timeout: seconds, after which its process group is killed.
+        timeout: seconds from the first byte sent to the agent, its start included, after which
+            its process group is killed.
         check: raise CalledProcessError where it ends with another status than 0.
         options: see GuestProcess.
 
@@ -366,15 +415,19 @@ def run(
         options["text"] = True
     if input is None:
         options.setdefault("stdin", DEVNULL)
-    process = GuestProcess(link, args, **options)
+    begun = time.monotonic()
+    process = GuestProcess(link, args, timeout=timeout, **options)
     try:
-        out, err = process.communicate(input, timeout)
+        left = None if timeout is None else max(timeout - (time.monotonic() - begun), 0)
+        out, err = process.communicate(input, left)
     except subprocess.TimeoutExpired as late:
+        late.timeout = timeout or 0
         late.output, late.stderr = _kill(process)
         raise
     except BaseException:
         if process._connection.error is None:
-            process.kill()
+            kill = partial(process._session.signal, signal.SIGKILL, group=True)
+            process._connection.do(kill, time.monotonic() + KILL_WITHIN)
         raise
     finally:
         process.close()
@@ -386,10 +439,10 @@ def run(
 
 def _kill(process: GuestProcess) -> tuple[bytes | None, bytes | None]:
     """Kill it, and wait for that; the output there was."""
-    process.kill()
     until = time.monotonic() + KILL_WITHIN
     session = process._session
     try:
+        process._connection.do(lambda: session.signal(signal.SIGKILL, group=True), until)
         process._connection.wait_for(lambda: session.returncode is not None, until)
         # What it wrote last comes before its end; who escaped from the group may hold the pipes.
         for stream in (OUT, ERR):

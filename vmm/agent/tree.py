@@ -7,6 +7,7 @@ asked for no link is followed: a hostile guest's stream stays where the caller w
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import struct
@@ -27,6 +28,10 @@ CHUNK = 64 << 10
 DEPTH_MAX = 256
 NAME_MAX = 255
 TARGET_MAX = 4095
+MAX_BYTES = 64 << 30
+"""File data that one `get` takes from a guest, if nothing else is said."""
+ENTRIES_MAX = 1 << 20
+"""Files, directories and links that one `get` takes from a guest."""
 NANOSECONDS = 1_000_000_000
 _FLAGS = os.O_CLOEXEC | os.O_NOCTTY
 
@@ -104,11 +109,23 @@ class Unpacker:
     Args:
         read: gives exactly so many bytes of it, or raises.
         path: what the first entry becomes.
+        max_bytes: of file data, at most.
+        all_kinds: links that leave the tree and FIFOs are made, too.
     """
 
-    def __init__(self, read: Callable[[int], bytes], path: str) -> None:
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        path: str,
+        max_bytes: int = MAX_BYTES,
+        *,
+        all_kinds: bool = False,
+    ) -> None:
         self._read = read
         self._path = path
+        self._max = self._left = max_bytes
+        self._entries = 0
+        self._all_kinds = all_kinds
         self._stack: list[tuple[int, tuple[int, int, int]]] = []
         self._dir = -1
 
@@ -119,7 +136,10 @@ class Unpacker:
             AgentError: the stream is not one.
             OSError: something cannot be made here.
         """
-        parent, name = os.path.split(self._path)
+        path = self._path
+        if os.path.islink(path):  # it is the caller's own: a guest's would not be there
+            path = os.path.realpath(path)
+        parent, name = os.path.split(path)
         self._dir = os.open(parent or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self._next(name):
@@ -165,6 +185,12 @@ class Unpacker:
                 raise AgentError(f"the guest sent {size} bytes of a file at once")
             if not size:
                 return
+            self._left -= size
+            if self._left < 0:
+                raise AgentError(
+                    f"{self._path}: the guest sends more than {self._max} bytes; max_bytes= is "
+                    "the limit"
+                )
             yield self._read(size)
 
     # --- the host's files -------------------------------------------------------------------------
@@ -172,6 +198,9 @@ class Unpacker:
     def _next(self, called: str | None) -> bool:
         """Make the next entry, the first one as `called`; False after the last one of the tree."""
         kind, name, how, size = self._head()
+        self._entries += 1
+        if self._entries > ENTRIES_MAX:
+            raise AgentError(f"{self._path}: the guest sends more than {ENTRIES_MAX} entries")
         first = called is not None
         if called is not None:
             name = called
@@ -184,6 +213,9 @@ class Unpacker:
             return bool(self._stack)
         if not name or name in (".", ".."):
             raise AgentError("the guest sent an entry without a name")
+        if first and kind in (LINK, FIFO):
+            # What was asked for is followed in the guest: its agent never sends one of these.
+            raise AgentError(f"{self._path}: the guest sent a link or a FIFO in place of a file")
         if kind == DIRECTORY:
             self._directory(name, how, first)
         elif kind == REGULAR:
@@ -194,10 +226,23 @@ class Unpacker:
             target = self._read(size)
             if b"\0" in target:
                 raise AgentError(f"the guest sent a link {name!r} with a NUL in it")
+            if not self._all_kinds and _leaves(target, len(self._stack) - 1):
+                raise OSError(
+                    errno.EPERM,
+                    f"it is a link to {os.fsdecode(target)!r}, outside what is copied; "
+                    "filter='all' takes it all the same",
+                    os.path.join(self._path, name),
+                )
             self._make_way(name)
             os.symlink(target, os.fsencode(name), dir_fd=self._dir)
             self._stamp(name, how)
         elif kind == FIFO:
+            if not self._all_kinds:
+                raise OSError(
+                    errno.EPERM,
+                    "it is a FIFO, which whoever opens it waits for; filter='all' takes it",
+                    os.path.join(self._path, name),
+                )
             self._make_way(name)
             os.mkfifo(name, how[0] & 0o777, dir_fd=self._dir)
             self._stamp(name, how)
@@ -217,19 +262,45 @@ class Unpacker:
         self._dir = fd
 
     def _file(self, name: str, how: tuple[int, int, int], first: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | _FLAGS
+        if first and self._is_special(name):
+            # The caller's own device or pipe. Nobody reads a pipe: an error, and no wait.
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
+            fd = os.open(name, flags, dir_fd=self._dir)
+            os.set_blocking(fd, True)
+            with open(fd, "wb", buffering=0) as file:
+                self._fill(file)
+            return
+        new = name
         if first:
-            flags |= os.O_TRUNC
+            # Whole or not at all; and whatever is put in its place meanwhile is not written to.
+            new = f".{name[:200]}.{os.urandom(6).hex()}"
         else:
             self._make_way(name)
-            flags |= os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(name, flags, 0o600, dir_fd=self._dir), "wb", buffering=0) as file:
-            for data in self._data():
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _FLAGS
+        try:
+            with open(os.open(new, flags, 0o600, dir_fd=self._dir), "wb", buffering=0) as file:
+                self._fill(file)
                 _settle(file.fileno(), how)
+            if first:
+                os.rename(new, name, src_dir_fd=self._dir, dst_dir_fd=self._dir)
+        except BaseException:
+            if first:
+                self._make_way(new)
+            raise
+
+    def _is_special(self, name: str) -> bool:
+        """Whether there is something called so that is neither a file nor a directory."""
+        try:
+            mode = os.stat(name, dir_fd=self._dir, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return False
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+    def _fill(self, file: BinaryIO | io.FileIO) -> None:
+        for data in self._data():
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
 
     def _stamp(self, name: str, how: tuple[int, int, int]) -> None:
         """Times of what is not opened."""
@@ -240,6 +311,21 @@ class Unpacker:
         """Remove what is called so, whatever it is, if it is no directory."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._dir)
+
+
+def _leaves(target: bytes, depth: int) -> bool:
+    """Whether a link to `target`, `depth` directories below the top, may lead out of the tree.
+
+    `..` counts at the beginning only: after a name, which may be another link, nobody knows where
+    it leads.
+    """
+    if target.startswith(b"/"):
+        return True
+    words = [word for word in target.split(b"/") if word not in (b"", b".")]
+    up = 0
+    while up < len(words) and words[up] == b"..":
+        up += 1
+    return up > depth or b".." in words[up:]
 
 
 def _settle(fd: int, how: tuple[int, int, int]) -> None:

@@ -40,6 +40,7 @@ CHUNK = 64 << 10
 REQUEST_MAX = 1 << 20
 """Bytes of a request's strings; WORDS_MAX: of arguments and environment."""
 WORDS_MAX = 128 << 10
+ERRNO_MAX = 4096
 USUAL = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -94,6 +95,11 @@ def check_hello(data: bytes) -> None:
         raise AgentError(
             f"the guest's agent speaks version {version} of the protocol, this vmm speaks {VERSION}"
         )
+
+
+def is_errno(number: int) -> bool:
+    """Whether an error number from the guest can be one (Linux's are below 4096, MAX_ERRNO)."""
+    return 0 < number < ERRNO_MAX
 
 
 class Session:
@@ -187,7 +193,10 @@ class Session:
             if not 0 < self.pid < 1 << 31:
                 raise AgentError("the guest's agent started nothing")
         elif kind == FAILED:
-            self.failed = _PAIR.unpack(data)
+            number, what = _PAIR.unpack(data)
+            if not is_errno(number) or what > CANNOT_START:
+                raise AgentError(f"the guest's agent sent error {number} of kind {what}")
+            self.failed = number, what
         elif not self.pid:
             raise AgentError("the guest's agent tells of the end of what it did not start")
         else:

@@ -124,11 +124,17 @@ class AsyncGuestCalls:
         target: str | os.PathLike[str] | BinaryIO,
         *,
         timeout: float | None = None,
+        max_bytes: int = 64 << 30,
+        filter: str = "data",
     ) -> None:
         """See `Machine.get`."""
         from vmm.agent.copy import get
 
-        await self._over_a_line(lambda line: get(line, source, target, timeout=timeout))
+        await self._over_a_line(
+            lambda line: get(
+                line, source, target, timeout=timeout, max_bytes=max_bytes, filter=filter
+            )
+        )
 
     async def _over_a_line(self, function: Callable[[Line], T]) -> T:
         await self.wait_for_agent()

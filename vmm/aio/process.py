@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from subprocess import DEVNULL, PIPE
 
 from vmm.agent import wire
-from vmm.agent.process import KILL_WITHIN, flags_of, words
+from vmm.agent.connection import SILENCE
+from vmm.agent.process import KILL_WITHIN, MAX_OUTPUT, flags_of, not_started, too_much, words
 from vmm.agent.wire import ERR, IN, OUT, Session
 from vmm.aio.connection import AsyncConnection
 from vmm.errors import AgentError
@@ -29,9 +31,12 @@ LINE_MAX = 1 << 20
 class Output:
     """The command's output; `async for` gives its lines."""
 
-    def __init__(self, connection: AsyncConnection, stream: int) -> None:
+    def __init__(
+        self, connection: AsyncConnection, stream: int, maximum: int = MAX_OUTPUT
+    ) -> None:
         self._connection = connection
         self._stream = stream
+        self._max = maximum
         self._rest = bytearray()
         self._over = False
 
@@ -39,7 +44,7 @@ class Output:
         """Up to `size` bytes, as soon as there are some; all until its end with -1. b"": the end.
 
         Raises:
-            AgentError: the connection is lost.
+            AgentError: the connection is lost, or all is over `max_output` bytes.
         """
         while not self._over and (size < 0 or not self._rest):
             await self._more()
@@ -80,6 +85,8 @@ class Output:
         """Take what has come; how much. What there is to send is not sent."""
         data = self._connection.session.take(self._stream)
         self._rest += data
+        if len(self._rest) > self._max:
+            raise too_much(self._max)
         return len(data)
 
     async def _more(self) -> None:
@@ -132,13 +139,14 @@ class AsyncGuestProcess:
         connection: AsyncConnection,
         pipes: Sequence[bool],
         text: tuple[str, str] | None,
+        max_output: int = MAX_OUTPUT,
     ) -> None:
         session = connection.session
         self.args = args
         self.pid = session.pid
         self.stdin = Input(connection) if pipes[IN] else None
-        self.stdout = Output(connection, OUT) if pipes[OUT] else None
-        self.stderr = Output(connection, ERR) if pipes[ERR] else None
+        self.stdout = Output(connection, OUT, max_output) if pipes[OUT] else None
+        self.stderr = Output(connection, ERR, max_output) if pipes[ERR] else None
         self._connection = connection
         self._session = session
         self._text = text
@@ -160,6 +168,8 @@ class AsyncGuestProcess:
         errors: str | None = None,
         tty: bool = False,
         size: tuple[int, int] = (24, 80),
+        timeout: float | None = None,
+        max_output: int = MAX_OUTPUT,
     ) -> AsyncGuestProcess:
         """Start it; the options and exceptions are `vmm.agent.process.GuestProcess`'s, but that
         `text`, `encoding` and `errors` are for `communicate`."""
@@ -175,7 +185,11 @@ class AsyncGuestProcess:
         connection = AsyncConnection(link.connect(), session, link.why_lost)
         try:
             connection.flush()
-            await connection.wait_for(lambda: bool(session.pid or session.failed))
+            try:
+                async with asyncio.timeout(SILENCE if timeout is None else min(timeout, SILENCE)):
+                    await connection.wait_for(lambda: bool(session.pid or session.failed))
+            except TimeoutError:
+                raise not_started(args, timeout) from None
             failure = session.failure(argv, cwd)
             if failure is not None:
                 raise failure
@@ -183,7 +197,7 @@ class AsyncGuestProcess:
             connection.abandon()
             raise
         as_text = (encoding or "utf-8", errors or "strict") if text or encoding or errors else None
-        return cls(args, connection, pipes, as_text)
+        return cls(args, connection, pipes, as_text, max_output)
 
     async def __aenter__(self) -> Self:
         return self
@@ -303,10 +317,12 @@ async def run(
         options["text"] = True
     if input is None:
         options.setdefault("stdin", DEVNULL)
-    process = await AsyncGuestProcess.start(link, args, **options)
+    begun = time.monotonic()
+    process = await AsyncGuestProcess.start(link, args, timeout=timeout, **options)
     exchange = asyncio.ensure_future(process.exchange(input))
     try:
-        done, _ = await asyncio.wait([exchange], timeout=timeout)
+        left = None if timeout is None else max(timeout - (time.monotonic() - begun), 0)
+        done, _ = await asyncio.wait([exchange], timeout=left)
         if not done:
             raise await _late(process, exchange, timeout or 0)
         out, err = process.decoded(*exchange.result())

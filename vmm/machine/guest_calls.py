@@ -36,9 +36,10 @@ class GuestCalls:
         Args:
             args: the command and its arguments; text is a program's name, or with `shell=True` a
                 line for sh.
-            options: `input`, `timeout` (seconds, from when it starts; its process group is then
-                killed), `check`, `env` (added to the usual variables), `cwd`, `shell`, `text`,
-                `encoding`, `errors`, `stdout` and `stderr` (PIPE, DEVNULL; STDOUT), `tty`.
+            options: `input`, `timeout` (seconds, its start included, once the guest is up; its
+                process group is then killed), `max_output` (bytes of output that are kept, 256 MiB;
+                AgentError beyond), `check`, `env` (added to the usual variables), `cwd`, `shell`,
+                `text`, `encoding`, `errors`, `stdout` and `stderr` (PIPE, DEVNULL; STDOUT), `tty`.
 
         Raises:
             FileNotFoundError, PermissionError, OSError: it cannot be executed.
@@ -78,12 +79,13 @@ class GuestCalls:
             source: a path on the host, or an open binary file, whose data is copied.
             target: what it is called in the guest, an absolute path; with a `/` at its end, the
                 directory it goes into. Directories above it are made.
-            timeout: seconds.
+            timeout: seconds. Whatever it is, a guest that takes nothing for 60 s is given up.
             mode: of the file, where `source` is an open one (0644).
 
         Raises:
             OSError: here or in the guest something cannot be read or written; `filename` says what.
             TimeoutError: it takes longer.
+            AgentError: the guest does not answer.
         """
         from vmm.agent.copy import put
 
@@ -97,15 +99,30 @@ class GuestCalls:
         target: str | os.PathLike[str] | BinaryIO,
         *,
         timeout: float | None = None,
+        max_bytes: int = 64 << 30,
+        filter: str = "data",
     ) -> None:
         """Copy a file, or a directory with all that is in it, from the guest to the host.
 
         As `put` the other way round; what arrives is the caller's, and never set-user-ID. Whatever
-        the guest sends, nothing is written but at `target` and below it. `target` may be an open
-        binary file, for a file's data.
+        the guest sends, nothing is written but at `target` and below it. A file appears when it is
+        whole.
+
+        Args:
+            source: an absolute path in the guest.
+            target: where it goes, as in `put`; or an open binary file, for a file's data.
+            timeout: seconds. Whatever it is, a guest that sends nothing for 60 s is given up.
+            max_bytes: of file data, at most; AgentError beyond.
+            filter: `data`: in a tree, links that lead out of it and FIFOs are refused, as by
+                tarfile's filter of that name; `all`: they are made, for who trusts the guest.
+
+        Raises:
+            OSError: something cannot be read in the guest, or made here; or a link or FIFO is
+                refused (PermissionError). `filename` says what.
+            TimeoutError, AgentError: as of `put`.
         """
         from vmm.agent.copy import get
 
         agent = self._agent()
         agent.wait()
-        get(agent, source, target, timeout=timeout)
+        get(agent, source, target, timeout=timeout, max_bytes=max_bytes, filter=filter)

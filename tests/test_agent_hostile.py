@@ -1,0 +1,232 @@
+"""Agents that say nothing, too much or nonsense: calls end in time, and keep within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vmm.agent import connection, copy, process, wire
+from vmm.agent.connection import Connection
+from vmm.agent.copy import get, put
+from vmm.agent.process import GuestProcess, run
+from vmm.agent.wire import FRAME, Session
+from vmm.aio import process as aio_process
+from vmm.errors import AgentError
+
+pytestmark = pytest.mark.timeout(60)
+
+STARTED = FRAME.pack(wire.STARTED, 0, 0, 4) + struct.pack("<I", 7)
+ENDED = FRAME.pack(wire.END, wire.OUT, 0, 0) + FRAME.pack(wire.END, wire.ERR, 0, 0)
+EXITED = FRAME.pack(wire.EXITED, 0, 0, 8) + struct.pack("<II", 0, 0)
+FLOOD = FRAME.pack(wire.DATA, wire.OUT, 0, 1000) + bytes(1000)
+NOTHING = FRAME.pack(wire.DATA, wire.OUT, 0, 0)
+LIMIT = 0.3
+"""The timeouts here, seconds."""
+END = 8.0
+"""Far above LIMIT and the moment after it; far below SILENCE, and for ever."""
+
+
+class Agent:
+    """A guest's agent that sends `parts`, and nothing more; it keeps to no window."""
+
+    def __init__(self, parts: Callable[[], Iterator[bytes]], reads: bool = True) -> None:
+        self.parts = parts
+        self.reads = reads
+        self.kept: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self.kept.append(theirs)
+        threading.Thread(target=self.send, args=(theirs,), daemon=True).start()
+        if self.reads:
+            threading.Thread(target=self.read, args=(theirs,), daemon=True).start()
+        return ours
+
+    def why_lost(self) -> str:
+        return "gone"
+
+    def send(self, sock: socket.socket) -> None:
+        with suppress(OSError):
+            for part in self.parts():
+                sock.sendall(part)
+
+    def read(self, sock: socket.socket) -> None:
+        with suppress(OSError):
+            while sock.recv(1 << 20):
+                pass
+
+
+def ending(function: Callable[[], object]) -> object:
+    """What `function` returns or raises; it must do so in time."""
+    got: list[object] = []
+
+    def call() -> None:
+        try:
+            got.append(function())
+        except BaseException as err:
+            got.append(err)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(END)
+    assert got, "it does not end"
+    return got[0]
+
+
+def both(agent: Agent, **options: object) -> list[object]:
+    """What run() raises or returns, for threads and for asyncio."""
+    return [
+        ending(lambda: run(agent, ["x"], **options)),
+        ending(lambda: asyncio.run(aio_process.run(agent, ["x"], **options))),
+    ]
+
+
+def flood(frame: bytes) -> Iterator[bytes]:
+    """`frame` without an end, each time as many as fill the receive buffer, as fast as it goes."""
+    return itertools.repeat(frame * (connection.RECEIVE // len(frame)))
+
+
+def gentle() -> Iterator[bytes]:
+    """Output without an end, no quicker than it is taken (there is a window)."""
+    yield STARTED
+    while True:
+        yield FLOOD * 8
+        time.sleep(0.001)
+
+
+ENDLESS = {
+    "mute": lambda: iter([]),
+    "started, then mute": lambda: iter([STARTED]),
+    "writes for ever": gentle,
+    "empty frames before it starts": lambda: flood(NOTHING),
+    "empty frames for ever": lambda: itertools.chain([STARTED], flood(NOTHING)),
+    "half a frame": lambda: iter([STARTED[:5]]),
+    "has ended, but its output has not": lambda: iter([STARTED, EXITED]),
+    "its output has ended, it has not": lambda: iter([STARTED, ENDED]),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_timeout_is_kept(what: str) -> None:
+    for got in both(Agent(ENDLESS[what]), timeout=LIMIT):
+        assert isinstance(got, subprocess.TimeoutExpired), got
+        assert got.timeout == LIMIT
+
+
+@pytest.mark.parametrize("what", ["mute", "started, then mute"])
+def test_a_timeout_is_kept_by_who_reads_nothing(what: str) -> None:
+    """More input than the socket holds."""
+    agent = Agent(ENDLESS[what], reads=False)
+    for got in both(agent, timeout=LIMIT, input=bytes(8 << 20), env={"X": "x" * 500_000}):
+        assert isinstance(got, subprocess.TimeoutExpired), got
+
+
+def test_without_a_timeout_silence_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (connection, process, copy, aio_process):
+        monkeypatch.setattr(module, "SILENCE", LIMIT)
+    mute = Agent(ENDLESS["mute"])
+    for got in both(mute):
+        assert isinstance(got, AgentError) and "has not started" in str(got), got
+    (tmp_path / "f").write_bytes(bytes(4 << 20))
+    for transfer in (
+        lambda: put(mute, tmp_path / "f", "/f"),
+        lambda: put(Agent(ENDLESS["mute"], reads=False), tmp_path / "f", "/f"),
+        lambda: put(mute, io.BytesIO(bytes(1 << 20)), "/f"),
+        lambda: get(mute, "/f", tmp_path / "g"),
+        lambda: get(Agent(ENDLESS["started, then mute"]), "/f", io.BytesIO()),
+    ):
+        got = ending(transfer)
+        assert isinstance(got, AgentError) and "silent for" in str(got), got
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_timeouts_of_files(what: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(4 << 20))
+    agent = Agent(ENDLESS[what])
+    for transfer in (
+        lambda: put(agent, tmp_path / "f", "/f", timeout=LIMIT),
+        lambda: get(agent, "/f", tmp_path / "g", timeout=LIMIT),
+    ):
+        assert isinstance(ending(transfer), (TimeoutError, AgentError))
+
+
+def test_output_is_bounded() -> None:
+    for got in both(Agent(gentle), timeout=END, max_output=100_000):
+        assert isinstance(got, AgentError) and "over 100000 bytes; max_output=" in str(got), got
+
+    def read() -> object:
+        started = GuestProcess(Agent(gentle), ["x"], max_output=100_000)
+        assert started.stdout is not None
+        return started.stdout.read()
+
+    async def read_all() -> object:
+        started = await aio_process.AsyncGuestProcess.start(
+            Agent(gentle), ["x"], max_output=100_000
+        )
+        assert started.stdout is not None
+        return await started.stdout.read()
+
+    for got in (ending(read), ending(lambda: asyncio.run(read_all()))):
+        assert isinstance(got, AgentError) and "max_output=" in str(got), got
+
+
+def test_who_waits_with_a_time_is_not_kept_by_a_flood() -> None:
+    started = GuestProcess(Agent(ENDLESS["empty frames for ever"]), ["x"])
+    assert ending(started.poll) is None
+    assert isinstance(ending(lambda: started.wait(LIMIT)), subprocess.TimeoutExpired)
+    got = ending(lambda: started.communicate(timeout=LIMIT))
+    assert isinstance(got, subprocess.TimeoutExpired)
+
+
+def test_a_process_is_left_in_time_after_an_exception() -> None:
+    def leave() -> None:
+        with GuestProcess(Agent(ENDLESS["started, then mute"]), ["x"]):
+            raise KeyError("of the program")
+
+    assert isinstance(ending(leave), KeyError)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"), [(0xFFFFFFFF, 2), (0, 0), (1 << 31, 1), (4096, 0), (2, 3), (2, 0xFFFFFFFF)]
+)
+def test_error_numbers_that_cannot_be(number: int, what: int) -> None:
+    said = FRAME.pack(wire.FAILED, 0, 0, 8) + struct.pack("<II", number, what)
+    for got in both(Agent(lambda: iter([said])), timeout=END):
+        assert isinstance(got, AgentError) and "sent error" in str(got), got
+
+
+@pytest.mark.parametrize("number", [0xFFFFFFFF, 0, 1 << 31, 4096])
+def test_error_numbers_of_files_that_cannot_be(number: int, tmp_path: Path) -> None:
+    said = struct.pack("<I", number) + b"/f"
+    frames = [STARTED, FRAME.pack(wire.DATA, wire.ERR, 0, len(said)) + said, ENDED]
+    frames.append(FRAME.pack(wire.EXITED, 0, 0, 8) + struct.pack("<II", 1, 0))
+    got = ending(lambda: get(Agent(lambda: iter(frames)), "/f", tmp_path / "f", timeout=END))
+    assert isinstance(got, AgentError) and "sent error" in str(got), got
+
+
+def test_a_time_that_is_up_still_takes_what_has_come() -> None:
+    """More than is received at once."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    session = Session()
+    link = Connection(ours, session, lambda: "gone")
+    for _ in range(3):
+        theirs.sendall(NOTHING * 20_000)
+    theirs.sendall(STARTED)
+    assert link.wait_for(lambda: bool(session.pid), time.monotonic() - 1)
+    link.close()
+    theirs.close()

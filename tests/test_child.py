@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.child import Child, find
+from vmm.child import SAID_MAX, Child, find
 from vmm.errors import HostError
 
 
@@ -67,13 +67,12 @@ def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path) -> None:
 def test_it_does_not_begin_without_its_keeper(tmp_path: Path) -> None:
     """We are killed between the two processes a child is made of."""
     code = (
-        "import os, signal, subprocess; from vmm.child import Child\n"
-        "real = subprocess.Popen\n"
-        "def popen(*args, **options):\n"
-        "    made.append(real(*args, **options))\n"
-        "    print(made[0].pid, flush=True)\n"
+        "import os, signal; from vmm.child import Child\n"
+        "real = os.posix_spawn\n"
+        "def spawn(*args, **options):\n"
+        "    print(real(*args, **options), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "made = []; subprocess.Popen = popen\n"
+        "os.posix_spawn = spawn\n"
         f"Child(['/bin/sh', '-c', 'touch {tmp_path}/began; exec sleep 1000'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
@@ -102,6 +101,75 @@ def test_it_inherits_only_what_it_is_given(tmp_path: Path) -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_what_this_process_was_given_is_not_passed_on(tmp_path: Path) -> None:
+    """Such as a descriptor that a shell opened, a signal that nohup ignores."""
+    code = (
+        "import os, signal; from vmm.child import Child\n"
+        "os.set_inheritable(os.open('/etc/passwd', os.O_RDONLY), True)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
+        "for keeper in (False, True):\n"
+        f"    c = Child(['/bin/sh', '-c', 'ls -l /proc/self/fd > {tmp_path}/fds; '\n"
+        f"               'cat /proc/self/status > {tmp_path}/status'], keeper=keeper)\n"
+        "    assert c.wait(20) and c.how() == 'has ended (status 0)', c.how()\n"
+        "    c.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "passwd" not in (tmp_path / "fds").read_text()
+    status = dict(
+        line.split(":\t")
+        for line in (tmp_path / "status").read_text().splitlines()
+        if ":\t" in line
+    )
+    assert int(status["SigBlk"], 16) == 0
+    assert not int(status["SigIgn"], 16) >> signal.SIGHUP - 1 & 1
+
+
+def test_without_standard_descriptors(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from vmm.child import Child\n"
+        "for fd in range(3): os.close(fd)\n"
+        "c = Child(['/bin/sh', '-c', 'echo out; echo err >&2; cat'])\n"
+        f"with open('{tmp_path}/said', 'w') as f: print(c.wait(20), repr(c.text()), file=f)\n"
+        "c.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert (tmp_path / "said").read_text() == "True 'out\\nerr\\n'\n"
+
+
+def test_what_it_says_is_bounded() -> None:
+    """A helper with an enemy for a guest complains for ever."""
+    child = Child(["/bin/sh", "-c", "yes 'something is wrong' >&2; echo $? >&2; exec sleep 1000"])
+    try:
+        limit = time.monotonic() + 20
+        while len(child.text()) < SAID_MAX - 20:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert os.fstat(child._output).st_size == SAID_MAX
+        assert child.said().startswith("something is wrong"[: len(child.said())])
+    finally:
+        child.close()
+
+
+def test_how_it_ended() -> None:
+    for command, how in (
+        ("exit 3", "has ended (status 3)"),
+        ("kill -9 $$", "was killed by SIGKILL"),
+        ("kill -40 $$", "was killed by signal 40"),
+    ):
+        child = Child(["/bin/sh", "-c", command])
+        assert child.wait(20)
+        assert child.how() == how
+        child.close()
+
+
+def test_one_that_cannot_be_started() -> None:
+    with pytest.raises(HostError, match=r"^program cannot be started: No such file or directory$"):
+        Child(["/nowhere/program"], keeper=False)
+    assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == ""
 
 
 def test_what_it_said_last() -> None:

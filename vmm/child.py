@@ -1,15 +1,20 @@
-"""Helper programs (passt, virtiofsd, qemu-storage-daemon) that end when this process does.
+"""The one launcher of helper programs: passt, virtiofsd, qemu-storage-daemon, the uffd handler.
 
-However it ends: a shell beside it waits for the end of a pipe, which the kernel closes with us, and
-ends the program then. (PR_SET_PDEATHSIG would tell of the death of the thread that started it, not
-of the process.) The program begins only once that shell is there: there is no moment in which our
-end would leave it behind.
+A helper ends when this process does, however this process ends: a shell beside the helper waits for
+the end of a pipe, which the kernel closes with this process, and ends the helper then.
+(PR_SET_PDEATHSIG would tell of the death of the thread that started it, not of the process.) The
+helper begins only once that shell is there: there is no moment in which our end would leave it
+behind. A helper that ends with its socket's other end, as passt does, needs no such shell.
+
+A helper has its own session (Ctrl-C on the terminal is for the machine), no descriptors but those
+it is given, no signal blocked or ignored, and a bounded place for what it says.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import select
+import signal
 from contextlib import suppress
 
 from vmm.errors import HostError
@@ -18,16 +23,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SHELL = "/bin/sh"
 _STARTER = 'read -r _ && exec "$@" </dev/null'
 _KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null'
-STDERR_MAX = 2000
+SAID_MAX = 1 << 16
+"""Bytes kept of a helper's output: what it writes after them is refused (EPERM)."""
+_F_ADD_SEALS, _F_SEAL_GROW = 1033, 4
+_DEFAULT = tuple(
+    getattr(signal, f"SIG{name}") for name in ("PIPE", "XFSZ", "INT", "QUIT", "TERM", "HUP", "CHLD")
+)
+"""Signals that this process may ignore and a helper does not."""
 GRACE = 5.0
 """Seconds a program has to end when it is told to."""
 
 
 def find(name: str, package: str, *elsewhere: str) -> str:
     """The path of program `name`; HostError names the Debian package that has it."""
-    path = shutil.which(name) or next((p for p in elsewhere if os.access(p, os.X_OK)), None)
+    from shutil import which
+
+    path = which(name) or next((p for p in elsewhere if os.access(p, os.X_OK)), None)
     if path is None:
         raise HostError(f"{name} is not installed; apt-get install {package}")
     return path
@@ -37,60 +51,176 @@ class Child:
     """A running helper program.
 
     Args:
-        argv: the command.
+        argv: the command; its first word is the program's path.
         pass_fds: descriptors it inherits, under their numbers.
+        stdout: the descriptor of its standard output, else where `said` looks.
+        keeper: have a shell end it when this process ends.
 
     Attributes:
         name: the program's name, for messages.
+        pid: its process, 0 once it was waited for.
+
+    Raises:
+        HostError: it cannot be started.
     """
 
-    def __init__(self, argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
-        import subprocess
-
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        pass_fds: Sequence[int] = (),
+        stdout: int = -1,
+        keeper: bool = True,
+    ) -> None:
         self.name = os.path.basename(argv[0])
-        self._stderr = os.memfd_create("vmm-child-stderr", os.MFD_CLOEXEC)
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _STARTER, "sh", *argv],
-            stdin=subprocess.PIPE,
-            stdout=self._stderr,
-            stderr=self._stderr,
-            pass_fds=pass_fds,
-            start_new_session=True,  # Ctrl-C on the terminal is for the machine
-        )
-        # Without `pass_fds`: a socket's other end must see it close when the program ends.
-        self._keeper = subprocess.Popen(
-            ["/bin/sh", "-c", _KEEPER, "sh", str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the shell was killed
-            self._process.stdin.write(b"go\n")
-            self._process.stdin.close()
+        self.pid = 0
+        self._status: int | None = None
+        self._keeper = 0
+        self._life = -1
+        """Our end of the pipe that the keeper reads."""
+        self._output = os.memfd_create("vmm-child-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            import fcntl
+
+            os.ftruncate(self._output, SAID_MAX)
+            fcntl.fcntl(self._output, _F_ADD_SEALS, _F_SEAL_GROW)
+            out = (stdout if stdout >= 0 else self._output, self._output)
+            if not keeper:
+                null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self.pid = _spawn(argv, (null, *out), pass_fds)
+                finally:
+                    os.close(null)
+            else:
+                self._start_kept(argv, out, pass_fds)
+        except BaseException as err:
+            self.close()
+            if isinstance(err, OSError):
+                raise HostError(f"{self.name} cannot be started: {err.strerror}") from err
+            raise
+
+    def _start_kept(
+        self, argv: Sequence[str], out: tuple[int, int], pass_fds: Sequence[int]
+    ) -> None:
+        began, go = os.pipe2(os.O_CLOEXEC)
+        try:
+            shell = [_SHELL, "-c", _STARTER, "sh", *argv]
+            self.pid = _spawn(shell, (began, *out), pass_fds)
+            life, self._life = os.pipe2(os.O_CLOEXEC)
+            try:
+                # Without `pass_fds`: a socket's other end must see it close when the program ends.
+                shell = [_SHELL, "-c", _KEEPER, "sh", str(self.pid)]
+                self._keeper = _spawn(shell, (life, self._output, self._output), ())
+            finally:
+                os.close(life)
+            with suppress(BrokenPipeError):  # the shell was killed
+                os.write(go, b"go\n")
+        finally:
+            os.close(began)
+            os.close(go)
+
+    def text(self) -> str:
+        """What it wrote to standard error, the first SAID_MAX bytes of it."""
+        if self._output < 0:
+            return ""
+        data = os.pread(self._output, SAID_MAX, 0)
+        return data.rstrip(b"\0").decode(errors="replace")
 
     def said(self) -> str:
         """The last line it wrote to standard error, or an empty string."""
-        size = os.fstat(self._stderr).st_size
-        text = os.pread(self._stderr, STDERR_MAX, max(size - STDERR_MAX, 0)).decode(
-            errors="replace"
-        )
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in self.text().splitlines() if line.strip()]
         return lines[-1].strip() if lines else ""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended; whether it has."""
+        if not self.pid:
+            return True
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return self._reap(os.WNOHANG)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(seconds * 1000)
+        finally:
+            os.close(pidfd)
+        return self._reap(os.WNOHANG)
+
+    def _reap(self, options: int) -> bool:
+        try:
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:  # somebody waits for all children
+            self.pid = 0
+            return True
+        if pid:
+            self.pid, self._status = 0, status
+        return bool(pid)
+
+    def how(self) -> str:
+        """How it ended, such as `was killed by SIGKILL`; `has ended` where that is not known."""
+        if self._status is None:
+            return "has ended"
+        code = os.waitstatus_to_exitcode(self._status)
+        if code >= 0:
+            return f"has ended (status {code})"
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
 
     def close(self) -> None:
         """End it, and wait until it has ended. Harmless twice."""
-        if self._keeper.stdin is None or self._keeper.stdin.closed:
-            return
-        import subprocess
-
         # The keeper first: once the program is waited for, its number may be another's.
-        self._keeper.kill()
-        self._keeper.wait()
-        self._keeper.stdin.close()
-        self._process.terminate()
-        try:
-            self._process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._stderr)
+        keeper, self._keeper = self._keeper, 0
+        if keeper:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(keeper, signal.SIGKILL)
+                os.waitpid(keeper, 0)
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+        if self.pid and not self._reap(os.WNOHANG):
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            if not self.wait(GRACE):
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+                self._reap(0)
+        if self._output >= 0:
+            os.close(self._output)
+            self._output = -1
+
+
+def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequence[int]) -> int:
+    """Start a program with these standard descriptors and `pass_fds`. Raises OSError."""
+    import fcntl
+
+    # Where this process has no standard descriptors, ours may have their numbers.
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) if fd <= 2 else -1 for fd in standard]
+    standard_now = [new if new >= 0 else fd for new, fd in zip(moved, standard, strict=True)]
+    actions: list[tuple[int, ...]] = []
+    given = set(pass_fds)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in given:
+            with suppress(OSError):  # listdir's own has gone
+                if os.get_inheritable(fd):
+                    actions.append((os.POSIX_SPAWN_CLOSE, fd))
+    actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(standard_now)]
+    # A descriptor that is made a copy of itself is inherited (posix_spawn(3)).
+    actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
+    try:
+        return os.posix_spawn(
+            argv[0],
+            list(argv),
+            os.environ,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=_DEFAULT,
+        )
+    finally:
+        for fd in moved:
+            if fd >= 0:
+                os.close(fd)

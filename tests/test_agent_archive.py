@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, cache: Path) -> 
 # --- the archive ----------------------------------------------------------------------------------
 
 
-def test_what_init_is_told(kernel: str, tmp_path: Path) -> None:
+def test_what_init_is_told(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     def lines(name: str, **options: object) -> list[str]:
         return told(MachineConfig(kernel, **options), tmp_path / name)  # type: ignore[arg-type]
 
@@ -113,6 +115,9 @@ def test_what_init_is_told(kernel: str, tmp_path: Path) -> None:
     assert lines("c", agent=True, append="quiet -- rdinit=/x") == ["init /init"]
     (tmp_path / "dir").mkdir()
     assert lines("d", root=str(tmp_path / "dir")) == ["root virtiofs vmm-root", "overlay"]
+    with monkeypatch.context() as ordinary:
+        ordinary.setattr(os, "geteuid", lambda: 1000)
+        assert lines("u", root=str(tmp_path / "dir"))[1:] == ["overlay", "nosuid"]
     image = tmp_path / "image"
     image.write_bytes(b"hsqs" + bytes(1 << 17))
     assert lines("e", root=str(image), append="init=/sbin/init") == [

@@ -3,85 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.virtio_driver import BUFFERS
-from tests.test_virtio_vhost_user import External, leftovers
-from vmm.errors import HostError
-from vmm.virtio import fs, fs_readonly
+from tests.support.external import OPEN, ROOT, Fuse
+from tests.support.ordinary_user import User, group, ordinary_user
+from tests.test_virtio_vhost_user import leftovers
+from vmm.errors import HostError, UsageError
+from vmm.virtio import fs_sandbox
 from vmm.virtio.fs import Share
-
-LOOKUP, SETATTR, SYMLINK, MKDIR, UNLINK, RMDIR, LINK = 1, 4, 6, 9, 10, 11, 13
-OPEN, READ, WRITE, SETXATTR, INIT, CREATE, RENAME2 = 14, 15, 16, 21, 26, 35, 45
-ROOT = 1
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as virtiofsd does")
 pytestmark = root_only
-
-
-class Fuse:
-    """A guest's file system driver, as far as it is needed."""
-
-    def __init__(self, share: Share) -> None:
-        self.driver = External(share.open())
-        self.unique = 0
-        self.ask(INIT, 0, struct.pack("<IIII", 7, 31, 0, 0))
-
-    def ask(self, opcode: int, node: int, data: bytes) -> bytes | int:
-        """What is answered, or the error (negative)."""
-        driver = self.driver
-        self.unique += 1
-        request = struct.pack("<IIQQIIII", 40 + len(data), opcode, self.unique, node, 0, 0, 0, 0)
-        driver.memory.write(BUFFERS, request + data)
-        driver.rings[1].add(
-            [(BUFFERS, len(request + data), False), (BUFFERS + 0x10000, 8192, True)]
-        )
-        driver.kick(1)
-        driver.wait(1)
-        size, error, unique = struct.unpack("<IiQ", driver.memory.read(BUFFERS + 0x10000, 16))
-        assert unique == self.unique
-        return error or driver.memory.read(BUFFERS + 0x10010, size - 16)
-
-    def find(self, node: int, name: str) -> int:
-        answer = self.ask(LOOKUP, node, name.encode() + b"\0")
-        assert isinstance(answer, bytes), answer
-        return int(struct.unpack_from("<Q", answer)[0])
-
-    def read(self, node: int) -> bytes:
-        answer = self.ask(OPEN, node, struct.pack("<II", os.O_RDONLY, 0))
-        assert isinstance(answer, bytes), answer
-        (handle,) = struct.unpack_from("<Q", answer)
-        data = self.ask(READ, node, struct.pack("<QQIIQII", handle, 0, 4096, 0, 0, 0, 0))
-        assert isinstance(data, bytes), data
-        return data
-
-    def changes(self, directory: int, file: int, name: bytes) -> dict[str, bytes | int]:
-        """What each way of changing something is answered."""
-        chmod = struct.pack("<IIQQQQQQIIIIIIII", 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0o777, 0, 0, 0, 0)
-        create = struct.pack("<IIII", os.O_CREAT | os.O_RDWR, 0o644, 0, 0)
-        truncate = struct.pack("<II", 8, 0) + bytes(80)
-        return {
-            "mkdir": self.ask(MKDIR, directory, struct.pack("<II", 0o755, 0) + b"new\0"),
-            "create": self.ask(CREATE, directory, create + b"n\0"),
-            "symlink": self.ask(SYMLINK, directory, b"link\0target\0"),
-            "link": self.ask(LINK, directory, struct.pack("<Q", file) + b"hard\0"),
-            "write": self.ask(OPEN, file, struct.pack("<II", os.O_WRONLY, 0)),
-            "read and write": self.ask(OPEN, file, struct.pack("<II", os.O_RDWR, 0)),
-            "truncate": self.ask(OPEN, file, struct.pack("<II", os.O_RDONLY | os.O_TRUNC, 0)),
-            "chmod": self.ask(SETATTR, file, chmod),
-            "size": self.ask(SETATTR, file, truncate),
-            "rename": self.ask(
-                RENAME2, directory, struct.pack("<QII", directory, 0, 0) + name + b"\0other\0"
-            ),
-            "unlink": self.ask(UNLINK, directory, name + b"\0"),
-        }
 
 
 @pytest.fixture
@@ -141,33 +83,209 @@ def test_a_writable_one_does(share: Path) -> None:
     ]  # fmt: skip
 
 
-def test_where_no_mount_can_be_made(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-I", fs_readonly.__file__,
-         str(tmp_path), "/bin/echo", "served"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("a read-only mount cannot be made (Operation not permitted); it")
-    assert done.stderr.count("\n") == 1
-
-
 def test_what_it_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = Share(str(tmp_path), tag="x", readonly=True)
-    monkeypatch.setattr(fs_readonly, "__file__", "/nowhere.py")
+    monkeypatch.setattr(fs_sandbox, "__file__", "/nowhere.py")
     with pytest.raises(HostError, match=rf"--fs {tmp_path}: virtiofsd: .*nowhere.py"):
         share.open()
     assert leftovers() == []
 
 
-def test_one_that_can_be_told_is_told(tmp_path: Path) -> None:
-    """virtiofsd 1.13 (Debian 13) has the option; its help says so."""
-    program = tmp_path / "virtiofsd"
-    program.write_text("#!/bin/sh\necho '      --readonly  Set the filesystem read-only'\n")
-    program.chmod(0o755)
-    share = Share(str(tmp_path), tag="x", readonly=True)
-    command = [str(program), "--shared-dir", str(tmp_path)]
-    assert share._readonly(command) == [*command, "--readonly"]
-    old = [fs.VIRTIOFSD[1], "-o", "source=x"]
-    assert share._readonly(old)[-3:] == old
-    assert share._readonly(old)[3] == str(tmp_path)
+# --- the root directory, and ordinary users -------------------------------------------------------
+
+ASK = """
+import json, os, sys
+from tests.support.external import ROOT, Fuse
+from vmm.errors import VmmError
+from vmm.virtio.fs import Share
+
+path, access, *below = sys.argv[1:]
+try:
+    fuse = Fuse(Share(path, tag="x", readonly=access == "ro"))
+except VmmError as err:
+    print(err)
+    sys.exit(err.exit_status)
+with fuse.driver:
+    told = {}
+    noatime = os.O_NOATIME if access == "ro" else 0  # as overlayfs in a guest asks
+    for name in below:
+        try:
+            node = ROOT
+            for word in name.split("/"):
+                directory, node = node, fuse.find(node, word)
+            told[name] = fuse.read(node, noatime).decode()
+        except AssertionError as err:
+            told[name] = str(err).splitlines()[0]
+    changes = fuse.changes(directory, node, below[-1].rpartition("/")[2].encode())
+    told["changes"] = {k: v if isinstance(v, int) else 0 for k, v in changes.items()}
+    print(json.dumps(told))
+"""
+"""Serve a directory, read files in it, try to change the last one's directory; JSON of it all."""
+EROFS, EACCES = -errno.EROFS, -errno.EACCES
+
+
+@pytest.mark.parametrize("path", ["/", "/.", "/usr/.."])
+def test_the_root_directory_is_served(share: Path, path: str) -> None:
+    """pivot_root(2) cannot make the root of a namespace its root."""
+    fuse = Fuse(Share(path, tag="x", readonly=True))
+    with fuse.driver:
+        directory = ROOT
+        for name in share.parts[1:]:
+            directory = fuse.find(directory, name)
+        file = fuse.find(directory, "file")
+        assert fuse.read(file) == b"unchanged"
+        assert set(fuse.changes(directory, file, b"file").values()) == {-errno.EROFS}
+        below = fuse.find(directory, "below")
+        inner = fuse.find(below, "file")
+        assert fuse.read(inner) == b"unchanged too"
+        assert set(fuse.changes(below, inner, b"file").values()) == {-errno.EROFS}
+        # What the kernel shows as files is no less read-only.
+        node = ROOT
+        for name in ("proc", "sys", "kernel", "hostname"):
+            node = fuse.find(node, name)
+        assert fuse.ask(OPEN, node, struct.pack("<II", os.O_WRONLY, 0)) == -errno.EROFS
+    assert leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[User]:
+    with ordinary_user() as made:
+        yield made
+
+
+def ask(user: User, path: str | Path, access: str, *below: str) -> dict[str, Any]:
+    done = user.run([user.python, "-c", ASK, str(path), access, *below])
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert isinstance(told, dict)
+    return told
+
+
+def test_an_ordinary_users_root_directory(user: User) -> None:
+    """Every file that the user may read, none that they may not, nothing changes."""
+    mine = user.home / "mine"
+    mine.mkdir()
+    files = {"own": ("vmmx", 0o600), "groups": ("vmmx", 0o640), "roots": ("vmmx", 0o600)}
+    for name, (text, mode) in files.items():
+        (mine / name).write_text(text)
+        (mine / name).chmod(mode)
+    shutil.chown(mine, user.name, user.name)
+    shutil.chown(mine / "own", user.name, user.name)
+    shutil.chown(mine / "groups", "root", group(user.name))
+    place = str(mine).lstrip("/")
+    told = ask(user, "/", "ro", f"{place}/roots", f"{place}/groups", f"{place}/own")
+    changes = told.pop("changes")
+    assert list(told.values()) == [str(EACCES), "vmmx", "vmmx"]
+    assert set(changes.values()) == {EROFS}
+    assert sorted(each.name for each in mine.iterdir()) == ["groups", "own", "roots"]
+
+
+def test_an_ordinary_users_own_directory(user: User) -> None:
+    """Who the guest says makes a file does not matter: it is the user's."""
+    mine = user.home / "share,d"
+    mine.mkdir()
+    (mine / "file").write_text("text")
+    for path in (mine, mine / "file"):
+        shutil.chown(path, user.name, user.name)
+    assert set(ask(user, mine, "ro", "file")["changes"].values()) == {EROFS}
+    told = ask(user, mine, "rw", "file")
+    assert told["file"] == "text"
+    assert {name: error for name, error in told["changes"].items() if error} == {
+        "unlink": -errno.EIO,  # as for root, see above
+    }
+    made = sorted(mine.iterdir())
+    assert [path.name for path in made] == ["hard", "link", "n", "new", "other"]
+    assert {path.owner() for path in made if not path.is_symlink()} == {user.name}
+
+
+def test_a_directory_that_the_user_may_not_read(user: User) -> None:
+    closed = user.home / "closed"
+    closed.mkdir(mode=0o700)
+    done = user.run([user.python, "-c", ASK, str(closed), "ro", "file"])
+    assert done.stdout == f"--fs {closed}: virtiofsd: this user may not read it\n"
+    assert (done.returncode, done.stderr) == (69, "")
+
+
+@pytest.mark.parametrize("access", ["ro", "rw"])
+def test_where_there_are_no_user_namespaces(user: User, access: str) -> None:
+    """One line says what would help. The limit is that of a user namespace around it."""
+    mine = user.home / f"none-{access}"
+    mine.mkdir()
+    shutil.chown(mine, user.name, user.name)
+    inside = 'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all "$@"'
+    done = user.run(
+        ["unshare", "--user", "--map-root-user", "sh", "-c", inside, "sh",
+         user.python, "-c", ASK, str(mine), access, "file"]
+    )  # fmt: skip
+    assert done.stdout == (
+        f"--fs {mine}: virtiofsd: this host allows 0 user namespaces; as root: "
+        "sysctl user.max_user_namespaces=10000\n"
+    )
+    assert (done.returncode, done.stderr) == (69, "")
+    assert list(mine.iterdir()) == []
+
+
+def test_root_in_a_container(tmp_path: Path) -> None:
+    """Without CAP_SYS_ADMIN and user namespaces: what needs neither is served."""
+    (tmp_path / "file").write_text("text")
+    inside = (
+        'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-sys_admin "$@"'
+    )
+    words = ["unshare", "--user", "--map-root-user", "sh", "-c", inside, "sh", sys.executable]
+    served = subprocess.run(
+        [*words, "-c", ASK, str(tmp_path), "rw", "file"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (served.returncode, served.stderr) == (0, ""), served.stdout
+    assert json.loads(served.stdout)["file"] == "text"
+    refused = subprocess.run(
+        [*words, "-c", ASK, str(tmp_path), "ro", "file"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.stdout.startswith(f"--fs {tmp_path}: virtiofsd: this host allows 0 user")
+    assert (refused.returncode, refused.stderr) == (69, "")
+
+
+CHROOT = """
+for each in /*; do
+    if [ -L "$each" ]; then cp -P "$each" "$0/"
+    elif [ -d "$each" ]; then mkdir -p "$0$each" && mount --rbind "$each" "$0$each"; fi
+done
+exec chroot "$0" /bin/sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
+"""
+
+
+def test_a_chroot(tmp_path: Path) -> None:
+    """A chroot has no mounts of its own: read-only cannot be promised there."""
+    top, shared = tmp_path / "top", tmp_path / "shared"
+    top.mkdir()
+    shared.mkdir()
+    (shared / "file").write_text("text")
+    words = ["unshare", "--mount", "sh", "-c", CHROOT, str(top), sys.executable, "-c", ASK]
+    refused = subprocess.run(
+        [*words, str(shared), "ro", "file"], capture_output=True, text=True, check=False
+    )
+    assert refused.stdout == (
+        f"--fs {shared}: virtiofsd: this is a chroot, which cannot have mounts of its own; "
+        "run it outside, or share it writable\n"
+    )
+    assert (refused.returncode, refused.stderr) == (69, "")
+    served = subprocess.run(
+        [*words, str(shared), "rw", "file"], capture_output=True, text=True, check=False
+    )
+    assert (served.returncode, served.stderr) == (0, ""), served.stdout
+    assert json.loads(served.stdout)["file"] == "text"
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    file = tmp_path / "disk.img"
+    file.write_bytes(bytes(512))
+    with pytest.raises(UsageError, match=rf"--fs {file}: this is a file, .* --drive {file}$"):
+        Share(str(file), tag="x")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=r"--fs .*/fifo: this is no directory$"):
+        Share(str(tmp_path / "fifo"), tag="x")

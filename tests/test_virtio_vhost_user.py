@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.virtio_driver import BUFFERS, Driver
+from tests.support.external import External
+from tests.support.virtio_driver import BUFFERS
 from vmm.block.drive import Drive
 from vmm.block.storage_daemon import ExternalDisk
 from vmm.errors import HostError, StateError, UsageError
@@ -23,28 +24,6 @@ from vmm.virtio.fs import Share
 from vmm.virtio.vhost_user import DEAD, VhostUserDevice
 
 MIB = 1 << 20
-
-
-class External(Driver):
-    """The driver's side of a device somebody else serves."""
-
-    def __init__(self, device: VhostUserDevice, *, event_idx: bool = False) -> None:
-        self.errors: list[str] = []
-        device.on_error = self.errors.append
-        super().__init__(device, memory=GuestMemory(8 * MIB, "memfd"), event_idx=event_idx)
-
-    def start(self) -> None:
-        if not self.transport.served:
-            self.transport.on_driver_ok = lambda: self.device.connect(self.transport.notify_fds)
-            self.transport.served = True
-        super().start()
-
-    def wait(self, index: int) -> tuple[int, int]:
-        limit = time.monotonic() + 20
-        while not (done := self.rings[index].used()):
-            assert time.monotonic() < limit, self.errors
-            time.sleep(0.001)
-        return done[0]
 
 
 def blocks(driver: External, kind: int, sector: int, data: bytes | int, queue: int = 0) -> bytes:

@@ -8,6 +8,7 @@
  *     root virtiofs TAG           mount this at /
  *     root SERIAL TYPE            the virtio disk of that serial number, with that file system
  *     overlay                     what is written to it goes to memory
+ *     nosuid                      programs do not run as their owners: root's files are nobody's
  */
 #include "agent.h"
 #include <net/if.h>
@@ -18,6 +19,7 @@
 static int proc = -1;
 static const char *guest_init, *root_kind, *root_name;
 static int overlay;
+static unsigned long root_flags;
 static char config[CONFIG_MAX];
 
 static _Noreturn void give_up(const char *text, const char *more, long error)
@@ -65,6 +67,8 @@ static void read_config(void)
             root_name = blank;
         } else if (!strcmp(line, "overlay")) {
             overlay = 1;
+        } else if (!strcmp(line, "nosuid")) {
+            root_flags = MS_NOSUID;
         }
     }
 }
@@ -173,7 +177,7 @@ static void mount_asked_root(void)
         mount_or_give_up("over", "/.vmm/over", "tmpfs", 0, "mode=755");
         sys_mkdir("/.vmm/over/upper", 0755);
         sys_mkdir("/.vmm/over/work", 0755);
-        mount_or_give_up("root", "/.vmm/root", "overlay", 0,
+        mount_or_give_up("root", "/.vmm/root", "overlay", root_flags,
             "lowerdir=/.vmm/lower,upperdir=/.vmm/over/upper,workdir=/.vmm/over/work");
     }
     sys_chdir("/.vmm/root");

@@ -51,6 +51,8 @@ class Root:
 
             self.share = Share(path, tag=NAME, readonly=True)
             self.lines = [f"root virtiofs {NAME}", "overlay"]
+            if os.geteuid():  # only this user's files have their owner (vmm.virtio.fs_sandbox)
+                self.lines.append("nosuid")
             self.wanted = ["virtiofs", "overlay"]
             return
         from vmm.block.drive import Drive

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 
 from vmm.errors import HostError, UsageError
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 TAG_BYTES = 36
 QUEUE_SIZE = 1024
+ROOT_TAG = "vmm-root"
+"""The tag of the directory that is `--root`."""
+PACKAGE = "virtiofsd (Debian 12: qemu-system-common)"
+SAYS_WITHIN = 1.0
+"""Seconds that a virtiofsd that has hung up has to say why."""
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _CONFIG = struct.Struct("<36sI")
 _IN = struct.Struct("<IIQ")
@@ -35,8 +41,8 @@ _OUT = struct.Struct("<IiQ")
 class Share:
     """`--fs DIR,tag=TAG[,readonly]`: a directory, checked before anything is started.
 
-    With `readonly` nothing in it changes, whatever the guest does: virtiofsd is told so, where it
-    has an option for it, or serves a read-only mount of its own (see vmm.virtio.fs_readonly).
+    With `readonly` nothing in it changes, whatever the guest does: virtiofsd serves a read-only
+    mount of its own (see vmm.virtio.fs_sandbox), which it cannot make writable.
     """
 
     __slots__ = ("path", "readonly", "tag")
@@ -50,7 +56,7 @@ class Share:
         if len(tag.encode()) > TAG_BYTES:
             raise UsageError(f"--fs {path}: tag={tag} is longer than {TAG_BYTES} bytes")
         if not os.path.isdir(self.path):
-            raise UsageError(f"--fs {path}: no such directory")
+            raise UsageError(f"--fs {path}: {_no_directory(self.path)}")
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
@@ -80,25 +86,24 @@ class Share:
 
     def open(self) -> VirtioFs:
         """The device, with its virtiofsd running. Raises HostError."""
-        from vmm.child import Child, find
+        import sys
 
-        program = find("virtiofsd", "virtiofsd (or qemu-system-common)", *VIRTIOFSD)
-        path = os.path.abspath(self.path)  # the one in C changes its directory first
+        from vmm.child import Child, find
+        from vmm.virtio import fs_sandbox
+
+        program = find("virtiofsd", PACKAGE, *VIRTIOFSD)
+        kind = "c" if os.path.realpath(program) == VIRTIOFSD[1] else "rust"
+        access = "ro" if self.readonly else "rw"
+        path = os.path.abspath(self.path)
         listener = Listener()
         try:
             fd = listener.sock.fileno()
-            if program == VIRTIOFSD[1]:  # the one in C that came with QEMU up to 7.2
-                source = path.replace("\\", "\\\\").replace(",", "\\,")
-                options = ["-o", f"source={source}", "-o", "log_level=err", f"--fd={fd}"]
-            else:
-                options = ["--shared-dir", path, "--log-level", "error", f"--fd={fd}"]
-            command = [program, *options]
-            if self.readonly:
-                command = self._readonly(command)
-            child = Child(command, pass_fds=[fd])
+            script = [sys.executable, "-I", "-S", fs_sandbox.__file__]
+            child = Child([*script, kind, access, path, program, str(fd)], pass_fds=[fd])
         except BaseException:
             listener.close()
             raise
+        child.name = "virtiofsd"
         connection = None
         try:
             connection = listener.connect("virtiofsd")
@@ -106,31 +111,31 @@ class Share:
         except BaseException as err:
             if connection is not None:
                 connection.close()
-            said = child.said()
+            child.wait(SAYS_WITHIN)
+            said = child.said() or child.how()
             child.close()
             if isinstance(err, BackEndGone):
-                raise HostError(f"--fs {self.path}: virtiofsd: {said or err}") from err
+                raise HostError(f"{self._what}: virtiofsd: {said or err}") from err
             raise
 
-    def _readonly(self, command: list[str]) -> list[str]:
-        """A command that serves it read-only."""
-        program = command[0]
-        if program != VIRTIOFSD[1] and "--readonly" in _help(program):
-            return [*command, "--readonly"]
-        import sys
-
-        from vmm.virtio import fs_readonly
-
-        return [sys.executable, "-I", fs_readonly.__file__, os.path.realpath(self.path), *command]
+    @property
+    def _what(self) -> str:
+        """The option this is of, for messages."""
+        return f"{'--root' if self.tag == ROOT_TAG else '--fs'} {self.path}"
 
 
-def _help(program: str) -> str:
-    import subprocess
-
-    done = subprocess.run(
-        [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    return done.stdout + done.stderr
+def _no_directory(path: str) -> str:
+    """Why `path` cannot be shared, and what would work."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as err:
+        return "no such directory" if err.errno == errno.ENOENT else str(err.strerror)
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return (
+            "this is a file, and a share is a directory; give the directory it is in, or the file "
+            f"as a disk: --drive {path}"
+        )
+    return "this is no directory"
 
 
 class VirtioFs(VhostUserDevice):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vmm import UsageError
-from vmm.cli.arguments import WIDTH, Option, Parser
+from vmm.cli.arguments import Option, Parser
 from vmm.cli.say import LONGEST, say
+from vmm.cli.width import USUAL as WIDTH
 
 PARSER = Parser(
     "vmm test",

@@ -126,7 +126,7 @@ ERRORS = [
     ("host,-", "amd_nested", "'-' is neither +feature nor -feature"),
     ("host, -avx", "amd_nested", "' -avx' is neither"),
     ("host,-avx512", "amd_nested", "no such feature as avx512; did you mean avx512"),
-    ("host,+qqqq", "amd_nested", "no such feature as qqqq; see docs/cpu.md"),
+    ("host,+qqqq", "amd_nested", "no such feature as qqqq; /proc/cpuinfo has names"),
     ("host,+avx512f", "amd_nested", "KVM does not support avx512f; leave out +avx512f"),
     ("host,+svm", "intel", "KVM does not support svm"),
     ("host,+avx,-avx", "amd_nested", "avx is both added and taken away"),

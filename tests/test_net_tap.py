@@ -334,7 +334,7 @@ def test_without_permission(text: str) -> None:
 
 def test_without_pyroute2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyroute2", None)
-    with pytest.raises(HostError, match=re.escape("pip install 'vmm[net]'")):
+    with pytest.raises(HostError, match=re.escape("pip install 'vmm-kvm[net]'")):
         Net.parse("tap").open(0)
     netns.ip("tuntap add mine mode tap")
     nic("tap=mine").close()

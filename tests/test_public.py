@@ -32,7 +32,7 @@ def test_other_names_are_an_attribute_error() -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    assert importlib.metadata.version("vmm") == vmm.__version__
+    assert importlib.metadata.version("vmm-kvm") == vmm.__version__
 
 
 def loaded_after(statement: str) -> set[str]:

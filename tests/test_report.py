@@ -202,7 +202,7 @@ def test_without_a_decoder_the_bytes_are_shown() -> None:
     text = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert "pip install 'vmm[full]'" in text
+    assert "pip install 'vmm-kvm[full]'" in text
     assert "=> ffffffff81000123  f3 0f b8 c1 90 48 8b 04 25 00 10 00 00 c3" in text
     assert "KVM cannot emulate the instruction f3 0f b8 c1" in text
     assert "what to do: stock Linux cannot run here" in text

@@ -162,7 +162,7 @@ PROPERTIES: dict[str, Schema] = {
         "disks other processes serve", _part("--vhost-user-blk", VHOST_USER_BLK, ["socket"])
     ),
     "transport": _text("what virtio devices are on", "mmio", enum=list(TRANSPORTS)),
-    "agent": _flag("whether commands can be run in the guest (docs/exec.md)"),
+    "agent": _flag("whether commands can be run in the guest"),
     "root": _text("a directory or image that is the guest's root file system, and is not changed"),
     "modules": _text("the kernel's lib/modules/VERSION; by default beside the kernel"),
     "device": _text("the KVM device", "/dev/kvm"),

@@ -323,7 +323,7 @@ def _code_lines(code: bytes, at: int, listing: list[Instruction]) -> list[str]:
             mark = "=>" if address == at else "  "
             lines.append(f"  {mark} {address:016x}  {raw.hex(' '):30}  {text}".rstrip())
         return lines
-    lines = ["  code (decoded with iced-x86: pip install 'vmm[full]'):"]
+    lines = ["  code (decoded with iced-x86: pip install 'vmm-kvm[full]'):"]
     for offset in range(0, min(len(code), CODE_BYTES), 16):
         mark = "=>" if offset == 0 else "  "
         lines.append(f"  {mark} {at + offset:016x}  {code[offset : offset + 16].hex(' ')}")

@@ -28,14 +28,27 @@ def sources() -> list[str]:
 
 def program() -> str:
     """The path of the agent's program. Raises HostError where there is none and no compiler."""
-    key = fingerprint()
-    for directory in (HERE, _cache()):
-        path = os.path.join(directory, f"{SHIPPED}-{key}")
-        if os.path.exists(path):
-            return path
-    os.makedirs(_cache(), exist_ok=True)
-    build(path)
+    path = found()
+    if path is None:
+        path = os.path.join(_cache(), f"{SHIPPED}-{fingerprint()}")
+        os.makedirs(_cache(), exist_ok=True)
+        build(path)
     return path
+
+
+def found() -> str | None:
+    """The path of the agent's program, or None where it is still to be compiled."""
+    key = fingerprint()
+    paths = (os.path.join(directory, f"{SHIPPED}-{key}") for directory in (HERE, _cache()))
+    return next(filter(os.path.exists, paths), None)
+
+
+def compiler() -> str | None:
+    """The path of the C compiler: CC of the environment, or one of COMPILERS."""
+    import shutil
+
+    chosen = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [chosen] if chosen else COMPILERS)), None)
 
 
 def ship() -> None:
@@ -63,22 +76,20 @@ def fingerprint() -> str:
 
 def build(path: str) -> None:
     """Compile it to `path`, which appears when it is whole. Raises HostError."""
-    import shutil
     import subprocess
 
-    chosen = os.environ.get("CC")
-    compiler = next(filter(None, map(shutil.which, [chosen] if chosen else COMPILERS)), None)
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise HostError(
             "no C compiler for the guest's agent; apt-get install gcc libc6-dev, or set CC"
         )
     unfinished = f"{path}.{os.getpid()}"
-    command = [compiler, *FLAGS, "-o", unfinished, *sources()]
+    command = [program, *FLAGS, "-o", unfinished, *sources()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-            raise HostError(f"{compiler} cannot compile the guest's agent: {said.strip()}")
+            raise HostError(f"{program} cannot compile the guest's agent: {said.strip()}")
         os.rename(unfinished, path)
     except OSError as err:
         raise HostError(f"{path}: {err.strerror}") from err

@@ -12,20 +12,23 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 USAGE = """\
-usage: vmm run KERNEL [--initrd FILE ...] [--append CMDLINE] [--memory 256M] [--cpus N] ...
+usage: vmm run KERNEL [--initrd FILE ...] [--memory 256M] [--cpus N] ...
        vmm run MACHINE.toml [option ...]
        vmm exec KERNEL [--root DIR|IMAGE] [option ...] -- CMD [ARG ...]
        vmm snapshot DIR --control PATH [--base DIR] ... | --check
        vmm restore DIR [option ...]
        vmm config FILE | --schema
        vmm doctor [--json]
-       vmm --version
+       vmm version [--json]
+       vmm completion bash|zsh|fish
 
-Boot a Linux kernel in a virtual machine, run one command in such a machine, keep a machine in a
-directory and go on from there, check a file that describes one, or tell what this host can run.
-`vmm run --help` lists the options.
+Boot a Linux kernel in a virtual machine, run one command in such a machine,
+keep a machine in a directory and go on from there, check a file that describes
+one, or tell what this host can run.
+`vmm COMMAND --help` lists a command's options.
 """
-COMMANDS = ("run", "exec", "snapshot", "restore", "config", "doctor")
+COMMANDS = ("run", "exec", "snapshot", "restore", "config", "doctor", "version", "completion")
+"""Each is a module here, with a PARSER and a `main`."""
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """What the host says when it runs out of something; no fault of ours."""
 
@@ -104,10 +107,22 @@ def _command(args: list[str]) -> int:
         from vmm.cli.doctor import main as doctor
 
         return doctor(args[1:])
+    if command == "version":
+        from vmm.cli.version import main as version
+
+        return version(args[1:])
+    if command == "completion":
+        from vmm.cli.completion import main as completion
+
+        return completion(args[1:])
     from vmm.cli.say import answer
 
+    if command == "help" and args[1:] and args[1] in COMMANDS:
+        return _command([args[1], "--help"])
     if command in ("-h", "--help", "help"):
-        answer(USAGE)
+        from vmm.cli.width import columns, fit
+
+        answer(fit(USAGE, columns()))
         return 0
     if command in ("-V", "--version"):
         from vmm import __version__

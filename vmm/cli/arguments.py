@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 HELP = "--help"
 INDENT = 24
-"""The column the options' descriptions start in."""
-WIDTH = 80
+"""The column the options' descriptions start in; a third of a narrow terminal."""
 
 
 class Option:
@@ -151,25 +150,34 @@ class Parser:
             self._check_operands(found.operands, operand)
         return found
 
+    @property
+    def usage(self) -> str:
+        """The command line in one line."""
+        return " ".join(filter(None, (self.command, self.operand, "[option ...]", self.after)))
+
     def help_text(self) -> str:
-        """What --help prints."""
+        """What --help prints, as wide as the terminal."""
         from textwrap import wrap
 
-        words = ("usage:", self.command, self.operand, "[option ...]", self.after)
-        usage = " ".join(filter(None, words))
-        lines = [usage, "", *wrap(self.summary, WIDTH), "", "options:"]
+        from vmm.cli.width import columns, fit
+
+        width = columns()
+        indent = min(INDENT, width // 3)
+        lines = [fit(f"usage: {self.usage}", width), "", *wrap(self.summary, width), "", "options:"]
         for option in self.options:
-            left = "  " + ", ".join(option.names) + self._metavar(option)
-            if len(left) > INDENT - 2:
-                lines.append(left)
+            left = "  " + ", ".join(option.names) + self.metavar(option)
+            if len(left) > indent - 2:
+                lines.append(fit(left, width))
                 left = ""
-            for text in wrap(option.help, WIDTH - INDENT, break_on_hyphens=False):
-                lines.append(f"{left:{INDENT}}{text}")
+            for text in wrap(option.help, width - indent, break_on_hyphens=False):
+                lines.append(f"{left:{indent}}{text}")
                 left = ""
-        return "\n".join(lines) + "\n" + (f"\n{self.epilog}" if self.epilog else "")
+        epilog = f"\n{fit(self.epilog, width)}" if self.epilog else ""
+        return "\n".join(lines) + "\n" + epilog
 
     @staticmethod
-    def _metavar(option: Option) -> str:
+    def metavar(option: Option) -> str:
+        """What stands after the option's name in help: its value's name, if it takes one."""
         if option.optional:
             return f"[={option.metavar}]"
         return f" {option.metavar}" if option.metavar else ""

@@ -24,7 +24,10 @@ PARSER = Parser(
     operand="FILE",
     instead=SCHEMA,
     epilog="""\
-The keys are the keywords of vmm.MachineConfig; docs/api.md has an example.
+The keys are the keywords of vmm.MachineConfig:
+  kernel = "vmlinuz"
+  memory = "512M"
+  drives = ["root.img,snapshot"]
 exit status: 0, or 2 where the file is wrong, with one line that names it and the line or key.
 """,
 )

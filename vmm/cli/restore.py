@@ -36,7 +36,7 @@ PARSER = Parser(
             metavar="HOW",
             default="map",
             help="map the snapshot's files; uffd: another process hands pages over (uffd=SOCKET: "
-            "one that is there, docs/snapshots.md)",
+            "one that is there)",
         ),
         Option(
             CLOCK,

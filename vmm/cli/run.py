@@ -336,6 +336,10 @@ def describe(machine: Machine) -> None:
     for number, transport in enumerate(virtio.transports if virtio is not None else ()):
         assert virtio is not None
         say(f"virtio device {transport.name} {virtio.place_of(number)}")
+    from vmm.virtio import kernel
+
+    if kernel.library() is None:
+        say("this vmm was built without a C compiler: virtqueues are served in Python, slower")
     machine.platform.pio.trace = machine.platform.mmio.trace = say
 
 

@@ -36,7 +36,7 @@ PARSER = Parser(
     operand="DIR",
     epilog="""\
 exit status: 0; 2 wrong usage, or a damaged snapshot; 69 the host cannot write it, or no machine
-is there. docs/snapshots.md tells more.
+is there.
 """,
 )
 

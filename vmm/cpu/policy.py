@@ -128,7 +128,7 @@ def parse(text: str) -> tuple[str, list[str], list[str]]:
         name = features.canonical(written)
         if name is None:
             hint = _close(written.lower().replace("-", "_"), features.known_names())
-            raise _error(text, f"no such feature as {written}{hint or '; see docs/cpu.md'}")
+            raise _error(text, f"no such feature as {written}{hint or '; /proc/cpuinfo has names'}")
         if name in _NOT_A_CHOICE:
             raise _error(text, f"{name} cannot be chosen: it {_NOT_A_CHOICE[name]}")
         if name in (removed if sign == "+" else added):

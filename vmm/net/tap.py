@@ -154,7 +154,7 @@ def _netlink(what: str) -> Any:
         from pyroute2 import IPRoute
     except ImportError:
         raise HostError(
-            f"{what}: needs pyroute2 to make a tap: pip install 'vmm[net]' "
+            f"{what}: needs pyroute2 to make a tap: pip install 'vmm-kvm[net]' "
             "(or name a tap that exists: --net tap=NAME)"
         ) from None
     return IPRoute()

@@ -90,5 +90,5 @@ def check(kvm: Kvm, made_on: dict[str, Any], names: Sequence[str], what: str) ->
     if missing:
         raise SnapshotError(
             f"{what}: its guest uses {' '.join(missing)}, which this host's KVM cannot give it; "
-            "make it of a machine with a more modest --cpu (docs/cpu.md)"
+            "make it of a machine with a more modest --cpu, for example --cpu x86-64-v2"
         )

@@ -14,7 +14,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = ("ring.c", "disk.c", "net.c")
-FLAGS = ("-O2", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=default")
+FLAGS = ("-O2", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=default", "-s", "-Wl,--as-needed")
 MODULE, LIBRARY = "_abi.py", "_kernel.so"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import host as support
 from vmm.doctor import Problem, Report, examine
-from vmm.doctor.host import Host
+from vmm.kvm.host import Host
 
 
 @pytest.mark.needs_kvm

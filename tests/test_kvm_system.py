@@ -180,7 +180,7 @@ def refusal(path: str | Path) -> str:
 
 def test_a_missing_device(tmp_path: Path) -> None:
     message = refusal(tmp_path / "kvm")
-    assert "does not exist" in message and "modprobe" in message and "vmm doctor" in message
+    assert "does not exist; " in message and message.endswith("(`vmm doctor` tells more)")
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_kvm(tmp_path: Path) -> None:
 
 
 def test_a_directory(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"cannot open {tmp_path}: Is a directory"
+    assert refusal(tmp_path).startswith(f"cannot open {tmp_path}: Is a directory; ")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a device node")
@@ -233,7 +233,8 @@ def test_no_permission() -> None:
         with open(reader, "rb") as pipe:
             message = pipe.read().decode()
         os.waitpid(child, 0)
-    assert re.fullmatch(rf"no permission on {path}: .*usermod -aG kvm .*", message), message
+    pattern = rf"no permission on {path} for nobody .*usermod -aG kvm .*"
+    assert re.fullmatch(pattern, message), message
 
 
 @needs_kvm

@@ -23,7 +23,8 @@ exit status:
 
 PARSER = Parser(
     "vmm doctor",
-    "Say which KVM this host has and what will run on it.",
+    "Say which KVM this host has and what will run on it, which helper programs and devices there "
+    "are, what each is for, and how to get what is missing.",
     (
         Option("--json", help="the report as JSON"),
         Option(
@@ -48,8 +49,10 @@ def main(argv: Sequence[str]) -> int:
 
         answer(json.dumps(report.as_dict(), indent=2) + "\n")
     else:
+        from vmm.cli.width import columns
         from vmm.doctor.text import render
 
         colour = os.isatty(STDOUT) and os.environ.get("TERM", "dumb") != "dumb"
-        answer(render(report, colour=colour and not os.environ.get("NO_COLOR")))
+        colour = colour and not os.environ.get("NO_COLOR")
+        answer(render(report, colour=colour, width=columns()))
     return EXIT_OK if report.usable else EXIT_HOST

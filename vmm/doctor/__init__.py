@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.doctor.access import Problem
 from vmm.doctor.examination import Report, examine
+from vmm.kvm.access import Problem
 
 __all__ = ["Problem", "Report", "examine"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from vmm.doctor import access, capabilities, measure
-from vmm.doctor.access import Problem
+from vmm.doctor import capabilities, measure
 from vmm.doctor.guest import GuestFailed
-from vmm.doctor.host import Host
+from vmm.doctor.parts import parts
 from vmm.errors import HostError
-from vmm.kvm import DEV_KVM, Kvm
+from vmm.kvm import DEV_KVM, Kvm, access
+from vmm.kvm.access import Problem
+from vmm.kvm.host import Host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from vmm.doctor.capabilities import Capability
+    from vmm.doctor.parts import Part
 
 INTERPRETED_RATIO = 20
 """Kernel code this many times slower than user code is not run by the processor. PVM: 3,500;
@@ -41,6 +43,14 @@ class Report:
         self.cpl3_mips: float | None = None
         self.syscall_fault: str | None = None
         self.problems: list[Problem] = []
+        self._parts: list[Part] | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """What there is beside KVM; looked for at the first use."""
+        if self._parts is None:
+            self._parts = parts()
+        return self._parts
 
     @property
     def interpreted(self) -> bool | None:
@@ -104,6 +114,10 @@ class Report:
             "syscall_fault": self.syscall_fault,
             "limits": self.limits,
             "problems": [{"what": p.what, "mend": p.mend} for p in self.problems],
+            "parts": {
+                part.name: {key: getattr(part, key) for key in part.__slots__ if key != "name"}
+                for part in self.parts
+            },
         }
 
 

@@ -131,16 +131,9 @@ class Kvm:
 
 
 def _cannot_open(path: str, err: OSError) -> str:
-    if err.errno == errno.ENOENT:
-        return (
-            f"{path} does not exist: load the module (modprobe kvm_intel, or kvm_amd), "
-            "and see that VT-x/AMD-V is on in the firmware; `vmm doctor` tells more"
-        )
-    if err.errno in (errno.EACCES, errno.EPERM):
-        return (
-            f"no permission on {path}: add yourself to its group "
-            "(sudo usermod -aG kvm $USER, then log in again); `vmm doctor` tells more"
-        )
-    if err.errno in (errno.ENODEV, errno.ENXIO):
-        return f"{path} has no driver behind it: modprobe kvm_intel, or kvm_amd"
-    return f"cannot open {path}: {err.strerror}"
+    """One line: what `vmm doctor` says is wrong first, and its mend."""
+    from vmm.kvm.access import diagnose
+    from vmm.kvm.host import Host
+
+    problem = diagnose(path, Host(), f"cannot open {path}: {err.strerror}")[0]
+    return f"{problem.what}; {problem.mend} (`vmm doctor` tells more)"

@@ -1,4 +1,4 @@
-"""vmm/doctor/host.py: back end, nesting and flags, from trees like /sys/module and /proc."""
+"""vmm/kvm/host.py: back end, nesting and flags, from trees like /sys/module and /proc."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import host as support
-from vmm.doctor.host import Host
+from vmm.kvm.host import Host
 
 CPUINFO = """\
 processor	: 0

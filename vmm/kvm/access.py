@@ -1,4 +1,4 @@
-"""Why the KVM device cannot be used, and the exact mend."""
+"""Why the KVM device cannot be used, and the exact mend. Loaded when that is so."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import pwd
 import stat
 
-from vmm.kvm import DEV_KVM
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.doctor.host import Host
+    from vmm.kvm.host import Host
 
+DEV_KVM = "/dev/kvm"
+GROUP = "kvm"
+"""The group distributions give the device to."""
 CONTAINER_MEND = "start the container with --device /dev/kvm"
 
 
@@ -41,10 +42,14 @@ def diagnose(path: str, host: Host, message: str) -> list[Problem]:
         return [_denied(path, host)]
     if number in (errno.ENODEV, errno.ENXIO):
         return [
-            Problem(f"{path} has no driver behind it", f"sudo modprobe {host.module}"),
+            Problem(f"{path} has no driver behind it", as_root(f"modprobe {host.module}")),
             *_no_hardware(host),
         ]
-    return [Problem(f"cannot open {path}: {text}", "see the kernel's log: sudo dmesg | grep kvm")]
+    return [
+        Problem(
+            f"cannot open {path}: {text}", f"see the kernel's log: {as_root('dmesg')} | grep kvm"
+        )
+    ]
 
 
 def _missing(path: str, host: Host) -> list[Problem]:
@@ -56,16 +61,19 @@ def _missing(path: str, host: Host) -> list[Problem]:
         what += f" in this container ({host.container}), though its host has KVM"
         return [Problem(what, CONTAINER_MEND)]
     if number is not None:
-        return [Problem(f"{what}, though KVM is loaded", f"sudo mknod {path} c {number}")]
+        return [Problem(f"{what}, though KVM is loaded", as_root(f"mknod {path} c {number}"))]
     if host.flag:
         return [
             Problem(
                 f"{what}: {host.module} is not loaded",
-                f"sudo modprobe {host.module} "
+                f"{as_root(f'modprobe {host.module}')} "
                 "(if it says unsupported or disabled: turn on VT-x/SVM in the firmware)",
             )
         ]
-    return [Problem(what, f"see below; then sudo modprobe {host.module}"), *_no_hardware(host)]
+    return [
+        Problem(what, f"see below; then {as_root(f'modprobe {host.module}')}"),
+        *_no_hardware(host),
+    ]
 
 
 def _no_hardware(host: Host) -> list[Problem]:
@@ -90,7 +98,7 @@ def _denied(path: str, host: Host) -> Problem:
     except OSError:
         directory = os.path.dirname(os.path.abspath(path))
         return Problem(
-            f"{user} may not look into the directory of {path}", f"sudo chmod a+rx {directory}"
+            f"{user} may not look into the directory of {path}", as_root(f"chmod a+rx {directory}")
         )
     owner, group = _user_name(status.st_uid), _group_name(status.st_gid)
     mode = stat.S_IMODE(status.st_mode)
@@ -99,13 +107,50 @@ def _denied(path: str, host: Host) -> Problem:
         # The mode allows it: a device cgroup or a security module does not.
         mend = CONTAINER_MEND if host.container else "its use is denied by a cgroup or LSM policy"
         return Problem(what, mend)
-    if os.geteuid() == 0 or mode & 0o060 != 0o060 or status.st_gid == 0:
-        mend = f"sudo setfacl -m u:{user}:rw {path} (until reboot), or give it to group kvm: "
-        mend += f"sudo chgrp kvm {path} && sudo chmod 660 {path}, and sudo usermod -aG kvm {user}"
-        return Problem(what, mend)
-    if _is_member(user, group):
-        return Problem(what, f"{user} is in group {group} already: log in again, or newgrp {group}")
-    return Problem(what, f"sudo usermod -aG {group} {user}, then log in again")
+    return Problem(what, permission_mend(path, GROUP))
+
+
+def permission_mend(path: str, give_to: str = "") -> str:
+    """How this user gets to read and write the device `path`, which is there.
+
+    `give_to` is the group it is to be given to, made where there is none, if its own is root's.
+    """
+    user = _user_name(os.geteuid())
+    status = os.stat(path)
+    group, mode = _group_name(status.st_gid), stat.S_IMODE(status.st_mode)
+    if os.geteuid() != 0 and mode & 0o060 == 0o060 and status.st_gid != 0:
+        if _is_member(user, group):
+            return f"{user} is in group {group} already: log in again, or newgrp {group}"
+        return f"{as_root(f'usermod -aG {group} {user}')}, then log in again"
+    at_once = as_root(_at_once(path, user))
+    if not give_to or os.geteuid() == 0:
+        return f"{at_once} (until reboot)"
+    commands = [f"chgrp {give_to} {path}", f"chmod 660 {path}", f"usermod -aG {give_to} {user}"]
+    if not _is_group(give_to):
+        commands.insert(0, f"groupadd -r {give_to}")
+    name = os.path.basename(path)
+    return (
+        f"{at_once} (until reboot); or for good: {as_root(*commands)}, then log in again, with "
+        f'KERNEL=="{name}", GROUP="{give_to}", MODE="0660" in /etc/udev/rules.d/65-{name}.rules'
+    )
+
+
+def _at_once(path: str, user: str) -> str:
+    """The command that gives `path` to `user`: by an access list where there are tools for them."""
+    from shutil import which
+
+    return f"setfacl -m u:{user}:rw {path}" if which("setfacl") else f"chown {user} {path}"
+
+
+def as_root(*commands: str) -> str:
+    """Commands for root, one after the other, as this user is to type them."""
+    from shutil import which
+
+    if os.geteuid() == 0:
+        return " && ".join(commands)
+    if which("sudo"):
+        return " && ".join(f"sudo {command}" for command in commands)
+    return f"as root: {' && '.join(commands)}"
 
 
 def _is_member(user: str, group: str) -> bool:
@@ -115,6 +160,14 @@ def _is_member(user: str, group: str) -> bool:
         return user in entry.gr_mem or pwd.getpwnam(user).pw_gid == entry.gr_gid
     except KeyError:
         return False
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _user_name(uid: int) -> str:

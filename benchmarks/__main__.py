@@ -1,7 +1,7 @@
 """`python -m benchmarks [ROW ...]`: measure, print one table, keep the samples as JSON.
 
 Rows, by letter or name: a start, b create, c exits, d boot, e memory, f blk, g net,
-s snapshots. Without one: all.
+s snapshots, u unpack. Without one: all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROWS = {
     "f": "blk",
     "g": "net",
     "s": "snapshots",
+    "u": "unpack",
 }
 
 

@@ -6,7 +6,7 @@ import struct
 
 from vmm import layout
 from vmm.boot import decompress
-from vmm.boot.source import PayloadSource
+from vmm.boot.source import PayloadSource, close
 from vmm.errors import BootError
 
 TYPE_CHECKING = False
@@ -30,6 +30,8 @@ XLF_KERNEL_64 = 1 << 0
 ENTRY_64 = 0x200
 """The 64-bit entry's offset in the protected-mode kernel."""
 SECTOR = 512
+SLOW = frozenset({"gzip", "xz", "lzma", "bzip2", "zstd"})
+"""Formats that take longer to unpack than to read unpacked (`vmm.boot.cache`). LZ4 does not."""
 
 
 class BzImage:
@@ -139,9 +141,9 @@ class BzImage:
 
     def source(self) -> PayloadSource:
         """The ELF kernel in the payload, unpacked as it is read."""
-        return PayloadSource(self._blocks(), f"the vmlinux of {self.name}")
+        return PayloadSource(self._blocks(cached=True), f"the vmlinux of {self.name}")
 
-    def _blocks(self) -> Iterator[bytes]:
+    def _blocks(self, *, cached: bool = False) -> Iterator[bytes]:
         start, size = self._payload()
         kind = self.compression
         if not size:
@@ -149,7 +151,14 @@ class BzImage:
         if kind == "unknown":
             raise BootError(f"{self.name}: its payload has an unknown compression")
         payload = self.file.read(start, size)
-        blocks = iter((payload,)) if kind == "none" else decompress.blocks(payload, kind)
+        if kind == "none":
+            blocks: Iterator[bytes] = iter((payload,))
+        elif cached and kind in SLOW:
+            from vmm.boot import cache
+
+            blocks = cache.blocks(payload, kind, lambda: decompress.blocks(payload, kind))
+        else:
+            blocks = decompress.blocks(payload, kind)
         try:
             for number, block in enumerate(blocks):
                 if not number and block[:4] != b"\x7fELF":
@@ -157,6 +166,8 @@ class BzImage:
                 yield block
         except BootError as err:
             raise BootError(f"{self.name}: {err}") from None
+        finally:
+            close(blocks)
 
     def _payload(self) -> tuple[int, int]:
         """Offset in the file and bytes; 0 bytes if the header tells no place in the kernel."""

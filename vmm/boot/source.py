@@ -21,6 +21,13 @@ PAYLOAD_MAX = 1 << 30
 """No kernel is larger; what claims to be is not unpacked to see."""
 
 
+def close(blocks: Iterator[bytes]) -> None:
+    """Tell a generator that nobody reads on; what it unpacked may be worth keeping."""
+    end = getattr(blocks, "close", None)
+    if end is not None:
+        end()
+
+
 class FileSource:
     """An ELF file."""
 
@@ -72,6 +79,7 @@ class PayloadSource:
                 if low < high:
                     view[low - offset : high - offset] = data[low - start : high - start]
             if stop >= end:
+                close(self._blocks)
                 return
             block, start = next(self._blocks, b""), stop
             if not block:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import host, tiny
+from tests.support import host, projects, tiny
+from tests.support.projects import run_pytest, write
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "pytest-project"
 FACTORY = """
@@ -22,29 +20,9 @@ def test_prints(machine_factory):
 """
 
 
-def run_pytest(
-    directory: Path, *arguments: str, timeout: float = 250, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """pytest on `directory`, as somebody else's project."""
-    words = ["-p", "no:cacheprovider", "-rs", *arguments]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=directory, env={**kept, **env},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A directory with nothing but a pytest configuration."""
-    directory = tmp_path / "project"
-    directory.mkdir()
-    (directory / "pytest.ini").write_text("[pytest]\n")
-    return directory
-
-
-def write(project: Path, text: str, **values: str) -> None:
-    (project / "test_it.py").write_text(text.format(**values) if values else text)
+    return projects.new(tmp_path)
 
 
 def test_who_asks_for_no_machine_pays_for_none(project: Path) -> None:
@@ -171,6 +149,45 @@ def test_ended(machine_factory):
     assert "rip  " in told
     assert "vmm machine 0: failure report" in ended
     assert "triple fault" in ended
+
+
+@pytest.mark.parametrize(
+    ("word", "required"),
+    [
+        *(("", False), ("0", False), ("false", False), ("No", False), ("off", False), (" ", False)),
+        *(("1", True), ("TRUE", True), ("yes", True), ("on", True), ("y", True)),
+    ],
+)
+def test_words_for_vmm_require(
+    word: str, required: bool, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    from vmm.testing import plugin
+
+    monkeypatch.setenv("VMM_REQUIRE", word)
+    assert plugin._required(pytestconfig) is required
+
+
+def test_what_cannot_be_is_told_in_a_line(project: Path) -> None:
+    write(
+        project,
+        """
+import pytest
+@pytest.mark.vmm(memroy="1G")
+def test_typo(vmm_kernel): pass
+""",
+    )
+    done = run_pytest(project)
+    assert (
+        "mark.vmm: memroy='1G': MachineConfig has no such keyword; is memory= meant?" in done.stdout
+    )
+    write(project, "def test_it(machine_factory): pass\n")
+    done = run_pytest(project, VMM_REQUIRE="perhaps")
+    assert "VMM_REQUIRE='perhaps' is none of 1, true, yes, on, 0, false, no, off" in done.stdout
+    (project / "pytest.ini").write_text("[pytest]\nvmm_boot_timeout = soon\n")
+    if host.unmet({"needs_kvm"}) is None:
+        done = run_pytest(project)
+        assert "vmm: vmm_boot_timeout = 'soon' is not a number of seconds" in done.stdout
+    assert "vmm/testing" not in done.stdout
 
 
 def test_a_kernel_that_is_not_there(project: Path) -> None:

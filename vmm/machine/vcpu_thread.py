@@ -181,6 +181,11 @@ class VcpuThread:
         return held_up.join(self._thread)
 
     @property
+    def ident(self) -> int | None:
+        """The thread's `threading.get_ident()`; None before it starts."""
+        return self._thread.ident
+
+    @property
     def is_current(self) -> bool:
         """Whether the caller runs on this thread."""
         return self._thread.ident == threading.get_ident()

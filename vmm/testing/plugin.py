@@ -7,13 +7,16 @@
     booted_machine     one in user space, `machine.run([...])` works
     restored_machine   the same from a snapshot taken once a session: no boot, fresh for each test
     lan                several booted machines on a private network
+    module_machine_factory, session_machine_factory
+                       machine_factory for machines that a module's, or all, tests share
 
 `@pytest.mark.vmm(memory="1G", cpus=2, kernel=PATH, ...)` sets keywords of `MachineConfig` for what
 a test's fixtures make; nearer markers (test, class, module) go before farther ones.
 
 A host that cannot run such a machine skips the test, with what `vmm doctor` says; with
 --vmm-require (or `vmm_require = true`, or VMM_REQUIRE=1) the test fails. A failing test's report
-has the console's last lines, the last events and the registers of each of its machines.
+has the console's last lines, the last events and calls and the registers of each of its machines,
+and the path of a page with all of it on one axis (`--vmm-artifacts`).
 Loaded by every pytest where vmm is installed, so nothing of vmm is imported before a test asks.
 """
 
@@ -39,8 +42,12 @@ MARKER = (
     "this test"
 )
 BOOT_TIMEOUT = "120"
-_machines: pytest.StashKey[MachineFactory] = pytest.StashKey()
+PREPARE_TIMEOUT = "600"
+YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
+_factories: pytest.StashKey[list[MachineFactory]] = pytest.StashKey()
+_shared: pytest.StashKey[dict[str, MachineFactory]] = pytest.StashKey()
 _host: pytest.StashKey[Report] = pytest.StashKey()
+_failed_boots: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,29 +58,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, and do not skip, where this host cannot run the machine a test needs",
     )
+    group.addoption(
+        "--vmm-artifacts",
+        metavar="DIR",
+        help="where failing tests leave a page, console logs, events and registers; `off`: "
+        "nowhere (default: in pytest's temporary directory)",
+    )
     parser.addini("vmm_kernel", "the kernel vmm's fixtures boot; relative to the rootdir")
     parser.addini("vmm_require", "as --vmm-require", type="bool", default=False)
+    parser.addini("vmm_artifacts", "as --vmm-artifacts; relative to the rootdir")
     parser.addini(
         "vmm_boot_timeout", "seconds a machine may take to user space", default=BOOT_TIMEOUT
     )
+    parser.addini("vmm_prepare_timeout", "seconds vmm_prepare may take", default=PREPARE_TIMEOUT)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost: a test may be expected to fail
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    factory = item.stash.get(_machines, None)
-    if report.failed and factory is not None:
-        from vmm.testing.machines import sections
+    factories = _factories_of(item)
+    if not factories:
+        return (yield)
+    from vmm.testing import failing
 
-        for number, machine in enumerate(factory.machines):
-            report.sections += sections(machine, f"vmm machine {number}")
+    failing.hide_frames()
+    report = yield
+    failing.phase(item, call)
+    if report.failed:
+        failing.tell(item, call, report, factories, _artifacts(item.config))
     return report
+
+
+def _factories_of(item: pytest.Item) -> list[MachineFactory]:
+    """Those that `item` has machines of, its own first."""
+    found = [*item.stash.get(_factories, list["MachineFactory"]())]
+    shared = item.config.stash.get(_shared, {})
+    if shared:
+        names = set(getattr(item, "fixturenames", ()))
+        asked = getattr(getattr(item, "_request", None), "_fixture_defs", {})  # getfixturevalue
+        found += [shared[name] for name in shared if name in names or name in asked]
+    return found
+
+
+def _artifacts(config: pytest.Config) -> Path | None:
+    """The directory for what failing tests leave; None: nowhere."""
+    chosen = config.getoption("--vmm-artifacts")
+    if chosen is None and config.getini("vmm_artifacts"):
+        chosen = config.getini("vmm_artifacts")
+        return None if chosen == "off" else config.rootpath / str(chosen)
+    if chosen is None:
+        factory = getattr(config, "_tmp_path_factory", None)  # pytest's own, for its fixtures
+        return None if factory is None else Path(factory.getbasetemp()) / "vmm-artifacts"
+    return None if chosen == "off" else Path(config.invocation_params.dir) / str(chosen)
 
 
 # --- the host ---------------------------------------------------------------------------------
@@ -81,7 +122,9 @@ def pytest_runtest_makereport(
 
 def _need(request: pytest.FixtureRequest, *, linux: bool) -> None:
     """Skip or fail unless this host runs guests (`linux`: Debian's kernels, to user space)."""
+    __tracebackhide__ = True
     config = request.config
+    required = _required(config)
     report = config.stash.get(_host, None)
     if report is None:
         from vmm.doctor import examine
@@ -89,30 +132,59 @@ def _need(request: pytest.FixtureRequest, *, linux: bool) -> None:
         report = config.stash[_host] = examine()
     if report.runs_linux if linux else report.usable:
         return
-    required = config.getoption("--vmm-require") or config.getini("vmm_require")
-    if required or os.environ.get("VMM_REQUIRE", "0") not in ("", "0"):
+    if required:
         pytest.fail(f"vmm: {report.verdict}", pytrace=False)
     pytest.skip(f"vmm: {report.verdict}")
 
 
+def _required(config: pytest.Config) -> bool:
+    """Whether a machine that cannot run here is a failure."""
+    __tracebackhide__ = True
+    word = os.environ.get("VMM_REQUIRE", "").strip().lower()
+    if word not in YES + NO:
+        pytest.fail(
+            f"vmm: VMM_REQUIRE={os.environ['VMM_REQUIRE']!r} is none of {', '.join(YES[:4])}, "
+            f"{', '.join(NO[1:5])}",
+            pytrace=False,
+        )
+    return bool(config.getoption("--vmm-require") or config.getini("vmm_require") or word in YES)
+
+
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The keywords of the test's markers, the nearest first."""
+    __tracebackhide__ = True
     values: dict[str, Any] = {}
     for mark in request.node.iter_markers("vmm"):
         if mark.args:
-            raise pytest.UsageError(
-                f"{request.node.nodeid}: mark.vmm takes keywords only: {MARKER}"
+            pytest.fail(
+                f"{request.node.nodeid}: mark.vmm takes keywords only: {MARKER}", pytrace=False
             )
         values = {**mark.kwargs, **values}
+    if values:
+        from vmm.errors import UsageError
+        from vmm.testing.machines import check_keywords
+
+        wrong = ""
+        try:
+            check_keywords(values, f"{request.node.nodeid}: mark.vmm")
+        except UsageError as err:
+            wrong = f"vmm: {err}"
+        if wrong:
+            pytest.fail(wrong, pytrace=False)
     return values
 
 
-def _boot_timeout(request: pytest.FixtureRequest) -> float:
-    text = request.config.getini("vmm_boot_timeout")
+def _seconds(request: pytest.FixtureRequest, name: str) -> float:
+    """A setting that is a number of seconds."""
+    __tracebackhide__ = True
+    text = str(request.config.getini(name))
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise pytest.UsageError(f"vmm_boot_timeout = {text!r} is not a number of seconds") from None
+        number = -1.0
+    if not 0 < number < 1e9:
+        pytest.fail(f"vmm: {name} = {text!r} is not a number of seconds", pytrace=False)
+    return number
 
 
 # --- the ladder -------------------------------------------------------------------------------
@@ -125,11 +197,16 @@ def vmm_kernel(request: pytest.FixtureRequest) -> Kernel:
     The marker's, or --vmm-kernel, or `vmm_kernel` of the configuration; else Debian's cloud kernel,
     fetched once with apt-get and kept (`vmm.testing.kernels`). Skips where no Linux boots.
     """
+    return _kernel(request, _marked(request).get("kernel"))
+
+
+def _kernel(request: pytest.FixtureRequest, marked: Any = None) -> Kernel:
+    __tracebackhide__ = True
     from vmm.errors import VmmError
     from vmm.testing.kernels import debian_kernel, kernel_at
 
     config = request.config
-    path = _marked(request).get("kernel") or config.getoption("--vmm-kernel")
+    path = marked or config.getoption("--vmm-kernel")
     if not path and config.getini("vmm_kernel"):
         path = config.rootpath / config.getini("vmm_kernel")
     try:
@@ -138,7 +215,8 @@ def vmm_kernel(request: pytest.FixtureRequest) -> Kernel:
         _need(request, linux=True)
         return kernel if path else debian_kernel()
     except VmmError as err:
-        pytest.fail(f"vmm: {err}", pytrace=False)
+        wrong = f"vmm: {err}"
+    pytest.fail(wrong, pytrace=False)
 
 
 @pytest.fixture
@@ -156,16 +234,63 @@ def vmm_initrd(
     return path
 
 
-@pytest.fixture
-def machine_factory(request: pytest.FixtureRequest) -> Iterator[MachineFactory]:
-    """Call it with a kernel and keywords of `MachineConfig` for a machine; all are closed after."""
+def _factory(request: pytest.FixtureRequest, directories: pytest.TempPathFactory) -> MachineFactory:
+    """A factory for the node of `request`, with its markers."""
+    __tracebackhide__ = True
+    marked = _marked(request)
     _need(request, linux=False)
     from vmm.testing.machines import MachineFactory
 
-    factory = MachineFactory({"console": "none", **_marked(request)})
-    request.node.stash[_machines] = factory
+    return MachineFactory(
+        {"console": "none", **marked},
+        kernel=lambda: _kernel(request, marked.get("kernel")),
+        directory=lambda: directories.mktemp("vmm"),
+        boot_timeout=_seconds(request, "vmm_boot_timeout"),
+    )
+
+
+@pytest.fixture
+def machine_factory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MachineFactory]:
+    """Call it with a kernel and keywords of `MachineConfig` for a machine; all are closed after.
+
+    `machine_factory.boot(**keywords)` gives one in user space.
+    """
+    factory = _factory(request, tmp_path_factory)
+    request.node.stash.setdefault(_factories, []).append(factory)
     yield factory
     factory.close()
+
+
+def _wide(
+    request: pytest.FixtureRequest, directories: pytest.TempPathFactory
+) -> Iterator[MachineFactory]:
+    factory = _factory(request, directories)
+    shared = request.config.stash.setdefault(_shared, {})
+    name = str(request.fixturename)
+    shared[name] = factory
+    yield factory
+    del shared[name]
+    factory.close()
+
+
+@pytest.fixture(scope="module")
+def module_machine_factory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MachineFactory]:
+    """`machine_factory` for fixtures of scope `module`: its machines live as long as a module's
+    tests run, and share what they do to them. The module's markers count."""
+    yield from _wide(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def session_machine_factory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MachineFactory]:
+    """`machine_factory` for fixtures of scope `session`; of pytest-xdist's workers, each has its
+    own."""
+    yield from _wide(request, tmp_path_factory)
 
 
 @pytest.fixture
@@ -196,13 +321,37 @@ def booted_machine(
 
 
 def _boot(request: pytest.FixtureRequest, ready: str | None, *machines: Machine) -> None:
-    limit = _boot_timeout(request)
-    for machine in machines:
-        machine.start()
-    for machine in machines:
-        machine.wait_for_agent(limit)
-        if ready is not None:
-            machine.console.wait_for(ready, timeout=limit)
+    """Boot `machines`; what did not come up in this session is not tried again."""
+    __tracebackhide__ = True
+    from vmm.console.tail import ConsoleClosed
+    from vmm.errors import AgentError
+    from vmm.testing.identity import digest
+    from vmm.testing.machines import wait_up
+
+    limit = _seconds(request, "vmm_boot_timeout")
+    failed = request.config.stash.setdefault(_failed_boots, {})
+    configs = [machine.config for machine in machines]
+    told = [
+        (config.kernel, config.append, config.memory, config.cpus, config.transport)
+        for config in configs
+    ]
+    archives = [Path(path).read_bytes() for config in configs for path in config.initrds]
+    key = digest([ready, limit, told, archives])
+    if key in failed and not _again(request):
+        pytest.fail(f"vmm: {failed[key]}", pytrace=False)
+    try:
+        wait_up(list(machines), ready, limit)
+    except (AgentError, TimeoutError, ConsoleClosed) as err:
+        failed[key] = (
+            f"this machine did not come up for {request.node.nodeid}, and is tried once a session: "
+            f"{err}"
+        )
+        raise
+
+
+def _again(request: pytest.FixtureRequest) -> bool:
+    """Whether pytest-rerunfailures has the test run once more."""
+    return int(getattr(request.node, "execution_count", 1)) > 1
 
 
 @pytest.fixture
@@ -224,31 +373,70 @@ def restored_machine(
 ) -> Machine:
     """A running machine from a snapshot that is taken once a session, fresh for each test.
 
-    One snapshot for each set of markers, kernel, initrd and `vmm_prepare`; shared by the workers of
-    pytest-xdist.
+    One snapshot for each content of markers, kernel, initrd, images and `vmm_prepare`; shared by
+    the workers of pytest-xdist. Where its machine does not come up, that is tried once.
     """
+    __tracebackhide__ = True
+    import vmm
     from vmm import Machine
-    from vmm.testing.snapshots import shared_snapshot
+    from vmm.testing.bounded import ended_after
+    from vmm.testing.machines import MachineFactory, wait_up
+    from vmm.testing.snapshots import TriedError, shared_snapshot
 
     base = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
         base = base.parent  # what the workers of pytest-xdist have in common
+    limit = _seconds(request, "vmm_boot_timeout")
+    prepare_limit = _seconds(request, "vmm_prepare_timeout")
+    booting = MachineFactory(machine_factory.defaults)
 
     def boot() -> Machine:
-        machine = machine_factory(vmm_kernel, **_bootable(vmm_initrd, machine_factory.defaults))
-        _boot(request, vmm_ready, machine)
+        machine = booting(vmm_kernel, **_bootable(vmm_initrd, booting.defaults))
+        wait_up([machine], vmm_ready, limit)
         if vmm_prepare is not None:
-            vmm_prepare(machine)
+            with ended_after(machine, prepare_limit, "vmm_prepare"):
+                vmm_prepare(machine)
         return machine
 
-    settings = sorted(machine_factory.defaults.items())
-    what = [vmm_kernel.vmlinuz, vmm_initrd.read_bytes(), settings, vmm_prepare]
-    directory = shared_snapshot(base / "vmm-snapshots", what, boot)
-    machine_factory.close()
+    what = [
+        *(vmm.__version__, Path(vmm_kernel.vmlinuz), str(vmm_kernel.modules)),
+        *(vmm_initrd.read_bytes(), sorted(booting.defaults.items()), vmm_ready, vmm_prepare),
+        getattr(getattr(request.node, "callspec", None), "params", {}).get("vmm_prepare"),
+    ]
+    try:
+        directory = shared_snapshot(
+            base / "vmm-snapshots",
+            what,
+            boot,
+            wait=limit + prepare_limit + 60,
+            who=request.node.nodeid,
+            failure=_boot_failure,
+            again=_again(request),
+        )
+    except TriedError as err:
+        tried: TriedError | None = err
+    except BaseException:
+        machine_factory.adopt(booting)  # for the report; closed after the test
+        raise
+    else:
+        tried = None
+    booting.close()
+    if tried is not None:
+        if tried.skipped:
+            pytest.skip(str(tried))
+        pytest.fail(f"vmm: {tried}", pytrace=False)
     machine = machine_factory.make(lambda: Machine.restore(str(directory)))
-    machine.start()
-    machine.wait_for_agent(_boot_timeout(request))
+    wait_up([machine], None, limit)
     return machine
+
+
+def _boot_failure(err: BaseException) -> tuple[str, bool] | None:
+    """What later tests are told of `err`, and whether they are to be skipped for it."""
+    if isinstance(err, pytest.skip.Exception):
+        return str(err), True
+    if isinstance(err, (Exception, pytest.fail.Exception)):
+        return f"{type(err).__name__}: {err}", False
+    return None  # an interrupt: it says nothing of the machine
 
 
 @pytest.fixture
@@ -264,6 +452,7 @@ def lan(
     """
 
     def make(count: int = 2, **options: Any) -> list[Machine]:
+        __tracebackhide__ = True
         from vmm.testing import initrds
 
         name = f"pytest-{os.getpid()}-{id(make):x}-{len(machine_factory.machines)}"
@@ -279,7 +468,9 @@ def lan(
                 "ip link set eth0 up",
                 "ip link set lo up",
             ):
-                machine.run(words.split(), check=True, timeout=_boot_timeout(request))
+                machine.run(
+                    words.split(), check=True, timeout=_seconds(request, "vmm_boot_timeout")
+                )
         return made
 
     return make

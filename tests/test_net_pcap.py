@@ -103,3 +103,33 @@ def test_the_file_is_closed_when_the_card_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--net socket=/nonexistent: No such file or directory"):
         Net("socket", "/nonexistent", pcap=str(tmp_path / "x")).open(0)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("how", [{}, {"packed": True}])
+def test_a_reader_need_not_wait_for_the_end(tmp_path: Path, how: dict[str, int]) -> None:
+    """Each direction is in the file as soon as the card is idle, before more passes."""
+    path = tmp_path / "x.pcap"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        nic = Net("socket", str(tmp_path / "s"), pcap=str(path)).open(0)
+        assert nic is not None
+        assert read(path) == []  # a header, and no frame
+        with listener.accept()[0] as wire, NetGuest(nic, **how) as guest:
+            passed = []
+            for _ in range(3):
+                passed.append(random_frame(60, OTHER))
+                guest.send(passed[-1])
+                until(path, passed)
+                passed.append(random_frame(1000))
+                wire.sendall(len(passed[-1]).to_bytes(4, "big") + passed[-1])
+                assert guest.frame() == passed[-1]
+                until(path, passed)
+
+
+def until(path: Path, frames: list[bytes]) -> None:
+    """Wait until the file has `frames`."""
+    limit = time.monotonic() + 20
+    while [frame for _, frame in read(path)] != frames:
+        assert time.monotonic() < limit
+        time.sleep(0.01)

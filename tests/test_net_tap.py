@@ -258,6 +258,82 @@ def test_a_bridge() -> None:
     assert netns.interfaces() == ["br0"]
 
 
+def mtu(name: str) -> int:
+    words = netns.ip(f"-o link show {name}").split()
+    return int(words[words.index("mtu") + 1])
+
+
+@pytest.fixture
+def jumbo() -> None:
+    """A bridge br0 that has another user, with packets of 9000 bytes."""
+    for words in (
+        "link add br0 type bridge", "link add v0 mtu 9000 type veth peer name v1 mtu 9000",
+        "link set v0 master br0", "link set v0 up", "link set v1 up", "link set br0 up",
+    ):  # fmt: skip
+        netns.ip(words)
+    assert mtu("br0") == 9000
+
+
+@pytest.mark.parametrize(("words", "told"), [("", 9000), (",mtu=1400", 1400), (",mtu=9000", 9000)])
+def test_a_bridge_keeps_its_mtu(jumbo: None, words: str, told: int) -> None:
+    """A tap of a smaller one would have the bridge take that, under all who use it."""
+    with NetGuest(nic(f"bridge=br0{words}")) as guest:
+        assert (mtu("br0"), mtu("vmm0")) == (9000, 9000)
+        assert guest.features >> n.F_MTU & 1
+        assert guest.read(0x10A, 2) == told
+    assert (mtu("br0"), mtu("v0")) == (9000, 9000)
+    with pytest.raises(UsageError) as raised:
+        nic("bridge=br0,mtu=9001")
+    assert "mtu=9001 is more than the bridge's 9000; leave it out, or have root say: ip" in str(
+        raised.value
+    )
+    assert set(netns.interfaces()) == {"br0", "v0", "v1"}
+
+
+def test_a_bridge_whose_mtu_is_to_grow() -> None:
+    """The hint, done."""
+    netns.ip("link add br0 type bridge")
+    with pytest.raises(UsageError, match="mtu=9000 is more than the bridge's 1500") as raised:
+        nic("bridge=br0,mtu=9000")
+    netns.ip(str(raised.value).partition("say: ip ")[2])
+    with NetGuest(nic("bridge=br0,mtu=9000")) as guest:
+        assert (mtu("br0"), mtu("vmm0"), guest.read(0x10A, 2)) == (9000, 9000, 9000)
+
+
+@pytest.mark.parametrize("size", [68, 1400, 1500, 9000, 65521])
+def test_the_mtu_of_a_tap_that_exists_is_told(size: int) -> None:
+    netns.ip("tuntap add mine mode tap")
+    netns.ip(f"link set mine mtu {size}")
+    less = max(size - 1, 68)
+    for text, told in (("tap=mine", size), (f"tap=mine,mtu={less}", less)):
+        with NetGuest(nic(text)) as guest:
+            assert guest.features >> n.F_MTU & 1
+            assert guest.read(0x10A, 2) == told
+    if size < 65521:
+        with pytest.raises(UsageError, match=f"is more than the {size} of mine; leave") as raised:
+            nic(f"tap=mine,mtu={size + 1}")
+        netns.ip(str(raised.value).partition("say: ip ")[2])
+        nic(f"tap=mine,mtu={size + 1}").close()
+
+
+@pytest.mark.parametrize("down", ["mine", "br0"])
+def test_an_interface_that_is_down_is_told_of(down: str) -> None:
+    """When the guest's driver is there; and the hint, done."""
+    netns.ip("tuntap add mine mode tap")
+    netns.ip("link add br0 type bridge")
+    netns.ip(f"link set {'br0' if down == 'mine' else 'mine'} up")
+    card = nic("tap=mine" if down == "mine" else "bridge=br0")
+    told: list[str] = []
+    card.on_error = told.append
+    with NetGuest(card) as guest:
+        assert told == [
+            f"net0: {down} is down and no frame passes; have root say: ip link set {down} up"
+        ]
+        netns.ip(told[0].partition("say: ip ")[2])
+        guest.start()
+        assert len(told) == 1
+
+
 def test_queues(capfd: pytest.CaptureFixture[str]) -> None:
     card = nic(f"{TAP},queues=2")
     with NetGuest(card) as guest:
@@ -297,6 +373,7 @@ def test_the_interface_is_deleted_meanwhile() -> None:
 def test_what_cannot_be() -> None:
     netns.ip("tuntap add busy mode tap")
     netns.ip("link add dull type bridge")
+    netns.ip("tuntap add layer3 mode tun")
     held = nic("tap=busy")
     cases: list[tuple[str, type[VmmError], str]] = [
         ("bridge=nosuch", UsageError, "--net bridge=nosuch: no such bridge; make it: ip link add"),
@@ -305,18 +382,21 @@ def test_what_cannot_be() -> None:
         ("tap=dull", UsageError, "--net tap=dull: dull exists and is no tap"),
         ("tap=busy", UsageError, "--net tap=busy: busy is in use by another process"),
         ("tap=busy,queues=2", UsageError, "busy exists and is no tap with multi_queue"),
-        ("tap=busy,mtu=9000", UsageError, "busy exists and is used as it is"),
+        ("tap=busy,mtu=9000", UsageError, "mtu=9000 is more than the 1500 of busy"),
+        ("tap=busy,address=10.0.0.1/8", UsageError, "busy exists and is used as it is"),
+        ("tap=layer3", UsageError, "layer3 exists and is no tap; have root make one: ip tuntap"),
     ]
     for text, kind, says in cases:
         with pytest.raises(kind, match=re.escape(says)):
             Net.parse(text).open(0)
     held.close()
-    assert netns.interfaces() == ["busy", "dull"]
+    assert netns.interfaces() == ["busy", "dull", "layer3"]
 
 
-@pytest.mark.parametrize("text", ["tap", "tap=mine", "bridge=br0"])
+@pytest.mark.parametrize("text", ["tap", "tap=mine", "tap=others", "bridge=br0"])
 def test_without_permission(text: str) -> None:
     netns.ip("tuntap add mine mode tap user 0")
+    netns.ip("tuntap add others mode tap user 1000")
     netns.ip("link add br0 type bridge")
     code = f"from vmm.net.config import Net\nNet.parse({text!r}).open(0).close()"
     done = subprocess.run(
@@ -328,6 +408,8 @@ def test_without_permission(text: str) -> None:
     )
     if text == "tap=mine":  # its owner needs none
         assert done.returncode == 0, done.stderr
+    elif text == "tap=others":
+        assert "--net tap=others: others is not this user's; use --net user" in done.stderr
     else:
         assert f"--net {text}: no permission (CAP_NET_ADMIN); use --net user" in done.stderr
 

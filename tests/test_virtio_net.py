@@ -397,7 +397,20 @@ def test_vlans(pair: tuple[NetGuest, Wire]) -> None:
     def tagged(vlan: int) -> bytes:
         return MAC + OTHER + b"\x81\x00" + struct.pack(">H", 0x2000 | vlan) + bytes(50)
 
+    # In promiscuous mode, as after a reset or under a plain bridge, a card takes every VLAN.
+    for vlan in (8, 7, 4095, 0):
+        wire.send(tagged(vlan))
+        assert guest.frame() == tagged(vlan)
+    assert guest.command(0, 0, b"\0") == n.CTRL_OK
     assert guest.command(2, 0, struct.pack("<H", 7)) == n.CTRL_OK
+    wire.send(tagged(8), tagged(7))
+    assert guest.frame() == tagged(7)
+    assert guest.command(0, 0, b"\1") == n.CTRL_OK
+    wire.send(tagged(8), OTHER + tagged(9)[6:])
+    assert [guest.frame() for _ in range(2)] == [tagged(8), OTHER + tagged(9)[6:]]
+    assert guest.command(0, 0, b"\0") == n.CTRL_OK
+    for mode in (1, 2):  # all multicast, all unicast: neither is of all VLANs
+        assert guest.command(0, mode, b"\1") == n.CTRL_OK
     wire.send(tagged(8), tagged(7))
     assert guest.frame() == tagged(7)
     assert guest.command(2, 1, struct.pack("<H", 7)) == n.CTRL_OK

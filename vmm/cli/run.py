@@ -196,6 +196,12 @@ def configure(
         config = MachineConfig(kernel, **values)  # type: ignore[arg-type]
     if config.console_where == "auto" and sys.stdout is None:
         raise UsageError("--console auto: standard output is closed; try --console none")
+    for net in config.nets:
+        if net.kind == "lan":
+            raise UsageError(
+                f"{net.what}: joins machines of one program (docs/api.md), and this command has "
+                "one machine; machines of several commands meet on a bridge: --net bridge=NAME"
+            )
     if config.vsock is not None and not config.vsock.path and not config.vsock.vhost:
         raise UsageError("--vsock: no path; say for example --vsock cid=3,path=/tmp/vm.vsock")
     return config

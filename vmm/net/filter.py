@@ -35,15 +35,10 @@ class Filter:
         self.multicast: frozenset[bytes] = frozenset()
         self._too_many_unicast = self._too_many_multicast = False
         self.vlans: set[int] | None = set() if vlans else None
-        self._update()
-
-    def _update(self) -> None:
-        self.everything = self.promiscuous and self.vlans is None
 
     def set_mode(self, mode: int, on: bool) -> None:
         """CTRL_RX command `mode`."""
         setattr(self, self.MODES[mode], on)
-        self._update()
 
     def set_tables(self, unicast: Iterable[bytes], multicast: Iterable[bytes]) -> None:
         """The addresses taken besides the card's own."""
@@ -58,12 +53,12 @@ class Filter:
 
     def takes(self, start: bytes | memoryview) -> bool:
         """Whether a frame is for this card, by its first 18 bytes (14 where it has no tag)."""
+        if self.promiscuous:  # of every VLAN, too: a card under a plain bridge, or tcpdump
+            return True
         if self.vlans is not None and start[12:14] == TPID_VLAN:
             vlan = int.from_bytes(start[14:16], "big") & (VLANS - 1)
             if vlan and vlan not in self.vlans:  # 0 is a priority alone
                 return False
-        if self.promiscuous:
-            return True
         to = bytes(start[:6])
         if to == BROADCAST:
             return not self.nobcast
@@ -96,7 +91,6 @@ class Filter:
             setattr(self, mode, bool(state[mode]))
         self.set_tables(_split(state["unicast"]), _split(state["multicast"]))
         self.vlans = None if vlans is None else {int(vlan) % VLANS for vlan in vlans}
-        self._update()
 
 
 def _split(table: object) -> Sequence[bytes]:

@@ -29,7 +29,10 @@ BUFFER = 1 << 20
 
 
 class Capture:
-    """A capture file, written through a buffer until `close`. Safe for several threads."""
+    """A capture file, written through a buffer. Safe for several threads.
+
+    A reader finds all that has passed once the card is idle: see `flush`.
+    """
 
     def __init__(self, path: str) -> None:
         try:
@@ -41,7 +44,9 @@ class Capture:
         self._lock = allocate_lock()
         self._path = path
         self.error = ""
+        self._dirty = True
         self._file.write(FILE_HEADER.pack(MAGIC_NANOSECONDS, 2, 4, 0, 0, SNAP_LENGTH, ETHERNET))
+        self.flush()
 
     def record(self, views: Iterable[memoryview], size: int) -> None:
         """Write one frame: `size` bytes of `views`, of which the first 12 are left out."""
@@ -50,6 +55,7 @@ class Capture:
             if self._file.closed:
                 return
             try:
+                self._dirty = True
                 left = size - HEADER_SIZE
                 self._file.write(RECORD.pack(seconds, nanoseconds, left, left))
                 skip = HEADER_SIZE
@@ -61,6 +67,20 @@ class Capture:
                     if not left:
                         break
             except OSError as err:  # the disk is full: the guest goes on
+                self._fail(err)
+
+    def flush(self) -> None:
+        """Put what was recorded into the file: after a batch of frames, and when there are no more
+        for now. At most BUFFER bytes wait for it."""
+        if not self._dirty:
+            return
+        with self._lock:
+            self._dirty = False
+            if self._file.closed:
+                return
+            try:
+                self._file.flush()
+            except OSError as err:
                 self._fail(err)
 
     def _fail(self, err: OSError) -> None:
@@ -106,6 +126,8 @@ class CapturePort(Port):
         size = self._port.read(views)
         if size > HEADER_SIZE:
             self._capture.record(views, size)
+        else:
+            self._capture.flush()
         return size
 
     def write(self, views: Sequence[memoryview]) -> bool:
@@ -113,6 +135,7 @@ class CapturePort(Port):
         return self._port.write(views)
 
     def flush(self) -> bool:
+        self._capture.flush()
         return self._port.flush()
 
     def resume(self) -> None:

@@ -69,6 +69,11 @@ class Backend:
         self.ports: list[Port] = []
         self.on_link: Callable[[bool], object] = bool
 
+    def trouble(self) -> str:
+        """Why no frame passes although the driver has started, in one line; empty: nothing is
+        known to be wrong."""
+        return ""
+
     def set_offloads(self, offloads: int) -> None:
         """The driver takes what these GUEST_* bits say."""
 

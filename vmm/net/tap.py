@@ -2,20 +2,29 @@
 
 An interface that exists is used as it is. One that does not is made, brought up, given its address
 or put into the bridge, and goes away with us: the kernel removes it with its last descriptor.
+
+The guest is told the interface's MTU. A bridge takes the smallest MTU of its ports, so an interface
+that is put into one is given the bridge's: the other users of the bridge keep theirs.
 """
 
 from __future__ import annotations
 
 import errno
+import struct
 from typing import Any
 
 from vmm.errors import HostError, UsageError
 from vmm.net.port import Backend
 from vmm.net.tun import DEVICE, TapPort
+from vmm.virtio.net_spec import MTU_MAX
 
 PATTERN = "vmm%d"
 """The names the kernel chooses from for a tap without one."""
 NAME_MAX = 15
+SIOCGIFFLAGS, SIOCGIFMTU = 0x8913, 0x8921
+IFF_UP = 1
+_INTEGER, _FLAGS = struct.Struct("16xi20x"), struct.Struct("16xH22x")
+"""struct ifreq: its ifr_mtu, its ifr_flags."""
 _PERMISSION = (
     "no permission (CAP_NET_ADMIN); use --net user, or have root make a tap of yours: "
     "ip tuntap add NAME mode tap user $USER"
@@ -29,7 +38,7 @@ class TapBackend(Backend):
         name: its name; empty: one the kernel chooses.
         bridge: put a new interface into this bridge.
         address: `A.B.C.D/BITS` for the host's side of a new interface.
-        mtu: of a new interface; 0: as it comes.
+        mtu: of a new interface, or of the guest alone where that is in a bridge; 0: as it comes.
         queues: how many.
         what: the option, for messages.
 
@@ -50,8 +59,14 @@ class TapBackend(Backend):
         super().__init__()
         self._what = what
         exists = bool(name) and interface(name)
-        if exists and (address or mtu):
-            raise UsageError(f"{what}: {name} exists and is used as it is; leave address, mtu out")
+        if exists and address:
+            raise UsageError(f"{what}: {name} exists and is used as it is; leave address out")
+        if exists and mtu > (has := interface_mtu(name)):
+            raise UsageError(
+                f"{what}: mtu={mtu} is more than the {has} of {name}; leave it out, or have root "
+                f"say: ip link set {name} mtu {mtu}"
+            )
+        self._bridge = bridge
         self._taps: list[TapPort] = []
         try:
             if exists:
@@ -59,17 +74,34 @@ class TapBackend(Backend):
             else:
                 with _netlink(what) as ip:  # before there is anything to undo
                     index = _find_bridge(ip, bridge, what) if bridge else 0
+                    theirs = self._bridge_mtu(mtu) if bridge else 0
                     self.name = self._attach(name or PATTERN, queues, made=True)
-                    self._set_up(ip, index, address, mtu)
+                    self._set_up(ip, index, address, theirs or mtu)
             self.features = self._taps[0].features()
             if queues > 1:
                 self.set_pairs(1)
+            self.mtu = mtu or min(interface_mtu(self.name), MTU_MAX)
         except BaseException:
             self.close()
             raise
         self.peer = f"tap {self.name}"
-        self.mtu = mtu
         self.ports += self._taps
+
+    def _bridge_mtu(self, mtu: int) -> int:
+        """The bridge's MTU, as far as a tap can have it. Raises UsageError where `mtu` is more."""
+        has = interface_mtu(self._bridge)
+        if mtu > has:
+            raise UsageError(
+                f"{self._what}: mtu={mtu} is more than the bridge's {has}; leave it out, or have "
+                f"root say: ip link set {self._bridge} mtu {mtu}"
+            )
+        return min(has, MTU_MAX)
+
+    def trouble(self) -> str:
+        for name in (self.name, self._bridge):
+            if name and not is_up(name):
+                return f"{name} is down and no frame passes; have root say: ip link set {name} up"
+        return ""
 
     def _attach(self, name: str, queues: int, *, made: bool) -> str:
         """Open the queues; the interface's name."""
@@ -96,13 +128,21 @@ class TapBackend(Backend):
             return port.attach(name, multi=True)  # it was made with multi_queue
 
     def _refused(self, err: OSError, name: str, queues: int, made: bool) -> Exception:
+        if err.errno == errno.EPERM and not made:
+            return HostError(
+                f"{self._what}: {name} is not this user's; use --net user, or have root make a tap "
+                "of yours: ip tuntap add NAME mode tap user $USER"
+            )
         if err.errno == errno.EPERM:
             return HostError(f"{self._what}: {_PERMISSION}")
         if err.errno == errno.EBUSY:
             return UsageError(f"{self._what}: {name} is in use by another process")
         if err.errno == errno.EINVAL and not made:
             many = f" with multi_queue, for queues={queues}" if queues > 1 else ""
-            return UsageError(f"{self._what}: {name} exists and is no tap{many}")
+            return UsageError(
+                f"{self._what}: {name} exists and is no tap{many}; have root make one: "
+                f"ip tuntap add NAME mode tap{' multi_queue' if many else ''} user $USER"
+            )
         return HostError(f"{self._what}: {name}: {err.strerror}")
 
     def _set_up(self, ip: Any, bridge: int, address: str, mtu: int) -> None:
@@ -148,6 +188,31 @@ def interface(name: str) -> bool:
     return True
 
 
+def interface_mtu(name: str) -> int:
+    """Bytes of the largest packet on interface `name`. Raises OSError."""
+    return int(_INTEGER.unpack(_ask(SIOCGIFMTU, name))[0])
+
+
+def is_up(name: str) -> bool:
+    """Whether interface `name` is up. Also where it has gone: that is told elsewhere."""
+    try:
+        return bool(_FLAGS.unpack(_ask(SIOCGIFFLAGS, name))[0] & IFF_UP)
+    except OSError:
+        return True
+
+
+def _ask(request: int, name: str) -> bytes:
+    """What an ioctl of a socket (netdevice(7)) says of an interface."""
+    import fcntl
+    from _socket import AF_INET, SOCK_DGRAM, socket
+
+    sock = socket(AF_INET, SOCK_DGRAM)
+    try:
+        return fcntl.ioctl(sock.fileno(), request, name.encode().ljust(40, b"\0"))
+    finally:
+        sock.close()
+
+
 def _netlink(what: str) -> Any:
     """A netlink socket that can configure interfaces."""
     try:
@@ -164,7 +229,10 @@ def _find_bridge(ip: Any, name: str, what: str) -> int:
     """The index of bridge `name`."""
     found = ip.link_lookup(ifname=name)
     if not found:
-        raise UsageError(f"{what}: no such bridge; make it: ip link add {name} type bridge")
+        raise UsageError(
+            f"{what}: no such bridge; make it: ip link add {name} type bridge && "
+            f"ip link set {name} up"
+        )
     info = ip.link("get", index=found[0])[0].get_attr("IFLA_LINKINFO")
     if info is None or info.get_attr("IFLA_INFO_KIND") != "bridge":
         raise UsageError(f"{what}: {name} is no bridge")

@@ -119,6 +119,12 @@ class Nic(VirtioDevice):
             self._pumps = [Pump(self, pair, kicks) for pair, kicks in enumerate(self._kicks)]
         for pump in self._pumps:
             pump.wake()
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        trouble = self.backend.trouble()
+        if trouble:
+            self.complain(trouble)
 
     def stopped(self) -> None:
         for receiver in self.receivers:

@@ -89,7 +89,7 @@ class _Pair:
         net, device, found = self._net, self._device, self._device.filter
         net.fd = port.fd
         net.mergeable, net.checksums = device.mergeable, device.checksums
-        net.everything, net.promiscuous = found.everything, found.promiscuous
+        net.promiscuous = found.promiscuous
         net.unicast = not found.nouni
         net.mac = found.mac
         return net

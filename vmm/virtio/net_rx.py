@@ -175,7 +175,7 @@ class Receiver:
             self._overflow(size)
             return
         if size < n.HEADER_SIZE + n.FRAME_MIN or (
-            not device.filter.everything and not device.filter.takes(first[12:30])
+            not device.filter.promiscuous and not device.filter.takes(first[12:30])
         ):
             self.dropped += 1
             return

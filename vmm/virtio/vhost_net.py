@@ -57,6 +57,7 @@ class VhostNic(Nic):
         except OSError as err:
             self.needs_reset(f"{DEVICE}: {err.strerror}")
         self._run()
+        self._tell_trouble()
 
     def _run(self) -> None:
         """Have the kernel serve what is to be served now, and nothing else."""

@@ -33,7 +33,7 @@ struct vmm_disk {
 struct vmm_net {
 	int fd;
 	int mergeable, checksums;               /* as in Nic */
-	int everything, promiscuous, unicast;   /* as in Filter; unicast: to `mac` */
+	int promiscuous, unicast;   /* as in Filter; unicast: to `mac` */
 	uint32_t usual;                         /* bytes of lately received frames */
 	uint8_t mac[6];
 	int64_t spill_size, held; /* a frame of `held` bytes is in `spill` for Python */

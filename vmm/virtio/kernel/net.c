@@ -118,11 +118,11 @@ static int takes(const struct vmm_net *net, const uint8_t *start)
 {
 	const uint8_t *frame = start + HEADER;
 
-	if (net->everything)
+	if (net->promiscuous)
 		return 1;
 	if (frame[12] == 0x81 && !frame[13])
 		return 0;
-	return net->promiscuous || (net->unicast && !memcmp(frame, net->mac, 6));
+	return net->unicast && !memcmp(frame, net->mac, 6);
 }
 
 /* Frames are mostly as those before them. One that is larger costs a copy, so room for the largest is

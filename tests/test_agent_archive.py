@@ -142,12 +142,12 @@ def test_configurations_that_cannot_be(kernel: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--append: init 'x' is not a path that begins with /"):
         MachineConfig(kernel, agent=True, append="rdinit=x")
     with pytest.raises(UsageError, match=r"--modules .* has no directory 'kernel'"):
-        MachineConfig(kernel, agent=True, modules=str(tmp_path))
+        MachineConfig(kernel, agent=True, modules=str(tmp_path)).check_host()
     with pytest.raises(UsageError, match="--no-acpi: the agent's device over MMIO is found"):
         MachineConfig(kernel, agent=True, acpi=False)
     MachineConfig(kernel, agent=True, acpi=False, transport="pci")
     with pytest.raises(UsageError, match="--root /no/such: No such file or directory"):
-        MachineConfig(kernel, root="/no/such")
+        MachineConfig(kernel, root="/no/such").check_host()
 
 
 def test_a_configuration_in_a_file(kernel: str, tmp_path: Path) -> None:
@@ -155,7 +155,8 @@ def test_a_configuration_in_a_file(kernel: str, tmp_path: Path) -> None:
     file = tmp_path / "machine.toml"
     file.write_text('kernel = "kernel"\nroot = "root"\n')
     config = MachineConfig.load(str(file))
-    assert (config.root, config.agent, config.backing) == (str(tmp_path / "root"), True, "memfd")
+    assert (config.root, config.agent) == (str(tmp_path / "root"), True)
+    assert (config.backing, config.default_backing) == ("", "memfd")
     assert MachineConfig.from_dict(config.to_dict()) == config
 
 

@@ -168,7 +168,7 @@ def flood(m: Machine) -> None:
 def files(m: Machine, source: Path, tmp_path: Path) -> None:
     with timed("a tree there and back"):
         m.put(source, "/tmp/there/with parents")
-        m.get("/tmp/there/with parents", tmp_path / "back")
+        m.get("/tmp/there/with parents", tmp_path / "back", filter="all")
     assert listing(tmp_path / "back") == listing(source)
     into = io.BytesIO()
     m.get("/proc/version", into)

@@ -167,8 +167,7 @@ WRONG = [
     ("ports = ['name=a,file=b', 'name=a,file=c']", "ports: name=a is given twice"),
     ("vsock = {cid = 2, path = 'x'}", "vsock: cid=2 is not from 3"),
     ("vsock = 'cid=3,path='", "vsock: cid=3,path=: nothing after path="),
-    ("shares = [{path = 'nosuch', tag = 't'}]", "shares[0]: {}/nosuch: no such directory"),
-    ("shares = ['nosuch,tag=t']", "shares[0]: {}/nosuch: no such directory"),
+    ("shares = [{path = 'nosuch', tag = ''}]", "shares[0]: {}/nosuch: no tag"),
     # --- no TOML
     ("cpus = 1\ncpus = 2\n", "line 2, column 9: Cannot overwrite a value"),
     ("\n\nkernel = vmlinuz", "line 3, column 10: Invalid value"),

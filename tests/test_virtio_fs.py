@@ -285,7 +285,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     file = tmp_path / "disk.img"
     file.write_bytes(bytes(512))
     with pytest.raises(UsageError, match=rf"--fs {file}: this is a file, .* --drive {file}$"):
-        Share(str(file), tag="x")
+        Share(str(file), tag="x").check_host()
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=r"--fs .*/fifo: this is no directory$"):
-        Share(str(tmp_path / "fifo"), tag="x")
+        Share(str(tmp_path / "fifo"), tag="x").check_host()

@@ -309,7 +309,7 @@ def test_a_directory(tmp_path: Path) -> None:
 )
 def test_shares_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Share.parse(text.format(tmp_path))
+        Share.parse(text.format(tmp_path)).check_host()
 
 
 def test_private_memory_cannot_be_shared(tmp_path: Path) -> None:

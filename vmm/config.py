@@ -6,6 +6,7 @@ docs/architecture.md, "Start-up").
 
 from __future__ import annotations
 
+from vmm import config_types as types
 from vmm.errors import UsageError
 from vmm.layout import MIB, PAGE_SIZE
 
@@ -29,10 +30,36 @@ ON_PANIC = ("exit", "pause")
 CONSOLES = ("auto", "none", "file:PATH", "pty")
 HVC = "hvc"
 """Before one of them and a comma: a virtio console. Alone: on `auto`."""
+BACKINGS = ("anonymous", "memfd", "hugetlbfs")
 MAX_CPUS = 254
 """xAPIC ids are 8 bits with 255 for broadcast, and the IOAPIC takes one."""
 OVERCOMMIT = 4
 """A guest may be given this many times the host's RAM and swap; more is taken for a slip."""
+KINDS = {
+    "kernel": types.maybe(types.PATH),
+    "append": types.TEXT,
+    "memory": types.SIZE,
+    "cpus": types.WHOLE,
+    "cpu": types.TEXT,
+    "console": types.TEXT,
+    "boot": types.TEXT,
+    "acpi": types.FLAG,
+    "cmdline_devices": types.FLAG,
+    "timeout": types.maybe(types.NUMBER),
+    "on_panic": types.TEXT,
+    "backing": types.TEXT,
+    "default_append": types.FLAG,
+    "device": types.PATH,
+    "rng": types.FLAG_OR_TEXT,
+    "balloon": types.maybe(types.SIZE),
+    "transport": types.TEXT,
+    "agent": types.FLAG,
+    "root": types.maybe(types.PATH),
+    "modules": types.maybe(types.PATH),
+    "fault_seed": types.WHOLE,
+    "trace": types.FLAG,
+}
+"""What each keyword takes, but for lists, whose items are checked where they are made."""
 
 
 class MachineConfig:
@@ -59,7 +86,7 @@ class MachineConfig:
             where another process must see it (shares).
         default_append: False leaves the default command line out.
         device: the KVM device.
-        drives: disks, each as text (see `vmm.block.drive`) or a `Drive`.
+        drives: disks, each as text (see `vmm.block.drive`), a path, or a `Drive`.
         nets: network cards, each as text (`user`, see `vmm.net.config`) or a `Net`.
         rng: whether the guest gets a virtio entropy device; `rate=BYTES` limits it.
         ports: named ports of the virtio console, each as text (`name=N,socket=PATH`) or a
@@ -116,6 +143,7 @@ class MachineConfig:
         "vsock",
     )
 
+    @types.known_keywords
     def __init__(
         self,
         kernel: str | PathLike[str] | None = None,
@@ -134,7 +162,7 @@ class MachineConfig:
         backing: str = "",
         default_append: bool = True,
         device: str = "/dev/kvm",
-        drives: Sequence[str | Drive] = (),
+        drives: Sequence[str | PathLike[str] | Drive] = (),
         nets: Sequence[str | Net] = (),
         rng: bool | str = False,
         ports: Sequence[str | PortConfig] = (),
@@ -150,8 +178,9 @@ class MachineConfig:
         fault_seed: int = 0,
         trace: bool = False,
     ) -> None:
+        types.check(locals(), KINDS)
         self.kernel = None if kernel is None else str(kernel)
-        self.initrds = tuple(str(path) for path in initrds)
+        self.initrds = tuple(map(str, types.listed("initrds", initrds, types.PATH)))
         self.append = append
         self.memory = self._size(memory, "--memory")
         self.cpus = cpus
@@ -163,21 +192,22 @@ class MachineConfig:
         self.timeout = timeout
         self.on_panic = on_panic
         self.default_append = default_append
-        self.device = device
+        self.device = str(device)
         self.drives = self._drives(drives)
         self.shares = self._shares(shares)
         self.vhost_user_blks = self._vhost_user_blks(vhost_user_blks)
         self.root = None if root is None else str(root)
         self.agent = agent or root is not None
         self.modules = None if modules is None else str(modules)
-        self.backing = backing or self.default_backing
+        # What root= is only the host knows, when the machine is made.
+        self.backing = backing or ("" if root is not None else self.default_backing)
         self.nets = self._nets(nets)
         self.rng = self._rng(rng)
         self.ports = self._ports(ports)
         self.balloon = None if balloon is None else self._size(balloon, "--balloon")
         self.vsock = self._vsock(vsock)
         self.transport = transport
-        self.devices = tuple(devices)
+        self.devices = types.listed("devices", devices, types.CALLABLE)
         self.fault_seed = fault_seed
         self.trace = trace
         self._check()
@@ -191,20 +221,26 @@ class MachineConfig:
         return size
 
     @staticmethod
-    def _drives(drives: Sequence[str | Drive]) -> tuple[Drive, ...]:
-        if not drives:
+    def _drives(drives: Sequence[str | PathLike[str] | Drive]) -> tuple[Drive, ...]:
+        if drives == ():
             return ()
+        listed = types.listed("drives", drives, "Drive")
         from vmm.block.drive import Drive
 
-        return tuple(Drive.parse(drive) if isinstance(drive, str) else drive for drive in drives)
+        return tuple(
+            Drive.parse(drive) if isinstance(drive, str)
+            else drive if types.is_a(drive, "Drive") else Drive(drive)
+            for drive in listed
+        )  # fmt: skip
 
     @staticmethod
     def _shares(shares: Sequence[str | Share]) -> tuple[Share, ...]:
-        if not shares:
+        if shares == ():
             return ()
+        listed = types.listed("shares", shares, "Share")
         from vmm.virtio.fs import Share
 
-        made = tuple(Share.parse(share) if isinstance(share, str) else share for share in shares)
+        made = tuple(Share.parse(share) if isinstance(share, str) else share for share in listed)
         tags = [share.tag for share in made]
         for share in made:
             if tags.count(share.tag) > 1:
@@ -216,19 +252,21 @@ class MachineConfig:
 
     @staticmethod
     def _vhost_user_blks(disks: Sequence[str | VhostUserBlk]) -> tuple[VhostUserBlk, ...]:
-        if not disks:
+        if disks == ():
             return ()
+        listed = types.listed("vhost_user_blks", disks, "VhostUserBlk")
         from vmm.block.vhost_user import VhostUserBlk
 
-        return tuple(VhostUserBlk.parse(disk) if isinstance(disk, str) else disk for disk in disks)
+        return tuple(VhostUserBlk.parse(disk) if isinstance(disk, str) else disk for disk in listed)
 
     @staticmethod
     def _nets(nets: Sequence[str | Net]) -> tuple[Net, ...]:
-        if not nets:
+        if nets == ():
             return ()
+        listed = types.listed("nets", nets, "Net")
         from vmm.net.config import Net
 
-        return tuple(Net.parse(net) if isinstance(net, str) else net for net in nets)
+        return tuple(Net.parse(net) if isinstance(net, str) else net for net in listed)
 
     @staticmethod
     def _rng(rng: bool | str) -> bool | str:
@@ -241,16 +279,21 @@ class MachineConfig:
 
     @staticmethod
     def _ports(ports: Sequence[str | PortConfig]) -> tuple[PortConfig, ...]:
-        if not ports:
+        if ports == ():
             return ()
+        listed = types.listed("ports", ports, "PortConfig")
         from vmm.virtio.console_config import PortConfig, check
 
-        made = [PortConfig.parse(port) if isinstance(port, str) else port for port in ports]
+        made = [PortConfig.parse(port) if isinstance(port, str) else port for port in listed]
         return check(made)
 
     @staticmethod
     def _vsock(vsock: str | VsockConfig | None) -> VsockConfig | None:
         if not isinstance(vsock, str):
+            if vsock is not None and not types.is_a(vsock, "VsockConfig"):
+                raise UsageError(
+                    f"vsock={types.shown(vsock)} is not text as 'cid=3', a VsockConfig, or None"
+                )
             return vsock
         from vmm.virtio.vsock_config import VsockConfig
 
@@ -276,12 +319,6 @@ class MachineConfig:
                 f"--memory {self.memory} bytes is not a multiple of {PAGE_SIZE}; "
                 f"--memory {near >> 10}K is"
             )
-        limit = OVERCOMMIT * host_memory()
-        if self.memory > limit:
-            raise UsageError(
-                f"--memory {self.memory // MIB}M is more than this host can back: it has "
-                f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
-            )
         if self.agent and self.vsock is not None and self.vsock.vhost:
             raise UsageError(
                 f"--vsock cid={self.vsock.cid},vhost: the agent is spoken to by a socket device of "
@@ -294,8 +331,8 @@ class MachineConfig:
             )
         if not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(f"--cpus {self.cpus} is not a number from 1 to {MAX_CPUS}")
-        if not isinstance(self.fault_seed, int):
-            raise UsageError(f"fault_seed={self.fault_seed!r} is not an integer")
+        if self.backing not in ("", *BACKINGS):
+            raise UsageError(f"backing={self.backing!r} is not one of {', '.join(BACKINGS)}")
         if self.boot not in BOOT_MODES:
             raise UsageError(f"--boot {self.boot!r} is not one of {', '.join(BOOT_MODES)}")
         if self.transport not in TRANSPORTS:
@@ -327,6 +364,24 @@ class MachineConfig:
         file = where.removeprefix("file:")
         if where not in CONSOLES[:2] + CONSOLES[3:] and (file == where or not file):
             raise UsageError(f"--console {self.console!r} is not one of {', '.join(CONSOLES)}")
+
+    def check_host(self) -> None:
+        """UsageError where this host has not what the configuration asks for: RAM, the directories
+        of shares. A machine that is made checks it; a configuration may be for another host."""
+        limit = OVERCOMMIT * host_memory()
+        if self.memory > limit:
+            raise UsageError(
+                f"--memory {self.memory // MIB}M is more than this host can back: it has "
+                f"{limit // OVERCOMMIT // MIB}M of RAM and swap, up to {limit // MIB}M is accepted"
+            )
+        for share in self.shares:
+            share.check_host()
+        if self.root is not None:
+            _ = self.root_parts
+        if self.modules is not None and self.agent:
+            from vmm.agent.modules import check_tree
+
+            check_tree(self.modules)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> MachineConfig:

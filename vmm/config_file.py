@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vmm.config import HVC, MachineConfig
-from vmm.config_schema import PROPERTIES, SCHEMA, check
+from vmm.config_schema import PROPERTIES, SCHEMA, SCHEMA_KEY, check
 from vmm.errors import UsageError
 from vmm.units import parse_size
 
@@ -111,6 +111,7 @@ def keywords(data: object, base: str = "") -> dict[str, object]:
     """
     check(data)
     assert isinstance(data, dict)
+    data = {key: value for key, value in data.items() if key != SCHEMA_KEY}
     values: dict[str, object] = {}
     for key, value in data.items():
         try:
@@ -303,7 +304,7 @@ def to_dict(config: MachineConfig, *, defaults: bool = False) -> dict[str, objec
         if key == "console":
             default = "none"
         elif key == "backing":
-            default = config.default_backing
+            default = "" if config.root is not None else config.default_backing
         if value is not None and (defaults or value != default):
             data[key] = value
     return data

@@ -174,11 +174,13 @@ PROPERTIES: dict[str, Schema] = {
     "trace": _flag("tell of unclaimed ports and addresses"),
 }  # fmt: skip
 
+SCHEMA_KEY = "$schema"
+"""What editors write into a file to know its schema by; it says nothing of the machine."""
 SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "A virtual machine of vmm",
     "description": "Relative paths are taken from the file's directory.",
-    **_table(PROPERTIES, []),
+    **_table({SCHEMA_KEY: _text("where this schema is, for editors"), **PROPERTIES}, []),
 }
 
 TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -229,7 +231,8 @@ def _check_table(value: dict[object, object], schema: Schema, key: str) -> None:
             from difflib import get_close_matches
 
             near = get_close_matches(str(name), properties, 1)
-            hint = f"{near[0]} is one" if near else f"one of {', '.join(properties)}"
+            known = [known for known in properties if known != SCHEMA_KEY]
+            hint = f"{near[0]} is one" if near else f"one of {', '.join(known)}"
             raise UsageError(f"{path}: no such key; {hint}")
         check(item, properties[name], path)
     for name in required:

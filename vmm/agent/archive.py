@@ -60,10 +60,6 @@ def build(config: MachineConfig) -> bytes:
 
 def check(config: MachineConfig) -> None:
     """UsageError where what a configuration says of the agent cannot be."""
-    from vmm.agent.modules import check_tree
-
-    if config.modules is not None:
-        check_tree(config.modules)
     if not config.acpi and config.transport == "mmio":
         raise UsageError(
             "--no-acpi: the agent's device over MMIO is found by ACPI; leave it out, or use "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from os import PathLike
+
+from vmm import config_types as types
 from vmm.block.probe import FORMATS, LAYERED
 from vmm.errors import UsageError
 
@@ -28,6 +31,26 @@ DISCARDS = {"unmap": "unmap", "on": "unmap", "off": "off", "ignore": "off"}
 """What may be said, QEMU's words among it, and what it means."""
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 QUEUES_MAX = 16
+
+
+KINDS = {
+    "path": types.PATH,
+    "readonly": types.FLAG,
+    "format": types.TEXT,
+    "serial": types.TEXT,
+    "cache": types.TEXT,
+    "queues": types.WHOLE,
+    "snapshot": types.FLAG,
+    "werror": types.TEXT,
+    "discard": types.TEXT,
+    "data_file": types.PATH,
+    "logical_block_size": types.WHOLE,
+    "physical_block_size": types.WHOLE,
+    "bps": types.RATE,
+    "burst": types.RATE,
+    "iops": types.RATE,
+    "iops_burst": types.RATE,
+}
 
 
 class Drive:
@@ -82,9 +105,10 @@ class Drive:
         "werror",
     )
 
+    @types.known_keywords
     def __init__(
         self,
-        path: str,
+        path: str | PathLike[str],
         *,
         readonly: bool = False,
         format: str = "",
@@ -103,6 +127,9 @@ class Drive:
         iops: int | str = 0,
         iops_burst: int | str = 0,
     ) -> None:
+        types.check(locals(), KINDS, f"--drive {path}: ")
+        if not isinstance(backing, (str, PathLike)):
+            backing = types.listed("backing", backing, types.PATH)
         self.path = str(path)
         self.readonly = readonly
         self.format = format
@@ -112,7 +139,7 @@ class Drive:
         self.snapshot = snapshot
         self.werror = werror
         self.discard = DISCARDS.get(discard, discard)
-        self.backing = (backing,) if isinstance(backing, str) else tuple(map(str, backing))
+        self.backing = tuple(map(str, backing if isinstance(backing, tuple) else (backing,)))
         self.data_file = str(data_file)
         self.logical_block_size = logical_block_size
         self.physical_block_size = physical_block_size

@@ -5,6 +5,7 @@ Such as a qemu-storage-daemon's export, or SPDK's. It listens on the socket; we 
 
 from __future__ import annotations
 
+from vmm import config_types as types
 from vmm.errors import HostError, UsageError
 
 TYPE_CHECKING = False
@@ -25,7 +26,10 @@ class VhostUserBlk:
 
     __slots__ = ("queues", "readonly", "socket")
 
+    @types.known_keywords
     def __init__(self, socket: str, *, queues: int = 1, readonly: bool = False) -> None:
+        kinds = {"socket": types.PATH, "queues": types.WHOLE, "readonly": types.FLAG}
+        types.check(locals(), kinds, f"--vhost-user-blk {socket}: ")
         self.socket = str(socket)
         self.queues = queues
         self.readonly = readonly

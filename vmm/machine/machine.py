@@ -111,10 +111,11 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def _build(self) -> None:
         config = self.config
         origin = self.origin
+        config.check_host()
         self.kvm, self.vm = kvm, vm = begin(config) if origin is None else origin.begin(config)
         self._handles += [kvm.close, vm.close]
         if origin is None:
-            self.memory = GuestMemory(config.memory, config.backing)
+            self.memory = GuestMemory(config.memory, config.backing or config.default_backing)
         else:
             self.memory = origin.map_memory(config)
         self._handles.insert(1, self.memory.close)  # after the VM: then nobody maps it any more

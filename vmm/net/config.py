@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from vmm import config_types as types
 from vmm.errors import HostError, UsageError
 from vmm.virtio.net_spec import MTU_MAX, MTU_MIN, PAIRS_MAX
 
@@ -39,6 +40,20 @@ VHOST_NET = "/dev/vhost-net"
 IFNAME_MAX = 15
 MAC_PREFIX = b"\x52\x54\x00"
 """Of addresses we make up: locally administered, QEMU's and KVM's habit."""
+
+
+FIELDS = {
+    "kind": types.TEXT,
+    "name": types.PATH,
+    "mac": types.TEXT,
+    "pcap": types.PATH,
+    "mtu": types.WHOLE,
+    "address": types.TEXT,
+    "queues": types.WHOLE,
+    "vhost": types.TEXT,
+    **{f"{way}_{key}": types.RATE for way in ("rx", "tx") for key in ("bps", "burst", "pps")},
+    **{f"{way}_pps_burst": types.RATE for way in ("rx", "tx")},
+}
 
 
 class Net:
@@ -86,6 +101,7 @@ class Net:
         "vhost",
     )
 
+    @types.known_keywords
     def __init__(
         self,
         kind: str,
@@ -107,6 +123,7 @@ class Net:
         tx_pps: int | str = 0,
         tx_pps_burst: int | str = 0,
     ) -> None:
+        types.check(locals(), FIELDS, f"--net {kind}: ")
         self.kind = kind
         self.name = str(name)
         self.mac = mac
@@ -115,7 +132,7 @@ class Net:
         self.address = address
         self.queues = queues
         self.vhost = vhost
-        self.forward = tuple(forward)
+        self.forward = types.listed("forward", forward, types.TEXT)
         self.rx = self._rate(RX, (rx_bps, rx_burst, rx_pps, rx_pps_burst))
         self.tx = self._rate(TX, (tx_bps, tx_burst, tx_pps, tx_pps_burst))
         self._check()

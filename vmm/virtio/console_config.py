@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm import config_types as types
 from vmm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -24,7 +25,10 @@ class PortConfig:
 
     __slots__ = ("file", "name", "socket")
 
+    @types.known_keywords
     def __init__(self, name: str, *, socket: str = "", file: str = "") -> None:
+        kinds = {"name": types.TEXT, "socket": types.PATH, "file": types.PATH}
+        types.check(locals(), kinds, f"--port name={name}: ")
         self.name = name
         self.socket = str(socket)
         self.file = str(file)

@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 
+from vmm import config_types as types
 from vmm.errors import HostError, UsageError
 from vmm.virtio import spec
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
@@ -47,7 +48,10 @@ class Share:
 
     __slots__ = ("path", "readonly", "tag")
 
+    @types.known_keywords
     def __init__(self, path: str, *, tag: str, readonly: bool = False) -> None:
+        kinds = {"path": types.PATH, "tag": types.TEXT, "readonly": types.FLAG}
+        types.check(locals(), kinds, f"--fs {path}: ")
         self.path = str(path)
         self.tag = tag
         self.readonly = readonly
@@ -55,8 +59,11 @@ class Share:
             raise UsageError(f"--fs {path}: no tag; say --fs {path},tag=NAME")
         if len(tag.encode()) > TAG_BYTES:
             raise UsageError(f"--fs {path}: tag={tag} is longer than {TAG_BYTES} bytes")
+
+    def check_host(self) -> None:
+        """UsageError: the directory is not there."""
         if not os.path.isdir(self.path):
-            raise UsageError(f"--fs {path}: {_no_directory(self.path)}")
+            raise UsageError(f"--fs {self.path}: {_no_directory(self.path)}")
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm import config_types as types
 from vmm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -24,7 +25,10 @@ class VsockConfig:
 
     __slots__ = ("cid", "path", "vhost")
 
+    @types.known_keywords
     def __init__(self, cid: int, path: str = "", *, vhost: bool = False) -> None:
+        kinds = {"cid": types.WHOLE, "path": types.PATH, "vhost": types.FLAG}
+        types.check(locals(), kinds, "--vsock: ")
         self.cid = cid
         self.path = str(path)
         self.vhost = vhost

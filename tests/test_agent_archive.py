@@ -107,6 +107,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, cache: Path) -> 
 
 def test_what_init_is_told(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+
     def lines(name: str, **options: object) -> list[str]:
         return told(MachineConfig(kernel, **options), tmp_path / name)  # type: ignore[arg-type]
 

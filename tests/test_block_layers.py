@@ -128,9 +128,7 @@ def test_what_is_on_the_network_is_never_opened(tmp_path: Path, name: str) -> No
 
 def test_an_external_data_file(tmp_path: Path, base: Path) -> None:
     victim = tmp_path / "victim"
-    path = images.make(
-        tmp_path / "top", "qcow2", MIB, "-o", f"data_file={victim},data_file_raw=on"
-    )
+    path = images.make(tmp_path / "top", "qcow2", MIB, "-o", f"data_file={victim},data_file_raw=on")
     victim.write_bytes(b"victim".ljust(MIB, b"."))
     line = refused(f"{path},format=qcow2")
     assert f"keeps its data in {victim}, as its header says; if it may be opened, add " in line

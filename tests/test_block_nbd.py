@@ -40,9 +40,7 @@ def raw(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", images.FORMATS)
-def test_each_format_is_the_disk_that_was_converted(
-    tmp_path: Path, raw: Path, format: str
-) -> None:
+def test_each_format_is_the_disk_that_was_converted(tmp_path: Path, raw: Path, format: str) -> None:
     """Both ways, and what is written is what qemu-img finds."""
     if format == "qcow2":
         path = images.convert(raw, tmp_path / "disk", format, "-o", "cluster_size=4k")

@@ -66,7 +66,8 @@ def leave(
 
 def _directory(base: Path, item: pytest.Item) -> Path:
     """A directory below `base` for `item`, made; its name is safe whatever a parameter's is."""
-    name = re.sub(r"[^A-Za-z0-9_.\[\]-]+", "-", item.nodeid.replace("::", "-")).strip(".-")
+    name = re.sub(r"[^A-Za-z0-9_.\[\]-]+", "-", item.nodeid.replace("::", "-"))
+    name = re.sub(r"\.\.+|-\.?-+", "-", name).strip(".-")
     if name != item.nodeid.replace("::", "-").replace("/", "-") or len(name) > NAME_MAX:
         mark = hashlib.sha256(item.nodeid.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         name = f"{name[-NAME_MAX:].strip('.-')}-{mark}"

@@ -129,11 +129,12 @@ class Recorder:
         head, missing, tail = self._parts()
         writes = list(self._writes)
         found: list[tuple[float, str]] = []
-        if head:
+        if not missing:
+            head, tail = b"", head + tail
+        else:
             first = self.marks["first byte"]
-            found += [(first, line) for line in _text(head).split("\n")]
-        if missing:
-            found.append((writes[0][1], f"[... {missing} bytes are left out ...]"))
+            found = [(first, _text(line.rstrip(b"\r"))) for line in head.split(b"\n")]
+            found.append((first, f"[... {missing} bytes are left out ...]"))
         position = len(head) + missing
         lines = tail.split(b"\n")
         for number, raw in enumerate(lines):

@@ -177,9 +177,7 @@ class NbdImage:
             self._free.put(connection)
 
 
-def _parts(
-    views: Sequence[memoryview], offset: int
-) -> list[tuple[Sequence[memoryview], int, int]]:
+def _parts(views: Sequence[memoryview], offset: int) -> list[tuple[Sequence[memoryview], int, int]]:
     """`views` in parts of TRANSFER_MAX bytes at most: (views, byte offset, size)."""
     left = sum(map(len, views))
     found: list[tuple[Sequence[memoryview], int, int]] = []

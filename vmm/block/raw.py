@@ -27,6 +27,7 @@ BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
 CACHES = ("writeback", "none", "unsafe")
 
+
 class RawImage:
     """An open image.
 

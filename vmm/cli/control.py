@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import threading
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 
 from vmm.errors import HostError, UsageError, VmmError
 from vmm.machine import exits
@@ -20,17 +22,75 @@ from vmm.virtio import unix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, Self
 
     from vmm.machine import Machine
 
 LINE_MAX = 1 << 20
+CLIENTS_MAX = 16
+"""Connections at once. For one more, the one that has been idle longest is closed."""
+PATIENCE = 10.0
+"""Seconds from a request's first byte to its last, and for a client to take an answer."""
+LOOK = 0.2
+"""Seconds between looks whether a client that waits for its turn is still there."""
 OPTION = "--control"
 KEYS = {"path": str, "base": str, "disks": str, "track": bool}
 
 
+class Gone(Exception):
+    """The client has gone, and wants nothing any more; or the machine is closed."""
+
+
+class Client:
+    """One connection.
+
+    Attributes:
+        busy: a request of its is under way.
+        since: when it became idle.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.busy = False
+        self.since = time.monotonic()
+        self._rest = b""
+
+    def request(self) -> bytes:
+        """The next line, without its end; empty where there will be none. Raises OSError."""
+        deadline = None
+        while b"\n" not in self._rest and len(self._rest) <= LINE_MAX:
+            if self._rest:
+                deadline = deadline or time.monotonic() + PATIENCE
+                self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            else:
+                self.sock.settimeout(None)  # a client may be silent; others do not wait for it
+            data = self.sock.recv(65536)
+            if not data:
+                return b""
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line or b" "
+
+    def answer(self, answer: dict[str, object]) -> None:
+        """Send `answer`. Raises OSError."""
+        self.sock.settimeout(PATIENCE)
+        self.sock.sendall(json.dumps(answer).encode() + b"\n")
+
+    def check(self) -> None:
+        """Raises Gone where nobody waits for an answer. One that has only ended its own direction
+        (`nc -N`) is there."""
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        if poll.poll(0):
+            raise Gone
+
+
 class Control:
     """Answers on the socket `path` for `machine` until it is closed; a context manager.
+
+    Each client has a thread: one that is silent holds nobody up. Requests are carried out one at a
+    time, and only for a client that is still there when its turn comes.
 
     Attributes:
         busy: the machine is paused because of a request.
@@ -51,7 +111,9 @@ class Control:
         finally:
             os.umask(before)
         self._listener.setblocking(True)
-        self._client: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._clients: dict[threading.Thread, Client] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
         self._thread.start()
@@ -68,43 +130,90 @@ class Control:
         unix.remove(self._path, self._identity)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
-        client = self._client
-        if client is not None:
-            with suppress(OSError):
-                client.shutdown(socket.SHUT_RD)
         self._thread.join()
+        with self._lock:
+            clients = dict(self._clients)
+        for client in clients.values():
+            with suppress(OSError):
+                client.sock.shutdown(socket.SHUT_RD)
+        for thread in clients:
+            thread.join()
         self._listener.close()
 
     def _main(self) -> None:
         while not self._closed:
             try:
-                client, _ = self._listener.accept()
+                sock = self._listener.accept()[0]
             except OSError:
-                return
-            with client, suppress(OSError):
-                self._client = client
-                self._serve(client)
-            self._client = None
+                time.sleep(LOOK)  # closed; or no descriptors for now
+                continue
+            client = Client(sock)
+            thread = threading.Thread(
+                target=self._serve, args=(client,), name="control-client", daemon=True
+            )
+            with self._lock:
+                if not self._make_room():
+                    sock.close()
+                    continue
+                self._clients[thread] = client
+            thread.start()
 
-    def _serve(self, client: socket.socket) -> None:
-        with client.makefile("rwb") as stream:
-            while line := stream.readline(LINE_MAX):
-                stream.write(json.dumps(self._answer(line)).encode() + b"\n")
-                stream.flush()
+    def _make_room(self) -> bool:
+        """Close an idle connection where there are too many; whether there is room now."""
+        if len(self._clients) < CLIENTS_MAX:
+            return True
+        idle = [item for item in self._clients.items() if not item[1].busy]
+        if not idle:
+            return False
+        thread, client = min(idle, key=lambda item: item[1].since)
+        del self._clients[thread]
+        with suppress(OSError):
+            client.sock.shutdown(socket.SHUT_RDWR)  # wakes its thread, which closes it
+        return True
 
-    def _answer(self, line: bytes) -> dict[str, object]:
+    def _serve(self, client: Client) -> None:
+        try:
+            with client.sock, suppress(OSError, Gone):
+                while line := client.request():
+                    client.busy = True
+                    client.answer(self._answer(line, client))
+                    client.busy, client.since = False, time.monotonic()
+                    if len(line) > LINE_MAX:
+                        return
+        finally:
+            with self._lock:
+                self._clients.pop(threading.current_thread(), None)
+
+    @contextmanager
+    def _turn_of(self, client: Client) -> Iterator[None]:
+        """Wait for the requests before. Raises Gone."""
+        while not self._turn.acquire(timeout=LOOK):
+            self._check(client)
+        try:
+            self._check(client)
+            yield
+        finally:
+            self._turn.release()
+
+    def _check(self, client: Client) -> None:
+        if self._closed:
+            raise Gone
+        client.check()
+
+    def _answer(self, line: bytes, client: Client) -> dict[str, object]:
         try:
             request = json.loads(line)
             if not isinstance(request, dict) or list(request) != ["snapshot"]:
                 raise UsageError("a request is {'snapshot': {...}}")
-            self._snapshot(request["snapshot"])
+            with self._turn_of(client):
+                self._snapshot(request["snapshot"], client)
         except VmmError as err:
             return {"error": str(err), "status": err.exit_status}
         except ValueError:
             return {"error": "a request is one line of JSON", "status": UsageError.exit_status}
         return {}
 
-    def _snapshot(self, request: Any) -> None:
+    def _snapshot(self, request: Any, client: Client) -> None:
         if not isinstance(request, dict) or "path" not in request:
             raise UsageError("snapshot: path is missing")
         stop = request.pop("stop", False)
@@ -118,6 +227,7 @@ class Control:
                 machine.pause()
             machine.snapshot(**request)
             if stop:
+                client.check()  # one that has given up gets no machine ended
                 text = f"its snapshot {request['path']} was made"
                 machine.end(MachineExit(exits.STOPPED, text, status=0))
         finally:

@@ -20,7 +20,7 @@ NOT_AT_START = (
 @pytest.mark.parametrize("name", vmm.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(vmm, name) is not None
-    if name in ("errors", "events"):
+    if name in ("errors", "events", "faults"):
         assert getattr(vmm, name).__name__ == f"vmm.{name}"
     elif name != "__version__":
         assert getattr(vmm, name).__name__ == name

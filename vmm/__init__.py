@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm import errors, events
+    from vmm import errors, events, faults
     from vmm.aio import AsyncMachine
     from vmm.config import MachineConfig
     from vmm.console.tail import ConsoleClosed
@@ -46,6 +46,7 @@ __all__ = [
     "__version__",
     "errors",
     "events",
+    "faults",
 ]
 
 _HOME = {
@@ -64,7 +65,7 @@ if not TYPE_CHECKING:  # a checker knows the names above, and that there are no 
             raise AttributeError(f"module 'vmm' has no attribute {name!r}")
         from importlib import import_module
 
-        if name in ("errors", "events"):
+        if name in ("errors", "events", "faults"):
             return import_module(f"vmm.{name}")
         value = getattr(import_module(_HOME.get(name, "vmm.errors")), name)
         globals()[name] = value

@@ -11,9 +11,10 @@ import os
 import struct
 
 from vmm.block.host_file import HostFile
-from vmm.block.lock import in_use, lock
+from vmm.block.lock import in_use, lock, unlock
 from vmm.block.vector import whole
 from vmm.errors import UsageError
+from vmm.forked import drop_in_child
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class RawImage:
                 self._prepare_direct()
             if not lock(self.fd, write=not readonly):
                 raise in_use(path, self.fd, write=not readonly)
+            drop_in_child(self)
         except BaseException:
             os.close(self.fd)
             raise
@@ -116,9 +118,10 @@ class RawImage:
             )
 
     def close(self) -> None:
-        """Close; the lock goes with the descriptor. Harmless twice."""
+        """Close and unlock. Harmless twice."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            unlock(fd)
             os.close(fd)
 
     # --- I/O: all raise OSError -------------------------------------------------------------------

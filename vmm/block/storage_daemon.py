@@ -11,6 +11,7 @@ import socket
 
 from vmm.block import layers
 from vmm.errors import HostError, StateError, UsageError
+from vmm.forked import drop_in_child
 from vmm.virtio import spec
 from vmm.virtio.blk import S_IOERR
 from vmm.virtio.queue import QueueError
@@ -131,6 +132,7 @@ def open_disk(drive: Drive, name: str) -> ExternalDisk:
         fds = [listener.sock.fileno()]
         if drive.rate:
             ours, theirs = socket.socketpair()
+            drop_in_child(ours)
             fds.append(theirs.fileno())
         export = (
             f"type=vhost-user-blk,id=export,node-name={{node}},addr.type=fd,addr.str={fds[0]},"

@@ -7,6 +7,7 @@ import mmap
 import os
 
 from vmm.errors import KvmError
+from vmm.forked import drop_in_child
 from vmm.kvm import constants, cpuid, ioctls
 from vmm.kvm.ffi import ffi, new
 from vmm.kvm.ioctls import ioctl, ioctl_struct
@@ -34,7 +35,7 @@ class Vcpu:
         kvm_run: the same as a cffi `struct kvm_run`.
     """
 
-    __slots__ = ("fd", "kvm_run", "number", "run_map", "vm")
+    __slots__ = ("__weakref__", "fd", "kvm_run", "number", "run_map", "vm")
 
     def __init__(self, fd: int, number: int, vm: Vm) -> None:
         self.fd = fd
@@ -45,6 +46,7 @@ class Vcpu:
         except BaseException:
             os.close(fd)
             raise
+        drop_in_child(self)
         self.kvm_run: Any = ffi.from_buffer("struct kvm_run *", self.run_map)
 
     def __enter__(self) -> Self:

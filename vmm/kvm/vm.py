@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vmm.forked import drop_in_child
 from vmm.kvm import constants, ioctls
 from vmm.kvm.ffi import address_of, ffi, new
 from vmm.kvm.ioctls import ioctl, ioctl_struct
@@ -24,11 +25,12 @@ class Vm:
     `KvmError` with the ioctl's name, the errno and a hint.
     """
 
-    __slots__ = ("fd", "kvm")
+    __slots__ = ("__weakref__", "fd", "kvm")
 
     def __init__(self, fd: int, kvm: Kvm) -> None:
         self.fd = fd
         self.kvm = kvm
+        drop_in_child(self)
 
     def __enter__(self) -> Self:
         return self

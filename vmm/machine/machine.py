@@ -7,8 +7,9 @@ import time
 
 from vmm.config import MachineConfig
 from vmm.errors import HostError, StateError, VmmError, call_each
+from vmm.forked import drop_in_child
 from vmm.kvm import constants
-from vmm.machine import exits
+from vmm.machine import exits, unclosed
 from vmm.machine.begin import begin
 from vmm.machine.exits import MachineExit
 from vmm.machine.guest_calls import GuestCalls
@@ -100,11 +101,16 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self._checkpoint: Checkpoint | None = None
         self._clones = 0
         self._faults: Faults | None = None
+        drop_in_child(self)
         try:
             self._build()
         except BaseException:
-            self._close_all()
+            try:
+                self._close_all()
+            finally:
+                self._state = CLOSED
             raise
+        unclosed.watch(self)
 
     # --- assembly -----------------------------------------------------------------------------
 
@@ -145,6 +151,11 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if origin is not None:
             origin.apply(self)
 
+    def forked(self) -> None:
+        """This is a child that was forked: the machine is its parent's, and closed here."""
+        self._state = CLOSED
+        self._lock, self._telling, self.moment = (threading.RLock() for _ in range(3))
+
     def __repr__(self) -> str:
         """`<Machine running: vmlinuz, 1 vCPU, 256 MiB>`, and why it stopped, if it did."""
         config, cpus = self.config, self.config.cpus
@@ -155,6 +166,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if self.exit is not None:
             text += f"; {self.exit.message}"
         return f"<{type(self).__name__} {text}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", CLOSED) != CLOSED:
+            unclosed.forgotten(self)
 
     def __enter__(self) -> Self:
         return self

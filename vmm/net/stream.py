@@ -11,6 +11,7 @@ from _socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STRE
 from _socket import socket as Socket  # the C type: the socket module costs a start 3 ms
 
 from vmm.errors import UsageError
+from vmm.forked import drop_in_child
 from vmm.net.port import Backend, LinkLost, Port, scatter
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
@@ -39,6 +40,7 @@ class StreamPort(Port):
     def __init__(self, sock: Socket, header: bytes = _HEADER) -> None:
         self._sock = sock
         self.fd = sock.fileno()
+        drop_in_child(self)
         self.header = header
         self._stage = bytearray(STAGE)
         self._view = memoryview(self._stage)

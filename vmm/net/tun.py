@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 
+from vmm.forked import drop_in_child
 from vmm.net.port import LinkLost, Port
 from vmm.virtio import net_spec as n
 from vmm.virtio.spec import bits
@@ -58,6 +59,7 @@ class TapPort(Port):
     def __init__(self) -> None:
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self.attached = True
+        drop_in_child(self)
 
     def attach(self, name: str, *, multi: bool) -> str:
         """Become a queue of interface `name`, made if there is none; its name. Raises OSError.

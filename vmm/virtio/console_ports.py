@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 
 from vmm.errors import UsageError
+from vmm.forked import drop_in_child
 from vmm.virtio import unix
 
 TYPE_CHECKING = False
@@ -187,6 +188,7 @@ class SocketPort(Port):
         except OSError:  # gone again, or no descriptors: the next one will be told
             return
         client.setblocking(False)
+        drop_in_child(client)
         self._client = client
         self.connected = True
         self.device.watch(self._listener.fileno(), None)  # the next one waits

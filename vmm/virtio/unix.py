@@ -9,6 +9,7 @@ import stat
 from contextlib import suppress
 
 from vmm.errors import UsageError
+from vmm.forked import drop_in_child
 
 PATH_MAX = 107
 """Bytes in sockaddr_un.sun_path, less its NUL."""
@@ -49,6 +50,7 @@ def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
         listener.close()
         raise
     listener.setblocking(False)
+    drop_in_child(listener)
     return listener, (found.st_dev, found.st_ino)
 
 

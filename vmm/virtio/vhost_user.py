@@ -19,6 +19,7 @@ from _thread import RLock
 from contextlib import suppress
 
 from vmm.errors import HostError, StateError, UsageError
+from vmm.forked import drop_in_child
 from vmm.virtio import spec
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.device import VirtioDevice
@@ -417,6 +418,7 @@ class VhostUserDevice(VirtioDevice):
 def dial(path: str, option: str) -> Connection:
     """Connect to a back end that listens on the UNIX socket `path`. Raises UsageError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    drop_in_child(sock)
     try:
         sock.settimeout(wire.TIMEOUT)  # a full backlog is an error then
         sock.connect(path)
@@ -443,6 +445,7 @@ class Listener:
         import tempfile
 
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        drop_in_child(self.sock)
         self._ours: list[socket.socket] = []
         try:
             with tempfile.TemporaryDirectory(prefix="vmm-") as directory:
@@ -451,6 +454,7 @@ class Listener:
                 self.sock.listen(count)
                 for _ in range(count):
                     self._ours.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                    drop_in_child(self._ours[-1])
                     self._ours[-1].connect(path)
         except BaseException:
             self.close()

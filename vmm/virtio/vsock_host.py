@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 
 from vmm.errors import UsageError
+from vmm.forked import drop_in_child
 from vmm.virtio import unix
 from vmm.virtio.vsock_packet import OP_RESPONSE, PORT_MAX
 
@@ -88,6 +89,8 @@ class VsockHost:
         (its driver is gone), ends.
         """
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            drop_in_child(end)
         device = self._device
         if device is None:
             theirs.close()
@@ -143,6 +146,7 @@ class VsockHost:
             sock.close()
             return
         sock.setblocking(False)
+        drop_in_child(sock)
         self._clients[sock] = b""
         device.watch(sock.fileno(), lambda: self._hear(sock))
         self._hear(sock)
@@ -212,6 +216,8 @@ class VsockHost:
                 stream.reset()
                 return
             theirs.setblocking(False)
+            for end in (ours, theirs):
+                drop_in_child(end)
             stream.sock = theirs
             device.reply(stream, OP_RESPONSE)
             stream.accepted()
@@ -223,6 +229,7 @@ class VsockHost:
         sock = None
         try:
             sock = socket.socket(socket.AF_UNIX)
+            drop_in_child(sock)
             sock.setblocking(False)
             sock.connect(f"{self.path}_{stream.host_port}")
         except OSError as err:

@@ -31,9 +31,7 @@ LINE_MAX = 1 << 20
 class Output:
     """The command's output; `async for` gives its lines."""
 
-    def __init__(
-        self, connection: AsyncConnection, stream: int, maximum: int = MAX_OUTPUT
-    ) -> None:
+    def __init__(self, connection: AsyncConnection, stream: int, maximum: int = MAX_OUTPUT) -> None:
         self._connection = connection
         self._stream = stream
         self._max = maximum

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 64 << 10
 """Bytes kept."""
+CUT_MORE = 1000
+"""Bytes beyond those about to be forgotten that `before_cut` gets: a line may be cut in two."""
 SLICE = 0.05
 """Seconds between two calls of `before_wait`."""
 
@@ -31,11 +33,13 @@ class ConsoleTail:
     Positions count bytes of output since the start. `wait_for` goes on where its last match
     ended, so a dialogue (wait for the prompt, send, wait for the prompt again) works.
     `before_wait`, where set, is called before each wait and every 50 ms in it: the place to
-    flush a device that holds output back. `on_write`, where set, is given all output too.
+    flush a device that holds output back. `before_cut`, where set, is given output that is about to
+    be forgotten. `on_write`, where set, is given all output too.
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.before_wait: Callable[[], object] | None = None
+        self.before_cut: Callable[[bytes], object] | None = None
         self.on_write: Callable[[bytes], object] | None = None
         self._limit = limit
         self._data = bytearray()
@@ -56,6 +60,8 @@ class ConsoleTail:
             self._data += data
             if len(self._data) > 2 * self._limit:  # not at each write: a move of the whole
                 excess = len(self._data) - self._limit
+                if self.before_cut is not None:
+                    self.before_cut(bytes(self._data[: excess + CUT_MORE]))
                 del self._data[:excess]
                 self._start += excess
             if self._waiters:

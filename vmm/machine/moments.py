@@ -129,6 +129,7 @@ class MomentCalls:
             try:
                 with still(machine, "rollback"):
                     self._checkpoint.roll_back()
+                    machine.platform.rolled_back()
                     machine._tell("rolled back")
                 break
             except StateError:

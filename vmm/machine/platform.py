@@ -6,6 +6,7 @@ import os
 
 from vmm import layout
 from vmm.console.console import Console
+from vmm.console.panic import PanicWatch
 from vmm.devices.bus import AddressSpace
 from vmm.devices.debugexit import DebugExit
 from vmm.devices.i8042 import I8042
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 IOAPIC_MASKED = 1 << 16
 """Of a redirection table entry: the interrupt is not delivered."""
-PANIC_TEXT = "Kernel panic - not syncing"
-"""What Linux's panic() prints first (kernel/panic.c)."""
 
 
 class Platform:
@@ -57,6 +56,8 @@ class Platform:
         self.machine = machine
         self.vm = vm
         self.console = Console(machine.config.console_where)
+        self._panic = PanicWatch()
+        self.console.tail.before_cut = self._panic.cut
         self._coalescing: ConsoleCoalescing | None = None
         self.virtio: VirtioDevices | None = None
         self.hvc: VirtioConsole | None = None
@@ -327,6 +328,10 @@ class Platform:
         if self.agent is not None:
             self.agent.end(why)
 
+    def rolled_back(self) -> None:
+        """The guest is where it was: what it printed since, it has not printed yet."""
+        self._panic.forget(self.console.tail.position)
+
     def revive(self) -> None:
         """The machine has not ended after all."""
         self.console.revive()
@@ -376,12 +381,10 @@ class Platform:
 
     def _reset(self) -> None:
         self.flush(wait=True)
-        text = self.console.tail.text()
-        at = text.rfind(PANIC_TEXT)
-        if at >= 0:
-            # A kernel whose pvpanic driver was not loaded reboots on a panic like on any other
-            # occasion (panic=-1); that it printed one tells the difference.
-            line = text[at:].split("\n", 1)[0].strip()
+        tail = self.console.tail
+        data = tail.bytes()
+        line = self._panic.judge(data[max(self._panic.since - (tail.position - len(data)), 0) :])
+        if line:
             self.machine.panic_seen("printed")
             self.machine.end(MachineExit(exits.PANIC, f"the guest's kernel panicked: {line}"))
             return

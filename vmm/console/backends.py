@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import select
 
+    from vmm.fifo import Output
+
 CHUNK = 4096
 """Bytes a write that was told "writable" hands over at once: a pipe takes these without
 blocking (PIPE_BUF)."""
@@ -99,11 +101,15 @@ class FdBackend(Backend):
                         self._give_up()
                     continue
                 try:
-                    view = view[os.write(self.fd, view[:CHUNK]) :]
+                    view = view[self._put(view[:CHUNK]) :]
                 except BlockingIOError:
                     pass
                 except OSError as error:
                     self._fail(error)
+
+    def _put(self, data: memoryview) -> int:
+        """Bytes written of `data`; BlockingIOError for none now, OSError."""
+        return os.write(self.fd, data)
 
     def ready(self, patience: float = 0) -> bool:
         if self._poll is None:
@@ -118,11 +124,12 @@ class FdBackend(Backend):
 
 class FileBackend(FdBackend):
     """A file, truncated when the machine starts: one that cannot start leaves the log of the one
-    before alone."""
+    before alone. Or a FIFO: it need not have a reader yet, the pipe keeps what fits (64 KiB)."""
 
     def __init__(self, path: str) -> None:
         super().__init__(f"file:{path}", -1)
         self._path = path
+        self._out: Output | None = None
         try:
             directory = os.path.isdir(path)
             there = directory or os.path.exists(path)
@@ -139,11 +146,13 @@ class FileBackend(FdBackend):
     def begin(self) -> None:
         if self.fd >= 0 or self._closed:
             return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        from vmm.fifo import Output
+
         try:
-            self.fd = os.open(self._path, flags, 0o666)
+            self._out = Output(self._path)
         except OSError as error:
             raise self._cannot(error) from error
+        self.fd = self._out.fd
         self._watch()
 
     def write(self, data: bytes) -> None:
@@ -154,9 +163,19 @@ class FileBackend(FdBackend):
     def close(self) -> None:
         super().close()
         with self._lock:
-            if self.fd >= 0:
-                os.close(self.fd)
-                self.fd = -1
+            if self._out is not None:
+                self._out.close()
+                if self._out.lost and not self.error:
+                    self.error = (
+                        f"console {self.name}: nobody read it; {self._out.lost} bytes of output "
+                        "are lost"
+                    )
+                self._out = None
+            self.fd = -1
+
+    def _put(self, data: memoryview) -> int:
+        assert self._out is not None
+        return self._out.write(data)
 
     def _cannot(self, error: OSError) -> UsageError:
         return UsageError(

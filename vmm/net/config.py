@@ -262,9 +262,9 @@ class Net:
         mac = parse_mac(self.mac, self.what) if self.mac else MAC_PREFIX + os.urandom(3)
         capture = None
         if self.pcap:
-            from vmm.net.pcap import Capture
+            from vmm.net.pcap import open_capture
 
-            capture = Capture(self.pcap)
+            capture = open_capture(self.pcap)
         try:
             backend = self._backend()
         except BaseException:

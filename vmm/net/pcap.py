@@ -99,6 +99,64 @@ class Capture:
                 self._fail(err)
 
 
+class FifoCapture(Capture):
+    """A capture that another program reads from a FIFO (`wireshark -k -i FIFO`).
+
+    Neither the machine's start nor a frame waits for the reader: what does not fit into the pipe
+    is left out, frame by frame.
+    """
+
+    def __init__(self, path: str) -> None:
+        from vmm.fifo import Records
+
+        try:
+            self._records = Records(path)
+        except OSError as err:
+            raise UsageError(
+                f"--net pcap={path}: {err.strerror}; give a FIFO that can be opened"
+            ) from err
+        self._lock = allocate_lock()
+        self._path = path
+        self.error = ""
+        self._records.send(FILE_HEADER.pack(MAGIC_NANOSECONDS, 2, 4, 0, 0, SNAP_LENGTH, ETHERNET))
+
+    def record(self, views: Iterable[memoryview], size: int) -> None:
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        frame = b"".join(views)[HEADER_SIZE:size]
+        record = RECORD.pack(seconds, nanoseconds, len(frame), len(frame)) + frame
+        with self._lock:
+            if not self.error:
+                try:
+                    self._records.send(record)
+                except OSError as err:
+                    self.error = f"--net pcap={self._path}: {err.strerror}; the capture ends here"
+
+    def flush(self) -> None:
+        with self._lock:
+            if not self.error:
+                try:
+                    self._records.flush()
+                except OSError as err:
+                    self.error = f"--net pcap={self._path}: {err.strerror}; the capture ends here"
+
+    def close(self) -> None:
+        self.flush()
+        with self._lock:
+            if self._records.dropped and not self.error:
+                self.error = (
+                    f"--net pcap={self._path}: its reader was slow or away; "
+                    f"{self._records.dropped} frames are not in it"
+                )
+            self._records.close()
+
+
+def open_capture(path: str) -> Capture:
+    """The capture that writes to `path`, a file or a FIFO. UsageError where it cannot be."""
+    from vmm.fifo import is_fifo
+
+    return FifoCapture(path) if is_fifo(path) else Capture(path)
+
+
 class CapturePort(Port):
     """`port`, with what passes recorded."""
 

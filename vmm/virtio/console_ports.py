@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 
 from vmm.errors import UsageError
+from vmm.fifo import Output
 from vmm.forked import drop_in_child
 from vmm.virtio import unix
 
@@ -267,13 +267,13 @@ class SocketPort(Port):
 
 
 class FilePort(Port):
-    """A port whose output goes into a file, truncated when the machine is made."""
+    """A port whose output goes into a file, truncated when the machine is made, or a FIFO (see
+    vmm.fifo)."""
 
     def __init__(self, number: int, name: str, path: str) -> None:
         super().__init__(number, name)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            self._fd = os.open(path, flags, 0o666)
+            self._out = Output(path)
         except OSError as err:
             raise UsageError(
                 f"--port name={name},file={path}: {err.strerror}; give a file that can be "
@@ -282,14 +282,12 @@ class FilePort(Port):
 
     def write(self, data: memoryview) -> int:
         try:
-            return os.write(self._fd, data)
+            return self._out.write(data)
         except BlockingIOError:
             return 0
         except OSError:
             return len(data)  # a full disk ends the log, not the guest
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            with suppress(OSError):
-                os.close(fd)
+        with suppress(OSError):
+            self._out.close()

@@ -66,7 +66,7 @@ def test_payloads(parse: Parse, kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (bzimage(version=0x0205), r"has boot protocol 2\.05; 2\.06 \(Linux 2\.6\.22\) or later"),
+        (bzimage(version=0x0205), r"has boot protocol 2\.05, as Linux before 2\.6\.22"),
         (bzimage(version=0x0000), r"has boot protocol 0\.00"),
         (bzimage(loadflags=0), "is a zImage"),
         (bzimage()[:0x250], "is truncated: its setup header is not whole"),

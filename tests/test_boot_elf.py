@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.support.boot_files import CODE, LINUX_NOTE, MIB, elf, note, pvh_note
 from vmm import layout
 from vmm.boot.elf import Elf
 from vmm.boot.file import InputFile
+from vmm.boot.loader import load
 from vmm.boot.source import FileSource, PayloadSource
 from vmm.errors import BootError
 from vmm.memory import GuestMemory
@@ -180,3 +183,58 @@ def test_fuzzed_headers_raise_boot_errors_only(tmp_path: Path) -> None:
                 assert "\n" not in str(error)
                 outcomes["refused"] += 1
     assert min(outcomes.values()) > 100
+
+
+MULTIBOOT = struct.pack("<III", 0x1BADB002, 3, -(0x1BADB002 + 3) & 0xFFFFFFFF)
+MULTIBOOT2 = struct.pack("<IIII", 0xE85250D6, 0, 24, -(0xE85250D6 + 24) & 0xFFFFFFFF) + bytes(8)
+ABI_TAG = note(b"GNU\0", 1, bytes(16))
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize(
+    ("code", "notes", "says"),
+    [
+        (MULTIBOOT + CODE, b"", "is a kernel for a multiboot loader"),
+        (MULTIBOOT2 + CODE, b"", "is a kernel for a multiboot loader"),
+        (bytes(9000) + MULTIBOOT, b"", "is a kernel for a multiboot loader"),
+        (CODE, ABI_TAG, "is a program for an operating system, not a kernel"),
+    ],
+    ids=["multiboot", "multiboot2", "far back", "static program"],
+)
+def test_what_is_for_others(
+    tmp_path: Path, bits: int, code: bytes, notes: bytes, says: str
+) -> None:
+    """Also 32-bit code in a 64-bit file, whose entry looks right."""
+    path = tmp_path / "k"
+    segments = ((MIB, code, 16384),)
+    path.write_bytes(elf(segments, notes=notes, bits=bits))
+    with GuestMemory(16 * MIB) as memory:
+        with pytest.raises(BootError, match=says):
+            load(memory, str(path), [], "")
+        for more in (pvh_note(MIB), LINUX_NOTE) if bits == 64 else (pvh_note(MIB),):
+            path.write_bytes(elf(segments, notes=notes + more, bits=bits))
+            load(memory, str(path), [], "")
+        if bits == 64:  # a person who knows better
+            path.write_bytes(elf(segments, notes=notes, bits=bits))
+            load(memory, str(path), [], "", mode="elf64")
+
+
+PROGRAMS = {
+    "shared library": (["-shared", "-fPIC"], "is a shared library or a position-independent"),
+    "program": (["-no-pie"], "is a program for an operating system"),
+    "position-independent": (["-pie", "-fPIC"], "is a program for an operating system"),
+    "static": (["-static"], "is a program for an operating system"),
+    "object": (["-c"], "is an ELF object"),
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_what_compilers_make(tmp_path: Path, kind: str) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    options, says = PROGRAMS[kind]
+    source, path = tmp_path / "p.c", tmp_path / "p"
+    source.write_text("int main(void) { return 1; }\n")
+    subprocess.run(["gcc", *options, "-o", str(path), str(source)], check=True)
+    with GuestMemory(16 * MIB) as memory, pytest.raises(BootError, match=says):
+        load(memory, str(path), [], "")

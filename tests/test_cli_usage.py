@@ -119,7 +119,7 @@ RUN = [
     ("{}/fifo", r"kernel {}/fifo is not a regular file; copy what it gives into one"),
     ("/dev/zero", r"kernel /dev/zero is not a regular file"),
     ("{}/empty", r"kernel {}/empty is empty"),
-    ("{}/pe", r"kernel {}/pe is a PE program without a Linux kernel's magic; give it a bzImage"),
+    ("{}/pe", r"kernel {}/pe is a program for UEFI or Windows \(PE\) without a Linux kernel"),
     ("{}/arm64", r"kernel {}/arm64 is a kernel Image for arm64; this boots x86-64 kernels"),
     ("{}/short-bzimage", r"kernel {}/short-bzimage is truncated"),
     ("{}/shorter-bzimage", r"kernel {}/shorter-bzimage is truncated"),

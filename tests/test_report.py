@@ -271,3 +271,27 @@ def test_triple_fault() -> None:
     else:
         assert "triple fault at 0x1000 (32-bit protected mode, CPL 0)" in text
         assert "=> 0000000000001000  0f 0b" in text
+
+
+# --- whose fault it is ---------------------------------------------------------------------------
+
+
+def why(cause: str, code: bytes, **sregs: int) -> str:
+    """The report's line of that name, under kvm_pvm, in 64-bit kernel code."""
+    system = {"cr0": 1, "efer": 0x500, "cs.l": 1, "ss.dpl": 0, **sregs}
+    text = report.format_failure(cause, {"rip": 0x100000}, system, code, "kvm_pvm", 0)
+    return "".join(line for line in text.splitlines() if "why:" in line or "what to do:" in line)
+
+
+def test_the_back_end_is_not_blamed_for_a_guests_own_failure() -> None:
+    """A kernel that fails before it has set up SYSCALL, in zeroes, or in another mode's code."""
+    assert "kvm_pvm" not in why(report.TRIPLE_FAULT, b"\x0f\x0b")
+    assert "kvm_pvm" in why(report.TRIPLE_FAULT, b"\x0f\x0b", efer=0x501)
+    zeroes = why(report.EMULATION_FAILURE, bytes(48))
+    assert "all zeros" in zeroes
+    assert "pvm" not in zeroes and "stock Linux" not in zeroes
+    assert "kvm_pvm" in why(report.EMULATION_FAILURE, b"\xf3\x0f\xb8\xc0" + b"\x90" * 20)
+    pytest.importorskip("iced_x86")
+    other = why(report.EMULATION_FAILURE, b"\x06\x1e\x0e" + b"\x90" * 20)  # push es, ds, cs
+    assert "no instruction in this mode" in other
+    assert "pvm" not in other and "stock Linux" not in other

@@ -41,6 +41,7 @@ _RFLAGS = (
     *((11, "OF"), (14, "NT"), (16, "RF"), (17, "VM"), (18, "AC"), (21, "ID")),
 )
 _CR0_PE = 1
+_EFER_SCE = 1
 _EFER_LMA = 1 << 10
 _RFLAGS_VM = 1 << 17
 
@@ -175,13 +176,16 @@ def format_failure(
     lines += register_lines(regs, sregs)
     if not lost:
         lines += _code_lines(code, at, listing)
-    why = _why(cause, first, code, backend, cpl)
+    system_calls = bool(sregs.get("efer", 0) & _EFER_SCE)
+    why = _why(cause, first, code, backend, cpl, system_calls)
     if why:
         lines.append(f"  why: {why}")
+    no_instruction = first is not None and not first[3]
     if exit_name:
         lines.append("  what to do: " + _EXITS.get(exit_name, _EXIT_UNKNOWN)[1])
     else:
-        lines.append("  what to do: " + _advice(cause, code, at, backend, cpl, lost))
+        advice = _advice(cause, code, at, backend, cpl, lost, no_instruction)
+        lines.append("  what to do: " + advice)
     return "\n".join(lines) + "\n"
 
 
@@ -209,36 +213,48 @@ def _what(
     return f"KVM internal error {suberror}", _SUBERRORS.get(suberror, "unknown to this version")
 
 
-def _why(cause: str, first: Instruction | None, code: bytes, backend: str, cpl: int) -> str:
-    if cause == TRIPLE_FAULT and backend == "kvm_pvm":
+def _why(
+    cause: str,
+    first: Instruction | None,
+    code: bytes,
+    backend: str,
+    cpl: int,
+    system_calls: bool,
+) -> str:
+    # A kernel that has not set up SYSCALL yet fails for a reason of its own.
+    if cause == TRIPLE_FAULT and backend == "kvm_pvm" and system_calls:
         return (
             "perhaps this host's KVM: under kvm_pvm, SYSCALL from CPL 3 does not enter the "
             "guest's kernel properly"
         )
     if cause != EMULATION_FAILURE or not code:
         return ""
+    if not any(code):
+        return "the code is all zeros: the guest runs in memory that nobody has filled"
+    if first is not None and not first[3]:
+        return "these bytes are no instruction in this mode: no code, or code for another mode"
     if backend == "kvm_pvm" and cpl == 0:
         name = first[3] if first is not None and first[3] else _name(first, code)
         return (
             "this host's KVM is kvm_pvm, which interprets guest kernel code, "
             f"and {name} is not known to its interpreter"
         )
-    if not any(code):
-        return "the code is all zeros: the guest runs in memory that nobody has filled"
     return "KVM emulates accesses to addresses without memory behind them, but not in every form"
 
 
-def _advice(cause: str, code: bytes, at: int, backend: str, cpl: int, lost: bool) -> str:
+def _advice(
+    cause: str, code: bytes, at: int, backend: str, cpl: int, lost: bool, no_instruction: bool
+) -> str:
     if cause == EMULATION_FAILURE:
         if not code:
             return (
                 f"there is no guest memory at {at:#x}: see what jumped there "
                 "(the return address is at rsp)"
             )
+        if not any(code) or no_instruction:
+            return "check the kernel's load address and entry point, and the mode it expects"
         if backend == "kvm_pvm" and cpl == 0:
             return "stock Linux cannot run here; use a host with VT-x or AMD-V, see `vmm doctor`"
-        if not any(code):
-            return "check the kernel's load address and entry point"
         return "use plain loads and stores (mov) on device memory, or give the guest memory there"
     if cause == TRIPLE_FAULT:
         if lost:

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmm.boot.file import InputFile
+    from vmm.boot.file import FilePart, InputFile
 
 MAGIC_OFFSET = 0x202
 MAGIC = b"HdrS"
@@ -66,7 +66,7 @@ class BzImage:
         "xloadflags",
     )
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: InputFile | FilePart) -> None:
         self.file = file
         self.name = name = file.name
         head = file.read(0, HEADER_END_MAX)
@@ -78,7 +78,8 @@ class BzImage:
         (self.version,) = struct.unpack_from("<H", head, 0x206)
         if self.version < MIN_VERSION:
             raise BootError(
-                f"{name} has boot protocol {self.protocol}; 2.06 (Linux 2.6.22) or later is needed"
+                f"{name} has boot protocol {self.protocol}, as Linux before 2.6.22 and programs in "
+                "its clothes have (ipxe.lkrn, memdisk); give it a kernel with 2.06 or later"
             )
         if not head[0x211] & LOADED_HIGH:
             raise BootError(

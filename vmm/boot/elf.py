@@ -19,10 +19,16 @@ ELFCLASS32, ELFCLASS64 = 1, 2
 ELFDATA2LSB = 1
 ET_REL, ET_EXEC, ET_DYN, ET_CORE = 1, 2, 3, 4
 EM_386, EM_X86_64 = 3, 62
-PT_LOAD, PT_NOTE = 1, 4
+PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
+NT_GNU_ABI_TAG = 1
+"""A note that the C library puts into every program (gABI-LSB, "ABI note tag")."""
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 """Xen's public/elfnote.h: the physical address of the PVH entry."""
 
+MULTIBOOT_MAGIC, MULTIBOOT2_MAGIC = b"\x02\xb0\xad\x1b", b"\xd6\x50\x52\xe8"
+MULTIBOOT_SEARCH = 32768
+"""Bytes of a file in which its multiboot header is (8192 for the first version, in the words of its
+specification; linkers put it farther back)."""
 MAX_SEGMENTS = 128
 NOTES_MAX = 1 << 20
 """A larger note segment is not looked into, bytes."""
@@ -72,12 +78,25 @@ class Elf:
         pvh_entry: the GPA of the PVH entry, or None; known once it is loaded.
         is_linux: whether it has a note of Linux's (LINUX_ELFNOTE_BUILD_SALT, in every kernel since
             4.19); known once it is loaded.
+        is_program: whether it asks for a dynamic linker, or has a note of the C library's; the
+            latter is known once it is loaded.
 
     Raises:
         BootError: it cannot be booted; says why.
     """
 
-    __slots__ = ("_notes", "bits", "entry", "is_linux", "name", "pvh_entry", "segments", "source")
+    __slots__ = (
+        "_dynamic",
+        "_notes",
+        "bits",
+        "entry",
+        "is_linux",
+        "is_program",
+        "name",
+        "pvh_entry",
+        "segments",
+        "source",
+    )
 
     def __init__(self, source: FileSource | PayloadSource) -> None:
         self.source = source
@@ -112,17 +131,26 @@ class Elf:
         self.segments: list[Segment] = []
         self.pvh_entry: int | None = None
         self.is_linux = False
+        self.is_program = False
+        self._dynamic = False
         self._notes: list[tuple[int, int, int]] = []
         for fields in phdr.iter_unpack(table):
             self._program_header(fields)
         if not self.segments:
             raise BootError(f"{name} has nothing to load (no PT_LOAD segment)")
+        if self.is_program:
+            raise BootError(_program(name, "a program for an operating system"))
+        low = min(segment.gpa for segment in self.segments)
+        if kind == ET_DYN and self._dynamic and low < layout.HIGH_RAM:
+            raise BootError(_program(name, "a shared library or a position-independent program"))
 
     def _program_header(self, fields: tuple[int, ...]) -> None:
         if self.bits == 64:
             kind, _, offset, _, gpa, size, memory_size, align = fields
         else:
             kind, offset, _, gpa, size, memory_size, _, align = fields
+        self.is_program |= kind == PT_INTERP
+        self._dynamic |= kind == PT_DYNAMIC
         if kind not in (PT_LOAD, PT_NOTE):
             return
         if size and offset + size > self.source.size:
@@ -137,6 +165,38 @@ class Elf:
             raise BootError(f"{self.name}: an ELF segment is larger in the file than in memory")
         elif memory_size:
             self.segments.append(Segment(gpa, offset, size, memory_size))
+
+    def refuse_others(self) -> None:
+        """Refuse, once it is loaded, what is meant for others than a bare machine.
+
+        Raises:
+            BootError: it is a program, or a kernel for a multiboot loader alone.
+        """
+        if self.is_linux or self.pvh_entry is not None:
+            return
+        if self.is_program:
+            raise BootError(_program(self.name, "a program for an operating system"))
+        if self._has_multiboot_header():
+            raise BootError(
+                f"{self.name} is a kernel for a multiboot loader, which starts it in 32-bit mode "
+                "(GRUB, qemu -kernel); this boots Linux, and ELF kernels with a PVH note or a "
+                "64-bit entry (--boot elf64 tries that)"
+            )
+
+    def _has_multiboot_header(self) -> bool:
+        """Multiboot 0.6.96, section 3.1; Multiboot2 2.0, section 3.1."""
+        head = self.source.read(0, MULTIBOOT_SEARCH)
+        for at in range(0, len(head) - 11, 4):
+            if head[at : at + 4] == MULTIBOOT_MAGIC:
+                fields = struct.unpack_from("<III", head, at)
+                if not sum(fields) & 0xFFFFFFFF:
+                    return True
+        for at in range(0, len(head) - 15, 8):
+            if head[at : at + 4] == MULTIBOOT2_MAGIC:
+                fields = struct.unpack_from("<IIII", head, at)
+                if not sum(fields) & 0xFFFFFFFF:
+                    return True
+        return False
 
     def check_place(self) -> None:
         """Refuse segments that lie where nothing can: BootError says which and why."""
@@ -171,6 +231,8 @@ class Elf:
                 return
             if name == b"Linux\0":
                 self.is_linux = True
+            elif name == b"GNU\0" and kind == NT_GNU_ABI_TAG:
+                self.is_program = True
             elif name == b"Xen\0" and kind == XEN_ELFNOTE_PHYS32_ENTRY and desc_size in (4, 8):
                 self.pvh_entry = int.from_bytes(notes[desc : desc + desc_size], "little")
             at = desc + desc_size + align - 1 & -align
@@ -193,3 +255,7 @@ class Elf:
     def loads(self, gpa: int) -> bool:
         """Whether `gpa` is within a segment."""
         return any(s.gpa <= gpa < s.gpa + s.memory_size for s in self.segments)
+
+
+def _program(name: str, what: str) -> str:
+    return f"{name} is {what}, not a kernel; give it a bzImage or vmlinux"

@@ -104,3 +104,34 @@ class InputFile:
     def _error(self, err: OSError) -> BootError:
         number = err.errno or 0
         return BootError(f"{self.name}: {_HINTS.get(number, os.strerror(number))}")
+
+
+class FilePart:
+    """A range of an InputFile, used as one; the file stays whose it is.
+
+    Args:
+        file: the open file.
+        what: what the part is called, for messages.
+        offset, size: where it is, in bytes.
+    """
+
+    __slots__ = ("_file", "_offset", "name", "size")
+
+    def __init__(self, file: InputFile, what: str, offset: int, size: int) -> None:
+        self._file = file
+        self._offset = offset
+        self.name = f"{what} of {file.name}"
+        self.size = size
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """As of an InputFile."""
+        return self._file.read(self._offset + offset, max(0, min(size, self.size - offset)))
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """As of an InputFile."""
+        if offset + len(view) > self.size:
+            raise BootError(f"{self.name} is shorter than what is read of it")
+        self._file.read_into(self._offset + offset, view)

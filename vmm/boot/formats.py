@@ -8,17 +8,32 @@ from vmm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmm.boot.file import InputFile
+    from vmm.boot.file import FilePart, InputFile
 
 BZIMAGE, ELF = "bzImage", "ELF"
 
 _CPIO_MAGICS = (b"070701", b"070702", b"070707")
 _PEEK = 16 << 20
 """Packed bytes read to tell what a compressed file is."""
+_UNPACK = {
+    "gzip": "zcat",
+    "xz": "xzcat",
+    "lzma": "lzcat",
+    "bzip2": "bzcat",
+    "zstd": "zstdcat",
+    "lz4": "lz4cat",
+    "lzo": "lzop -dc",
+}
 _TEXT = bytes(range(0x20, 0x7F)) + b"\t\r\n\f"
 
 
-def identify(file: InputFile) -> str:
+def is_other_pe(file: InputFile) -> bool:
+    """Whether it is a PE file, as a bzImage is, but no bzImage."""
+    head = file.read(0, MAGIC_OFFSET + 4)
+    return head[:2] == b"MZ" and head[MAGIC_OFFSET:] != MAGIC
+
+
+def identify(file: InputFile | FilePart) -> str:
     """BZIMAGE or ELF, by the magics.
 
     Raises:
@@ -31,8 +46,16 @@ def identify(file: InputFile) -> str:
     if has_flag and head[MAGIC_OFFSET : MAGIC_OFFSET + 4] == MAGIC:
         return BZIMAGE
     kind = decompress.detect(head)
-    what = _packed(file, kind) if kind else _known(head) or _unknown(head)
+    what = _packed(file, kind) if kind else _known(head) or _marked(file) or _unknown(head)
     raise BootError(f"{file.name} {what}")
+
+
+def _marked(file: InputFile | FilePart) -> str | None:
+    """What a file is that has a format's mark anywhere."""
+    from vmm.boot import kinds
+
+    what = kinds.kind_of(file)
+    return f"is {what}; {kinds.instead_of_kernel(what)}" if what else None
 
 
 def _known(head: bytes) -> str | None:
@@ -45,17 +68,12 @@ def _known(head: bytes) -> str | None:
             return "is truncated: it starts like a bzImage and ends before its setup header does"
         if head[4:8] == b"zimg":
             return "is an EFI zboot image, of another machine; this boots x86-64 kernels"
-        return "is a PE program without a Linux kernel's magic; give it a bzImage or vmlinux"
+        return (
+            "is a program for UEFI or Windows (PE) without a Linux kernel in it; give it a bzImage "
+            "or vmlinux"
+        )
     if head[:6] in _CPIO_MAGICS or head[:2] == b"\xc7\x71":
         return "is an initrd (a cpio archive); give it with --initrd, and a kernel first"
-    if head[:4] == b"\x27\x05\x19\x56":
-        return "is a U-Boot uImage; give it the bzImage or vmlinux it was made from"
-    if head[:4] == b"\xd0\x0d\xfe\xed":
-        return "is a device tree or FIT image; give it a bzImage or vmlinux"
-    if head[:8] == b"!<arch>\n":
-        return "is a package or archive; unpack it (dpkg -x) and give it boot/vmlinuz-*"
-    if head[:4] == b"QFI\xfb":
-        return "is a disk image (qcow2); give it a kernel"
     if head[:2] == b"#!":
         return "is a script; give it a bzImage or vmlinux"
     return None
@@ -71,7 +89,7 @@ def _unknown(head: bytes) -> str:
     return "is not a kernel this can boot: neither a bzImage nor an ELF vmlinux"
 
 
-def _packed(file: InputFile, kind: str) -> str:
+def _packed(file: InputFile | FilePart, kind: str) -> str:
     """What is in a compressed file, as far as its first block tells."""
     try:
         content = next(decompress.blocks(file.read(0, _PEEK), kind), b"")[:HEADER_END_MIN]
@@ -80,7 +98,7 @@ def _packed(file: InputFile, kind: str) -> str:
     if content[:6] in _CPIO_MAGICS:
         return f"is an initrd (a {kind} cpio archive); give it with --initrd, and a kernel first"
     if content[:4] == b"\x7fELF":
-        return f"is an ELF file packed with {kind}; unpack it first"
+        return f"is an ELF file packed with {kind}; unpack it first: {_UNPACK[kind]} FILE > vmlinux"
     known = content and _known(content)
     if known:
         return f"is {kind} data, and what is in it {known}"

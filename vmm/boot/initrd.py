@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
+    from vmm.boot.file import FilePart
     from vmm.memory import GuestMemory
+
+
+QUICK = (b"070701", b"070702", b"\x28\xb5\x2f\xfd")
+"""What cpio archives and zstd data begin with: nothing more is looked at."""
 
 
 class Blob:
@@ -44,7 +49,7 @@ class Initrds:
     __slots__ = ("_files", "size")
 
     def __init__(self, given: Sequence[str | bytes]) -> None:
-        self._files: list[InputFile | Blob] = []
+        self._files: list[InputFile | FilePart | Blob] = []
         try:
             for one in given:
                 made = Blob(one) if isinstance(one, bytes) else InputFile(one, "--initrd")
@@ -64,6 +69,23 @@ class Initrds:
         """Close the files."""
         for file in self._files:
             file.close()
+
+    def put_first(self, parts: Sequence[FilePart]) -> None:
+        """Have `parts` come before the others."""
+        self._files[:0] = parts
+        self.size = sum(_padded(file.size) for file in self._files)
+
+    def check(self) -> None:
+        """Refuse what Linux can make nothing of.
+
+        Raises:
+            BootError: one is another kind of file, or cut short; says which and what would work.
+        """
+        for file in self._files:
+            if not isinstance(file, Blob) and not file.read(0, 6).startswith(QUICK):
+                from vmm.boot import initrd_check
+
+                initrd_check.check(file)
 
     def place(self, memory: GuestMemory, lowest: int, highest: int) -> tuple[int, int]:
         """Where they go: as high as possible from `lowest` on, up to the byte at `highest`.

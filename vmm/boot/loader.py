@@ -30,6 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.boot.uki import Uki
     from vmm.memory import GuestMemory
 
 MODES = ("auto", "bzimage", "elf64", "pvh")
@@ -65,8 +66,12 @@ def load(
     """
     if mode not in MODES:
         raise UsageError(f"--boot {mode!r} is not one of {', '.join(MODES)}")
-    with InputFile(kernel, "kernel") as file, Initrds(initrds) as archives:
+    with InputFile(kernel, "kernel") as whole, Initrds(initrds) as archives:
+        unified = _unified(whole)
+        file = unified.kernel if unified is not None else whole
         job = _Job(memory, archives, cmdline, rsdp)
+        if unified is not None:
+            job.add(unified)
         if formats.identify(file) == formats.ELF:
             if mode == "bzimage":
                 raise BootError(f"--boot bzimage: {file.name} is an ELF file; use elf64 or pvh")
@@ -74,15 +79,30 @@ def load(
         image = BzImage(file)
         if mode == "bzimage" or (mode == "auto" and not _unpack_here(image, host_decompress)):
             return job.bzimage(image)
-        return job.elf(Elf(image.source()), mode, image)
+        source = image.source()
+        try:
+            return job.elf(Elf(source), mode, image)
+        finally:
+            source.close()
 
 
 def extract_vmlinux(path: str) -> bytes:
     """The ELF kernel inside a bzImage; an ELF file as it is. BootError if there is none."""
-    with InputFile(path, "kernel") as file:
+    with InputFile(path, "kernel") as whole:
+        unified = _unified(whole)
+        file = unified.kernel if unified is not None else whole
         if formats.identify(file) == formats.ELF:
             return file.read(0, file.size)
         return BzImage(file).vmlinux()
+
+
+def _unified(file: InputFile) -> Uki | None:
+    """The parts of a unified kernel image, if `file` is one."""
+    if not formats.is_other_pe(file):
+        return None
+    from vmm.boot import uki
+
+    return uki.find(file)
 
 
 def _unpack_here(image: BzImage, wish: bool | None) -> bool:
@@ -93,7 +113,7 @@ def _unpack_here(image: BzImage, wish: bool | None) -> bool:
 class _Job:
     """What every way of loading needs."""
 
-    __slots__ = ("archives", "cmdline", "memory", "rsdp")
+    __slots__ = ("archives", "cmdline", "lines", "memory", "rsdp")
 
     def __init__(
         self, memory: GuestMemory, archives: Initrds, cmdline: str, rsdp: int | None
@@ -102,11 +122,22 @@ class _Job:
         self.archives = archives
         self.cmdline = cmdline
         self.rsdp = rsdp
+        self.lines: list[str] = []
+
+    def add(self, unified: Uki) -> None:
+        """The initrds and the command line of a unified kernel image, before the person's."""
+        self.archives.put_first(unified.initrds)
+        self.cmdline = f"{unified.cmdline} {self.cmdline}".strip()
+        self.lines.append("unified kernel image")
+        if unified.cmdline:
+            self.lines.append(f"its command line, before the other: {unified.cmdline}")
 
     def bzimage(self, image: BzImage) -> BootState:
         """A bzImage at its own 64-bit entry."""
         if not image.has_entry_64:
-            why = "is a 32-bit kernel" if image.version >= 0x020C else "is older than Linux 3.8"
+            why = "is a 32-bit kernel"
+            if image.version < 0x020C:
+                why = "is older than Linux 3.8, or no Linux (ipxe.lkrn)"
             raise BootError(
                 f"{image.name} {why}: it has no 64-bit entry; this boots x86-64 kernels"
             )
@@ -120,7 +151,8 @@ class _Job:
             f"bzImage, boot protocol {image.protocol}, {format_size(image.file.size)} "
             f"at {start:#x}, unpacks itself ({image.compression})"
         )
-        return self._long64(start + ENTRY_64, image, initrd, [what], True)
+        self.archives.check()
+        return self._long64(start + ENTRY_64, image, initrd, [*self.lines, what], True)
 
     def elf(self, elf: Elf, mode: str, image: BzImage | None) -> BootState:
         """An ELF kernel, the vmlinux of `image` if that is given."""
@@ -140,9 +172,13 @@ class _Job:
         if image is not None:
             what = f"vmlinux of a bzImage ({image.compression}, unpacked by the host){what[10:]}"
         linux = elf.is_linux or image is not None
+        if linux:
+            self.archives.check()
+        elif mode != "elf64":
+            elf.refuse_others()
         if _use_pvh(elf, mode, image):
-            return self._pvh32(elf, initrd, [what], linux)
-        return self._long64(elf.entry, image, initrd, [what], linux)
+            return self._pvh32(elf, initrd, [*self.lines, what], linux)
+        return self._long64(elf.entry, image, initrd, [*self.lines, what], linux)
 
     def _write_common(self, line: bytes, initrd: tuple[int, int]) -> None:
         self.memory.write(layout.CMDLINE, line + b"\0")

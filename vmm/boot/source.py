@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from vmm.boot.file import InputFile
+    from vmm.boot.file import FilePart, InputFile
 
     Target = tuple[int, memoryview]
     """An offset in the ELF file, and the memory its bytes there go to."""
@@ -33,7 +33,7 @@ class FileSource:
 
     __slots__ = ("_file", "name", "size")
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: InputFile | FilePart) -> None:
         self._file = file
         self.name = file.name
         self.size = file.size
@@ -61,6 +61,10 @@ class PayloadSource:
         self.size = PAYLOAD_MAX
         self._blocks = blocks
         self._first = next(blocks, b"")
+
+    def close(self) -> None:
+        """Unpack no further; harmless twice."""
+        close(self._blocks)
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the first block only, where an ELF file has its headers."""

@@ -120,6 +120,13 @@ def describe(machine: Machine, vcpu: Vcpu, exit_reason: int) -> MachineExit:
         reason=reason,
         exit_name=name,
     )
+    boot = machine.boot
+    if boot is not None and not boot.is_linux and boot.kind == "long64":
+        text += (
+            "  the kernel, not known to be Linux, was started at its ELF entry in 64-bit mode: "
+            "32-bit code there (for a multiboot loader) cannot run; a PVH note would have it start "
+            "in 32-bit mode\n"
+        )
     return MachineExit(kind, message, report=text)
 
 

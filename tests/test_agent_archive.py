@@ -115,17 +115,21 @@ def test_what_init_is_told(kernel: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert lines("b", agent=True, append="rdinit=/x rdinit=/bin/y") == ["init /bin/y"]
     assert lines("c", agent=True, append="quiet -- rdinit=/x") == ["init /init"]
     (tmp_path / "dir").mkdir()
-    assert lines("d", root=str(tmp_path / "dir")) == ["root virtiofs vmm-root", "overlay"]
+    assert lines("d", root=str(tmp_path / "dir")) == [
+        "root virtiofs vmm-root", "overlay", "hostname vmm",
+    ]  # fmt: skip
     with monkeypatch.context() as ordinary:
         ordinary.setattr(os, "geteuid", lambda: 1000)
-        assert lines("u", root=str(tmp_path / "dir"))[1:] == ["overlay", "nosuid"]
+        assert lines("u", root=str(tmp_path / "dir"))[1:3] == ["overlay", "nosuid"]
     image = tmp_path / "image"
     image.write_bytes(b"hsqs" + bytes(1 << 17))
     assert lines("e", root=str(image), append="init=/sbin/init") == [
-        "root vmm-root squashfs", "overlay", "init /sbin/init",
+        "root vmm-root squashfs", "overlay", "hostname vmm", "init /sbin/init",
     ]  # fmt: skip
     image.write_bytes(b"XFSB" + bytes(1 << 17))
-    assert lines("f", root=str(image)) == ["root vmm-root xfs"]
+    assert lines("f", root=str(image), append="hostname=box") == [
+        "root vmm-root xfs", "hostname box",
+    ]  # fmt: skip
     assert (tmp_path / "a" / ".vmm" / "init").stat().st_mode & 0o777 == 0o755
 
 

@@ -39,7 +39,7 @@ def execute(files: Path, *words: str, **env: str) -> subprocess.CompletedProcess
     ("words", "line"),
     [
         ("", "no KERNEL given"),
-        ("kernel --root dir true", "only one KERNEL can be given"),
+        ("kernel --root dir true", "'true': the command comes after --: vmm exec kernel --root"),
         ("kernel --root dir", "no command; it comes after --: vmm exec KERNEL [option ...] -- CM"),
         ("kernel --root dir --", "no command after --"),
         ("-- true", "no KERNEL given"),

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.terminals import on_a_terminal, read_until
+from tests.support import build_tree
+from tests.support.terminals import on_a_terminal, read_until, shown
 from vmm.testing.initrds import busybox
 from vmm.testing.kernels import Kernel
 
 pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(400)]
 
-APPLETS = ("sh", "cat", "echo", "sleep", "md5sum", "ls", "uname", "stty", "env", "pwd")
+APPLETS = (
+    *("sh", "cat", "echo", "sleep", "md5sum", "ls", "uname", "stty", "env", "pwd", "id", "tty"),
+    *("hostname", "touch"),
+)
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_a_directory_and_a_terminal(cloud_kernel: Kernel, root: Path) -> None:
         said += read_until(terminal, b"interrupted\r\n")
         assert process.wait(60) == 42
         assert termios.tcgetattr(terminal) == modes
-    lines = said.decode().replace("\r", "").splitlines()
+    lines = shown(said).splitlines()
     assert lines[:7] == [
         "from the host", "changed", cloud_kernel.release, "/bin", "given", "33 101", "ready",
     ]  # fmt: skip
@@ -106,3 +110,35 @@ def test_the_kernels_root_and_ctrl_c(cloud_kernel: Kernel, root: Path, tmp_path:
         os.write(terminal, b"\x03")  # SIGINT to what is in the foreground
         assert b"interrupted\r\n" in read_until(terminal, None)
         assert process.wait(60) == 43
+
+
+def test_in_a_build_tree(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> None:
+    """A kernel developer's day: no KERNEL, this directory, oneself, a terminal, what is built."""
+    tree = build_tree.make(tmp_path / "linux", cloud_kernel)
+    results, scratch = tree / "results", tmp_path / "scratch"
+    for directory in (results, scratch):
+        directory.mkdir()
+        os.chown(directory, 1000, 1000)
+    script = (
+        "uname -r; pwd; id -u; echo $TERM; tty; hostname; cat ../.config | md5sum; echo kept > it; "
+        f"echo $(touch {scratch}/x && ls {scratch})"
+    )
+    words = [
+        sys.executable, "-m", "vmm", "exec", "-v", "--append", "quiet hostname=box", "--timeout",
+        "300", "--root", str(root), "--overlay", str(tree), "--rw", str(results), "--overlay",
+        str(scratch), "-u", "1000:1000", "-t", "--", "sh", "-c", script,
+    ]  # fmt: skip
+    with on_a_terminal(words, cwd=results, env={**os.environ, "TERM": "vt220"}) as (process, fd):
+        said = shown(read_until(fd, None)).splitlines()
+        assert process.wait(60) == 0, said
+    line = f"vmm: kernel {cloud_kernel.release}, modules from {tree}, where it was built"
+    assert line in said
+    digest = hashlib.md5((tree / ".config").read_bytes()).hexdigest()
+    at = said.index(cloud_kernel.release)
+    assert said[at : at + 8] == [
+        cloud_kernel.release, str(results), "1000", "vt220", "/dev/pts/0", "box", f"{digest}  -",
+        "x",
+    ]  # fmt: skip
+    assert (results / "it").read_text() == "kept\n"
+    assert (results / "it").stat().st_uid == 1000
+    assert list(scratch.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import random
 import signal
 import subprocess
@@ -58,7 +59,50 @@ def test_what_cannot_be_executed(words: list[str], tmp_path: Path) -> None:
     assert done.stderr == f"vmm: {tmp_path}: Permission denied (in the guest)\n".encode()
     assert done.returncode == 126
     done = execute([*words, "--workdir", "/no/such"], "true")
-    assert done.stderr == b"vmm: /no/such: No such file or directory (in the guest)\n"
+    assert done.stderr == b"vmm: --workdir /no/such: No such file or directory (in the guest)\n"
+    assert done.returncode == 126
+
+
+def test_another_user(words: list[str]) -> None:
+    script = "id -un; id -u; id -g; echo $HOME; echo said > /dev/stdout"
+    nobody = pwd.getpwnam("nobody")
+    done = execute([*words, "-u", "nobody"], "sh", "-c", script)
+    assert done.stdout.decode().split("\n")[:5] == [
+        "nobody", str(nobody.pw_uid), str(nobody.pw_gid), nobody.pw_dir, "said",
+    ]  # fmt: skip
+    done = execute([*words, "--user", "12345:54321"], "sh", "-c", "id -u; id -g; id -G; echo $HOME")
+    assert done.stdout == b"12345\n54321\n54321\n/\n"
+    for user, line in (
+        ("no-such-user", "the guest's /etc/passwd has no user no-such-user"),
+        ("root:no-such-group", "the guest's /etc/group has no group no-such-group"),
+    ):
+        done = execute([*words, "-u", user], "true")
+        assert done.stderr == f"vmm: --user: {line}; names and numbers are the guest's\n".encode()
+        assert done.returncode == 126
+    done = execute([*words, "-u", ":5"], "true")
+    assert done.stderr.startswith(b"vmm: --user ':5' has no name; say USER or USER:GROUP")
+    assert done.returncode == 2
+
+
+def test_standard_input_closed(words: list[str]) -> None:
+    """Nothing is read then, and no descriptor of the monitor's own is taken for it."""
+    done = execute(["sh", "-c", 'exec "$@" <&-', "sh", *words], "sh", "-c", "cat; echo $?")
+    assert (done.stdout, done.stderr, done.returncode) == (b"0\n", b"", 0)
+    done = execute(["sh", "-c", 'exec "$@" <&-', "sh", *words, "--tty"], "true")
+    assert done.stderr.startswith(b"vmm: --tty: standard input is no terminal")
+    assert done.returncode == 2
+
+
+def test_a_large_environment(words: list[str]) -> None:
+    """As much as a request takes comes through; more is one line, before anything is started."""
+    large = "x" * 100_000
+    names = [f"N{number}" for number in range(9)]
+    options = [word for name in names for word in ("-e", f"{name}={large}")]
+    done = execute([*words, *options], "sh", "-c", "echo ${#N0} ${#N8}")
+    assert (done.stdout, done.stderr) == (b"100000 100000\n", b"")
+    done = execute([*words, *options, "-e", f"M={large}", "-e", f"O={large}"], "true")
+    assert done.stderr.startswith(b"vmm: the command cannot be: "), done.stderr
+    assert b"Argument list too long" in done.stderr and done.returncode == 2
 
 
 def test_megabytes_both_ways(words: list[str]) -> None:
@@ -149,7 +193,7 @@ def test_a_reader_that_waits_holds_up_no_signal(words: list[str]) -> None:
 def test_a_time_limit(words: list[str]) -> None:
     done = execute([*words, "--timeout", "2"], "sleep", "1000")
     assert done.returncode == 124
-    assert done.stderr.startswith(b"vmm: no end within 2 s (--timeout), before the command")
+    assert b"vmm: no end within 2 s (--timeout), before the command" in done.stderr
 
 
 def test_terminals(words: list[str]) -> None:

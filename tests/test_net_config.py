@@ -67,7 +67,7 @@ BAD = [
     ("user,vhost=on", "'vhost=on' is not for this; user takes mac="),
     ("tap,vhost=on,pcap=x", "vhost=on has the kernel carry frames, and knows no pcap; say"),
     ("tap,vhost=on,rx-pps=5", "vhost=on has the kernel carry frames, and knows no limit"),
-    ("user,bps=1M", "'bps=1M' is not for this; user takes mac= pcap= mtu= forward= rx-bps="),
+    ("user,bps=1M", "'bps=1M' is not for this; user takes mac= pcap= mtu= ip= gateway= dns= for"),
     ("user,tx-burst=1M", "tx-burst= goes with tx-bps=, which is not given"),
     ("none,tx-bps=1M", "'tx-bps=1M' is not for this; none stands alone"),
     ("tap,queues=9", "queues=9 is not from 1 to 8"),

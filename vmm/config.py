@@ -100,8 +100,10 @@ class MachineConfig:
         agent: whether the guest gets the agent that `Machine.run` needs (docs/exec.md).
         root: a directory or an image with a file system, which the agent mounts at / of the guest
             and which stays as it is; implies `agent`.
-        modules: the kernel's lib/modules/VERSION, where the agent's are taken from; None: where
-            packages put it, beside the kernel.
+        rw: directories of the host that the guest has at the same path and may write; with `root`.
+        overlay: the same, but what the guest writes is in its memory and goes with it.
+        modules: the kernel's lib/modules/VERSION, where the agent's are taken from, or the tree it
+            was built in; None: where packages put it, beside the kernel.
         devices: virtio devices of one's own: functions (or classes) that make one.
         fault_seed: what faults leave to chance follows from it, see `Machine.faults`.
         trace: told of unclaimed ports and addresses, one line each.
@@ -132,9 +134,11 @@ class MachineConfig:
         "modules",
         "nets",
         "on_panic",
+        "overlay",
         "ports",
         "rng",
         "root",
+        "rw",
         "shares",
         "timeout",
         "trace",
@@ -173,6 +177,8 @@ class MachineConfig:
         transport: str = "mmio",
         agent: bool = False,
         root: str | PathLike[str] | None = None,
+        rw: Sequence[str | PathLike[str]] = (),
+        overlay: Sequence[str | PathLike[str]] = (),
         modules: str | PathLike[str] | None = None,
         devices: Sequence[Callable[[], VirtioDevice]] = (),
         fault_seed: int = 0,
@@ -197,6 +203,8 @@ class MachineConfig:
         self.shares = self._shares(shares)
         self.vhost_user_blks = self._vhost_user_blks(vhost_user_blks)
         self.root = None if root is None else str(root)
+        self.rw = tuple(map(str, types.listed("rw", rw, types.PATH)))
+        self.overlay = tuple(map(str, types.listed("overlay", overlay, types.PATH)))
         self.agent = agent or root is not None
         self.modules = None if modules is None else str(modules)
         # What root= is only the host knows, when the machine is made.
@@ -355,6 +363,18 @@ class MachineConfig:
             from vmm.agent import archive
 
             archive.check(self)
+        else:
+            for net in self.nets:
+                if net.ip:
+                    raise UsageError(
+                        f"{net.what}: ip={net.ip} is set by the agent in the guest: vmm exec, or "
+                        "agent=True"
+                    )
+        if (self.rw or self.overlay) and self.root is None:
+            option = f"--rw {self.rw[0]}" if self.rw else f"--overlay {self.overlay[0]}"
+            raise UsageError(
+                f"{option}: it is put into a root file system of the host's; give --root too"
+            )
         for characters, name in (("\0", "NUL character"), ("\r\n", "line break")):
             if any(character in self.append for character in characters):
                 raise UsageError(
@@ -419,7 +439,7 @@ class MachineConfig:
         external = any(drive.external for drive in self.drives)
         root = self.root_parts
         external = external or bool(self.vhost_user_blks)
-        shares = self.shares or (root is not None and root.share is not None)
+        shares = self.shares or (root is not None and root.shares)
         return "memfd" if shares or external else "anonymous"
 
     @property
@@ -429,7 +449,7 @@ class MachineConfig:
             return None
         from vmm.agent.root import Root
 
-        return Root(self.root)
+        return Root(self.root, self.rw, self.overlay)
 
     @property
     def hvc(self) -> bool:

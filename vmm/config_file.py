@@ -193,7 +193,7 @@ def _convert(key: str, value: object, base: str) -> object:
         return parse_size(value, f"{key}:")
     if key in ("kernel", "device", "root", "modules"):
         return _join(base, str(value))
-    if key == "initrds":
+    if key in ("initrds", "rw", "overlay"):
         assert isinstance(value, (list, tuple))
         return [_join(base, str(path)) for path in value]
     if key == "console":

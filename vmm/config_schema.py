@@ -95,6 +95,9 @@ NET = {
     "address": _text("ADDRESS/BITS of the host's side of a tap that is made", ""),
     "queues": _number("queue pairs of a tap", 1, PAIRS_MAX, 1),
     "vhost": _text("whether the kernel carries a tap's frames", "off", enum=list(VHOSTS)),
+    "ip": _text("the guest's address, set by the agent: A.B.C.D/BITS, dhcp or off", ""),
+    "gateway": _text("with ip, the guest's way to other networks", ""),
+    "dns": _list("with ip, name servers", {"type": "string"}),
     "forward": _list("tcp:HOST:GUEST or udp:HOST:GUEST, each", {"type": "string"}),
 }
 for _way, _where in (("rx", "to the guest"), ("tx", "from the guest")):
@@ -164,6 +167,10 @@ PROPERTIES: dict[str, Schema] = {
     "transport": _text("what virtio devices are on", "mmio", enum=list(TRANSPORTS)),
     "agent": _flag("whether commands can be run in the guest"),
     "root": _text("a directory or image that is the guest's root file system, and is not changed"),
+    "rw": _list("with root: directories of the host that the guest may write", {"type": "string"}),
+    "overlay": _list(
+        "with root: directories whose changes in the guest go with it", {"type": "string"}
+    ),
     "modules": _text("the kernel's lib/modules/VERSION; by default beside the kernel"),
     "device": _text("the KVM device", "/dev/kvm"),
     "fault_seed": {

@@ -28,16 +28,18 @@ enum {
     EXITED = 18,  /* guest: u32 exit status, u32 signal */
 };
 enum { IN, OUT, ERR, STREAMS };
-enum { CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START }; /* of FAILED */
+/* Of FAILED; with CANNOT_BECOME, ENOENT is about the user and ESRCH about the group. */
+enum { CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START, CANNOT_BECOME };
 
 #define WINDOW (256u << 10) /* bytes of a stream under way */
 #define CREDIT_AFTER (WINDOW / 4)
 #define CHUNK (64u << 10) /* bytes of a DATA frame at most */
 #define REQUEST_MAX (1u << 20)
 #define WORDS_MAX (128u << 10)
+#define USUAL_MAX 4 /* variables that come to a user's environment in the guest */
 
 enum { EXECUTE = 1, PUT = 2, GET = 3, POWER_OFF = 4 };
-enum { NULL_IN = 1, NULL_OUT = 2, NULL_ERR = 4, ERR_TO_OUT = 8, TERMINAL = 16 };
+enum { NULL_IN = 1, NULL_OUT = 2, NULL_ERR = 4, ERR_TO_OUT = 8, TERMINAL = 16, USER = 32 };
 
 struct request {
     u32 magic;
@@ -45,12 +47,20 @@ struct request {
     u8 kind, flags;
     u16 rows, columns;
     u32 argc, envc;
-    /* then strings with their NUL: working directory, arguments, environment */
+    /* then strings with their NUL: working directory, user (with USER), arguments, environment */
 };
 
 struct command {
     const struct request *request;
-    char *directory, **argv, **envp;
+    char *directory, *user, **argv, **envp;
+    int in_guest; /* and not on a host, where nothing is to be mounted */
+};
+
+/* Whom a command runs as. */
+struct user {
+    u32 uid, gid, groups[64];
+    int count; /* of groups */
+    char name[64], home[1024], shell[1024]; /* the name is empty for a number without one */
 };
 
 struct hello {
@@ -64,6 +74,19 @@ _Noreturn void session(int connection, int root);
 /* Start the command. The agent's ends of its standard streams go to `streams` (-1: none).
  * Returns its process id, or a negative errno with `what` set. */
 int spawn(const struct command *command, int streams[STREAMS], u32 *what);
+
+/* Look up USER[:GROUP], names or numbers. 0, -ENOENT (no such user) or -ESRCH (no such group). */
+int find_user(char *text, struct user *found);
+
+/* Become that user, groups and all; 0 or a negative errno. */
+int become_user(const struct user *user);
+
+/* Carry out a `net` line of /.vmm/config (see init.c); `stays`: a lease may be renewed later, by a
+ * process that stays. */
+void bring_up(char *line, int stays);
+
+/* Name the guest; where its root has an /etc, /etc/hosts knows the name and localhost. */
+void name_host(const char *name);
 
 /* Make the tree that comes from standard input at `path`; write the tree at `path` to standard
  * output. Errors go to standard error (see tree.c); the exit status. */

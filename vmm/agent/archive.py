@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmm.agent.root import Root
     from vmm.config import MachineConfig
 
 RDINIT = "/.vmm/init"
@@ -14,6 +17,10 @@ ROOT_TYPES = ("ext4", "xfs", "btrfs")
 """What `root=` without an initrd is tried as, where the kernel has them as modules."""
 BY_ANOTHER_NAME = "crc32c_generic"
 """File systems ask the kernel for crc32c, which no module is called."""
+PACKETS = "af_packet"
+"""The sockets that DHCP takes; where the kernel has none, UDP has to do."""
+HOSTNAME = "vmm"
+"""Of a guest with a `root`, where no hostname= is on its command line."""
 
 
 def build(config: MachineConfig) -> bytes:
@@ -24,7 +31,6 @@ def build(config: MachineConfig) -> bytes:
         HostError: the agent cannot be compiled.
     """
     from vmm.agent import binary
-    from vmm.agent.modules import collect, find_tree
     from vmm.initramfs import Initramfs
 
     ram = Initramfs()
@@ -33,29 +39,96 @@ def build(config: MachineConfig) -> bytes:
     ram.node(".vmm/null", "c", 1, 3, mode=0o666)
     lines = []
     root = config.root_parts
-    tree = config.modules or (find_tree(config.kernel) if config.kernel else None)
-    if tree is not None:
-        bus = "virtio_pci" if config.transport == "pci" else "virtio_mmio"
-        wanted = [bus, "vmw_vsock_virtio_transport"]
-        optional = []
-        if root is not None:
-            wanted += root.wanted
-            optional.append(BY_ANOTHER_NAME)
-        elif not config.initrds and parameter(config.append, "root") is not None:
-            types = parameter(config.append, "rootfstype")
-            optional += [BY_ANOTHER_NAME, "virtio_blk", "virtiofs"]
-            optional += types.split(",") if types else ROOT_TYPES
-        for number, module in enumerate(collect(tree, wanted, optional)):
-            path = f"/.vmm/modules/{number:02}.ko"
-            ram.file(path, data=module)
-            lines.append(f"module {path}")
+    for number, module in enumerate(drivers(config, root)):
+        path = f"/.vmm/modules/{number:02}.ko"
+        ram.file(path, data=module)
+        lines.append(f"module {path}")
     if root is not None:
         lines += root.lines
+        lines.append(f"hostname {parameter(config.append, 'hostname') or HOSTNAME}")
     init = guest_init(config)
+    lines += networks(config, init)
     if init is not None:
         lines.append(f"init {init}")
     ram.file(".vmm/config", data="".join(f"{line}\n" for line in lines))
     return ram.bytes()
+
+
+def drivers(config: MachineConfig, root: Root | None) -> list[bytes]:
+    """The modules for what a machine is asked for, in the order to insert them.
+
+    An initrd may bring its own: without one, the drivers of devices are needed as much as the
+    agent's. Raises UsageError where the kernel lacks some, or they are not found.
+    """
+    from vmm.agent import needs
+    from vmm.agent.modules import Missing, collect, find_tree
+    from vmm.boot.kconfig import KernelFile
+
+    if config.kernel is None:
+        return []
+    wanted = [needs.bus(config), needs.Need("vmm exec", *needs.VSOCK)]
+    optional: list[str] = []
+    devices = needs.of_devices(config)
+    if config.initrds:
+        optional += [need.module for need in devices]
+    else:
+        wanted += devices
+    if root is not None:
+        wanted += [needs.of_module(f"--root {config.root}", name) for name in root.wanted]
+    elif not config.initrds and parameter(config.append, "root") is not None:
+        types = parameter(config.append, "rootfstype")
+        optional += ["virtio_blk", "virtiofs"]
+        optional += types.split(",") if types else ROOT_TYPES
+    optional += of_disks(config)
+    if config.nets:
+        optional.append(PACKETS)
+    if root is not None or optional:
+        optional.insert(0, BY_ANOTHER_NAME)
+    kernel = KernelFile(config.kernel)
+    tree = config.modules or find_tree(config.kernel)
+    if tree is None:
+        needs.check(kernel, wanted)
+        return []
+    names = list(dict.fromkeys(need.module for need in wanted))
+    try:
+        return collect(tree, names, list(dict.fromkeys(optional)), kernel.release)
+    except Missing as missing:
+        # modules.builtin may be missing in a tree, or be of another build.
+        needs.check(kernel, [need for need in wanted if need.module in missing.names], tree)
+        names = [name for name in names if name not in missing.names]
+        return collect(tree, names, list(dict.fromkeys(optional)), kernel.release)
+
+
+def of_disks(config: MachineConfig) -> list[str]:
+    """The modules of the file systems that are on disks beside the root: a root of its own kind,
+    a container's, cannot load them."""
+    from vmm.agent.root import modules_of, read_head, told_from
+
+    found = []
+    for drive in config.drives:
+        with suppress(OSError):
+            kind = told_from(read_head(drive.path))
+            if kind is not None:
+                found.append(modules_of(kind))
+    return found
+
+
+def networks(config: MachineConfig, init: str | None) -> list[str]:
+    """What init.c does with the cards: as the person says; else, where the guest has no init of its
+    own, what suits the kind."""
+    lines = []
+    cards = [net for net in config.nets if net.kind != "none"]
+    for number, net in enumerate(cards):
+        ip, gateway = net.ip, net.gateway
+        if not ip and init is None and config.root is not None:
+            ip, gateway = net.usual_ip
+        if ip == "dhcp":
+            lines.append(f"net eth{number} dhcp")
+        elif ip and ip != "off":
+            address, _, bits = ip.partition("/")
+            words = ["net", f"eth{number}", "static", address, bits, gateway or "-", *net.dns]
+            lines.append(" ".join(words))
+    return lines
 
 
 def check(config: MachineConfig) -> None:

@@ -9,15 +9,23 @@
  *     root SERIAL TYPE            the virtio disk of that serial number, with that file system
  *     overlay                     what is written to it goes to memory
  *     nosuid                      programs do not run as their owners: root's files are nobody's
+ *     mount TAG rw PATH           mount that virtiofs at PATH
+ *     mount TAG overlay PATH      the same, and what is written there goes to memory
+ *     hostname NAME               the guest's, and /etc/hosts knows it
+ *     net NAME dhcp               the card's address by DHCP
+ *     net NAME static ADDRESS BITS GATEWAY|- [DNS ...]
  */
 #include "agent.h"
 #include <net/if.h>
 
 #define CONFIG_MAX (64 << 10)
+#define LINES 300 /* of mount and net */
 #define PATIENCE 10000 /* milliseconds for a disk to appear */
 
 static int proc = -1;
-static const char *guest_init, *root_kind, *root_name;
+static const char *guest_init, *root_kind, *root_name, *hostname;
+static char *mounts[LINES], *nets[LINES];
+static int mount_count, net_count;
 static int overlay;
 static unsigned long root_flags;
 static char config[CONFIG_MAX];
@@ -39,6 +47,16 @@ static void insert(const char *path)
         sys_close(fd);
 }
 
+/* End the first word of a line; what is after it. */
+static char *part(char *line)
+{
+    while (*line && *line != ' ')
+        line++;
+    if (*line)
+        *line++ = 0;
+    return line;
+}
+
 static void read_config(void)
 {
     int fd = sys_open("/.vmm/config", O_RDONLY);
@@ -58,17 +76,18 @@ static void read_config(void)
         } else if ((rest = after(line, "init "))) {
             guest_init = rest;
         } else if ((rest = after(line, "root "))) {
-            char *blank = (char *)rest;
-            while (*blank && *blank != ' ')
-                blank++;
-            if (*blank)
-                *blank++ = 0;
             root_kind = rest;
-            root_name = blank;
+            root_name = part((char *)rest);
         } else if (!strcmp(line, "overlay")) {
             overlay = 1;
         } else if (!strcmp(line, "nosuid")) {
             root_flags = MS_NOSUID;
+        } else if ((rest = after(line, "hostname "))) {
+            hostname = rest;
+        } else if ((rest = after(line, "mount ")) && mount_count < LINES) {
+            mounts[mount_count++] = (char *)rest;
+        } else if ((rest = after(line, "net ")) && net_count < LINES) {
+            nets[net_count++] = (char *)rest;
         }
     }
 }
@@ -124,11 +143,21 @@ static void furnish(void)
 {
     static const struct {
         const char *target, *type, *data;
-    } mounts[] = {
-        {"proc", "proc", 0},          {"sys", "sysfs", 0},
-        {"dev", "devtmpfs", 0},       {"dev/pts", "devpts", "mode=620,ptmxmode=666"},
-        {"dev/shm", "tmpfs", "mode=1777"}, {"run", "tmpfs", "mode=755"},
+    } usual[] = {
+        {"proc", "proc", 0},
+        {"sys", "sysfs", 0},
+        {"dev", "devtmpfs", 0},
+        {"dev/pts", "devpts", "gid=5,mode=620,ptmxmode=666"},
+        {"dev/shm", "tmpfs", "mode=1777"},
+        {"dev/mqueue", "mqueue", 0},
+        {"run", "tmpfs", "mode=755"},
         {"tmp", "tmpfs", "mode=1777"},
+        {"sys/fs/cgroup", "cgroup2", 0},
+        {"sys/fs/bpf", "bpf", "mode=700"},
+        {"sys/kernel/debug", "debugfs", 0},
+        {"sys/kernel/tracing", "tracefs", 0},
+        {"sys/kernel/security", "securityfs", 0},
+        {"sys/kernel/config", "configfs", 0},
     };
     static const char *links[][2] = {
         {"/proc/self/fd", "dev/fd"},
@@ -139,19 +168,74 @@ static void furnish(void)
     struct ifreq loopback = {.ifr_name = "lo"};
     int fd;
 
-    for (size_t n = 0; n < sizeof mounts / sizeof *mounts; n++) {
-        sys_mkdir(mounts[n].target, 0755);
-        sys_mount(mounts[n].type, mounts[n].target, mounts[n].type, 0, mounts[n].data);
+    for (size_t n = 0; n < sizeof usual / sizeof *usual; n++) {
+        sys_mkdir(usual[n].target, 0755);
+        sys_mount(usual[n].type, usual[n].target, usual[n].type, 0, usual[n].data);
     }
     for (size_t n = 0; n < sizeof links / sizeof *links; n++)
         SYS3(symlinkat, links[n][0], AT_FDCWD, links[n][1]);
-    SYS2(sethostname, "vmm", 3);
     fd = (int)SYS3(socket, AF_INET, SOCK_DGRAM, 0);
     if (fd >= 0) {
         loopback.ifr_flags = IFF_UP | IFF_RUNNING;
         sys_ioctl(fd, 0x8914 /* SIOCSIFFLAGS */, &loopback);
         sys_close(fd);
     }
+}
+
+/* An upper directory is whose the lower one is, as what overlayfs shows for both is the upper's. */
+static void make_upper(const char *lower, const char *upper)
+{
+    struct stat found;
+
+    sys_mkdir(upper, 0755);
+    if (sys_fstatat(AT_FDCWD, lower, &found, 0))
+        return;
+    SYS5(fchownat, AT_FDCWD, upper, found.st_uid, found.st_gid, 0);
+    SYS3(fchmodat, AT_FDCWD, upper, found.st_mode & 07777);
+}
+
+/* The directory at `path` (absolute) below this one, and those above it. */
+static void make_directories(char *path)
+{
+    for (char *at = path + 1; *at; at++)
+        if (*at == '/') {
+            *at = 0;
+            sys_mkdir(path + 1, 0755);
+            *at = '/';
+        }
+    sys_mkdir(path + 1, 0755);
+}
+
+/* Mount a directory of the host's at its path in the guest's root, which is this directory. */
+static void mount_directory(char *line, int number)
+{
+    char *tag = line, name[21], lower[64], upper[64], work[64], options[256];
+    char *mode = part(tag), *path = part(mode);
+    int error;
+
+    make_directories(path);
+    if (!strcmp(mode, "overlay")) {
+        const char *digits = decimal(name, number);
+        join(lower, sizeof lower, "/.vmm/lower-", digits, (char *)0);
+        join(upper, sizeof upper, "/.vmm/over-", digits, "/upper", (char *)0);
+        join(work, sizeof work, "/.vmm/over-", digits, (char *)0);
+        sys_mkdir(lower, 0755);
+        sys_mkdir(work, 0755);
+        error = sys_mount(tag, lower, "virtiofs", MS_RDONLY, 0);
+        if (!error)
+            error = sys_mount("over", work, "tmpfs", 0, "mode=755");
+        make_upper(lower, upper);
+        join(work, sizeof work, "/.vmm/over-", digits, "/work", (char *)0);
+        sys_mkdir(work, 0755);
+        join(options, sizeof options, "lowerdir=", lower, ",upperdir=", upper, ",workdir=", work,
+             (char *)0);
+        if (!error)
+            error = sys_mount("overlay", path + 1, "overlay", root_flags, options);
+    } else {
+        error = sys_mount(tag, path + 1, "virtiofs", root_flags, 0);
+    }
+    if (error)
+        give_up("cannot mount", path, error);
 }
 
 /* Mount it at /.vmm/root and make it this directory. */
@@ -175,13 +259,15 @@ static void mount_asked_root(void)
     }
     if (overlay) {
         mount_or_give_up("over", "/.vmm/over", "tmpfs", 0, "mode=755");
-        sys_mkdir("/.vmm/over/upper", 0755);
+        make_upper("/.vmm/lower", "/.vmm/over/upper");
         sys_mkdir("/.vmm/over/work", 0755);
         mount_or_give_up("root", "/.vmm/root", "overlay", root_flags,
             "lowerdir=/.vmm/lower,upperdir=/.vmm/over/upper,workdir=/.vmm/over/work");
     }
     sys_chdir("/.vmm/root");
     furnish();
+    for (int n = 0; n < mount_count; n++)
+        mount_directory(mounts[n], n);
 }
 
 /* --- the root file system the kernel would have mounted --- */
@@ -328,6 +414,10 @@ _Noreturn void init(char **argv, char **envp)
         sys_chroot(".");
         sys_chdir("/");
     }
+    if (hostname)
+        name_host(hostname);
+    for (int n = 0; n < net_count; n++)
+        bring_up(nets[n], !guest_init && !kernels_root);
     start_agent(program, envp);
     if (guest_init) {
         become(guest_init, argv, envp);

@@ -16,17 +16,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PREFIXES = ("vmlinuz-", "vmlinux-", "bzImage-", "kernel-")
+    from vmm.initramfs.modules import Module
 
 
 def find_tree(kernel: str) -> str | None:
     """The `lib/modules/VERSION` that belongs to `kernel`, if it is where packages put it.
 
     That is lib/modules beside the kernel's directory (or the kernel), as in an unpacked package or
-    on the host itself, and the directory itself where a kernel lies among its modules.
+    on the host itself, the directory itself where a kernel lies among its modules, and the tree in
+    which it was built, where it has modules.
     """
+    from vmm.boot.kconfig import PREFIXES, build_tree
+
     path = os.path.realpath(kernel)
     directory, name = os.path.split(path)
+    built = build_tree(path)
+    if built is not None:
+        return built if os.path.isfile(os.path.join(built, "modules.order")) else None
     if os.path.isdir(os.path.join(directory, "kernel")):
         return directory
     version = next((name[len(p) :] for p in PREFIXES if name.startswith(p)), "")
@@ -42,58 +48,114 @@ def find_tree(kernel: str) -> str | None:
 
 
 def check_tree(path: str) -> None:
-    """UsageError where it is no lib/modules/VERSION."""
-    if not os.path.isdir(os.path.join(path, "kernel")):
+    """UsageError where it is no lib/modules/VERSION, nor a tree in which a kernel was built."""
+    if os.path.isdir(os.path.join(path, "kernel")) or os.path.isfile(
+        os.path.join(path, "modules.order")
+    ):
+        return
+    below = sorted(
+        name for name in _names(path) if os.path.isdir(os.path.join(path, name, "kernel"))
+    )
+    if below:
         raise UsageError(
-            f"--modules {path} has no directory 'kernel'; give the kernel's lib/modules/VERSION"
+            f"--modules {path} has several kernels' modules or one's; give one: "
+            f"{os.path.join(path, below[-1])}"
         )
+    raise UsageError(
+        f"--modules {path} has no directory 'kernel'; give the kernel's lib/modules/VERSION"
+    )
 
 
 def _only(base: str) -> list[str]:
     """The one directory in `base`; none where there are several: which would be a guess."""
-    try:
-        found = os.listdir(base)
-    except OSError:
-        return []
+    found = _names(base)
     return found if len(found) == 1 else []
 
 
-def collect(tree: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> list[bytes]:
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+class Missing(UsageError):
+    """A tree has some of the modules wanted neither as modules nor as built in: `names`."""
+
+    def __init__(self, names: list[str], tree: str, version: str) -> None:
+        super().__init__(
+            f"the agent needs {', '.join(names)}, which kernel {version} ({tree}) has neither "
+            "built in nor as a module"
+        )
+        self.names = names
+
+
+def collect(
+    tree: str, wanted: Sequence[str], optional: Sequence[str] = (), release: str = ""
+) -> list[bytes]:
     """The modules called `wanted` and all they depend on, in the order to insert them.
 
-    Those of `optional` are left out where the kernel does not have them.
+    Those of `optional` are left out where the kernel does not have them. `release` is the kernel's,
+    where it is known.
 
     Raises:
-        UsageError: the kernel has one of them neither built in nor as a module.
+        Missing: the kernel has some of them neither built in nor as a module.
+        UsageError: they are another kernel's; one is broken, or not whole.
     """
-    kept = _kept(tree, wanted, optional)
+    kept = _kept(tree, wanted, optional, release)
     if kept is not None:
         return kept
     from vmm.initramfs.modules import ModuleTree
 
     found = ModuleTree(tree)
-    names = []
+    names, missing = [], []
     for name in (*optional, *wanted):
-        try:
+        if found.has(name):
+            names.append(name)
+        elif name in wanted:
+            missing.append(name)
+    # What is there but cannot be had (not built yet) is told by `find`.
+    for name in wanted:
+        if name in missing and found.is_known(name):
             found.find(name)
-        except UsageError:
-            if name in wanted:
-                raise UsageError(
-                    f"the agent needs {name}, which kernel {found.version} ({tree}) has neither "
-                    "built in nor as a module"
-                ) from None
-            continue
-        names.append(name)
+    if missing:
+        raise Missing(missing, tree, found.version)
     modules = found.closure(names)
+    _check_release(tree, modules, release)
     lines = [_identity(module.file) for module in modules]
-    cache.write(_name(tree, wanted, optional), "\n".join(["found", *lines]).encode())
+    head = f"found {_lists(tree)}"
+    cache.write(
+        _name(tree, wanted, optional, release),
+        "\n".join([head, *lines]).encode("utf-8", "surrogateescape"),
+    )
     return [module.read() for module in modules]
 
 
-def _name(tree: str, wanted: Sequence[str], optional: Sequence[str]) -> str:
+def _check_release(tree: str, modules: Sequence[Module], release: str) -> None:
+    """UsageError where the modules were built for another kernel, which would refuse them."""
+    built_for = next((module.release for module in modules if module.release), "")
+    if built_for and release and built_for != release:
+        raise UsageError(
+            f"--modules {tree}: these modules are of kernel {built_for}, and the kernel is "
+            f"{release}; give lib/modules/{release}"
+        )
+
+
+def _lists(tree: str) -> str:
+    """What changes when a kernel is built anew, perhaps with what was a module built in."""
+    stamps = []
+    for name in ("modules.builtin", "modules.order"):
+        try:
+            stamps.append(_identity(os.path.join(tree, name)).rpartition(" ")[0])
+        except OSError:
+            stamps.append("none")
+    return ", ".join(stamps)
+
+
+def _name(tree: str, wanted: Sequence[str], optional: Sequence[str], release: str) -> str:
     from hashlib import sha256
 
-    text = "\n".join([os.path.realpath(tree), *wanted, "", *optional])
+    text = "\n".join([os.path.realpath(tree), release, *wanted, "", *optional])
     return "modules-" + sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
@@ -102,16 +164,21 @@ def _identity(path: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {path}"
 
 
-def _kept(tree: str, wanted: Sequence[str], optional: Sequence[str]) -> list[bytes] | None:
+def _kept(
+    tree: str, wanted: Sequence[str], optional: Sequence[str], release: str
+) -> list[bytes] | None:
     """What was found before, if it is still so."""
-    data = cache.read(_name(tree, wanted, optional))
+    data = cache.read(_name(tree, wanted, optional, release))
     if data is None:
         return None
     modules = []
     from vmm.initramfs.modules import Module
 
     try:
-        for line in data.decode("utf-8", "surrogateescape").split("\n")[1:]:
+        head, *lines = data.decode("utf-8", "surrogateescape").split("\n")
+        if head != f"found {_lists(tree)}":
+            return None
+        for line in lines:
             path = line.split(" ", 2)[2]
             if _identity(path) != line:
                 return None

@@ -95,6 +95,7 @@ class GuestProcess:
         stdin, stdout, stderr: PIPE or DEVNULL; stderr also STDOUT.
         env: added to the guest's usual variables (PATH, HOME, USER, ...); None takes one out.
         cwd: its directory; `/` otherwise.
+        user: whom it runs as: USER or USER:GROUP, names or numbers in the guest; root otherwise.
         text, encoding, errors: strings instead of bytes.
         tty: it gets a terminal of its own; its output all comes by stdout.
         size: the terminal's rows and columns.
@@ -107,6 +108,7 @@ class GuestProcess:
     Raises:
         FileNotFoundError, PermissionError, OSError: it cannot be executed, as Popen's.
         subprocess.TimeoutExpired: it was not started within `timeout`.
+        LookupError: the guest has no such user or group.
         AgentError: the agent cannot be reached, or does not answer.
     """
 
@@ -120,6 +122,7 @@ class GuestProcess:
         stderr: int = PIPE,
         env: Mapping[str, str | None] | None = None,
         cwd: Word | None = None,
+        user: str | int | None = None,
         shell: bool = False,
         text: bool = False,
         encoding: str | None = None,
@@ -135,9 +138,10 @@ class GuestProcess:
         begun = time.monotonic()
         argv = words(args, shell)
         flags = flags_of(stdin, stdout, stderr, tty)
+        whom = "" if user is None else str(user)
         first = wire.request(
-            wire.EXECUTE, argv, directory=cwd or "", environment=wire.environment(env),
-            flags=flags, size=size,
+            wire.EXECUTE, argv, directory=cwd or "", flags=flags, size=size, user=whom,
+            environment=wire.environment(env, user=whom, tty=tty),
         )  # fmt: skip
         self.returncode: int | None = None
         self._collected = [bytearray(), bytearray(), bytearray()]
@@ -154,7 +158,7 @@ class GuestProcess:
             )
             if not started:
                 raise not_started(args, timeout)
-            failure = session.failure(argv, cwd)
+            failure = session.failure(argv, cwd, whom)
             if failure is not None:
                 raise failure
         except BaseException:

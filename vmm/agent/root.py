@@ -13,6 +13,8 @@ from vmm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.block.drive import Drive
     from vmm.virtio.fs import Share
 
@@ -27,6 +29,10 @@ _MAGIC = (
     (0x8001, b"CD001", "iso9660"),
     (0x400, b"\x10\x20\xf5\xf2", "f2fs"),
 )
+KERNELS = ("proc", "sys", "dev")
+"""Directories that are the guest's kernel's; GUESTS: that are in its memory besides."""
+GUESTS = ("run", "tmp")
+DIRECTORIES_MAX = 64
 _READ_ONLY = ("squashfs", "erofs", "iso9660")
 _MODULES = {"iso9660": "isofs"}
 
@@ -36,16 +42,35 @@ class Root:
 
     Attributes:
         share, drive: what the machine gets for it; one of them is None.
+        shares: all directories by virtio-fs: the root's, then those of `rw` and `overlay`.
         lines: what the agent is told (vmm/agent/init.c).
         wanted: the modules it takes.
     """
 
-    __slots__ = ("drive", "lines", "path", "share", "wanted")
+    __slots__ = ("drive", "lines", "path", "share", "shares", "wanted")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, rw: Sequence[str] = (), overlay: Sequence[str] = ()) -> None:
         self.path = path
         self.share: Share | None = None
         self.drive: Drive | None = None
+        self._look(path)
+        self.shares: tuple[Share, ...] = (self.share,) if self.share is not None else ()
+        if rw or overlay:
+            self._add(directories(rw, overlay))
+
+    def _add(self, found: dict[str, str]) -> None:
+        """Directories of the host at the same path in the guest, those above others first."""
+        from vmm.virtio.fs import Share
+
+        for number, (path, mode) in enumerate(sorted(found.items())):
+            tag = f"vmm-dir-{number}"
+            self.shares += (Share(path, tag=tag, readonly=mode == "overlay"),)
+            self.lines.append(f"mount {tag} {mode} {path}")
+        self.wanted.append("virtiofs")
+        if "overlay" in found.values():
+            self.wanted.append("overlay")
+
+    def _look(self, path: str) -> None:
         if os.path.isdir(path):
             from vmm.virtio.fs import Share
 
@@ -74,18 +99,47 @@ def image_format(path: str) -> str:
         return detect(file.fileno(), os.fstat(file.fileno()).st_size)
 
 
+def directories(rw: Sequence[str], overlay: Sequence[str]) -> dict[str, str]:
+    """The real paths of what --rw and --overlay name, and `rw` or `overlay`. Raises UsageError."""
+    found: dict[str, str] = {}
+    for mode, paths in (("rw", rw), ("overlay", overlay)):
+        for path in paths:
+            option, real = f"--{mode} {path}", os.path.realpath(path)
+            if not os.path.isdir(real):
+                raise UsageError(f"{option}: no such directory")
+            if real in found:
+                other = " and --".join(dict.fromkeys((found[real], mode)))
+                raise UsageError(f"{option}: the directory is given twice (--{other})")
+            if real == "/" or "\n" in real:
+                what = "is all of the host" if real == "/" else "has a line break in its name"
+                raise UsageError(f"{option} {what}; give the directory that is to be written to")
+            top = real.split("/", 2)[1]
+            if top in KERNELS:
+                raise UsageError(f"{option}: /{top} is the guest's own; give another directory")
+            found[real] = mode
+    if len(found) > DIRECTORIES_MAX:
+        raise UsageError(f"--rw and --overlay: at most {DIRECTORIES_MAX} directories")
+    return found
+
+
+def keeps(root: str, directories: Sequence[str], path: str) -> bool:
+    """Whether a directory of the host is at the same path in the guest."""
+    for directory in map(os.path.realpath, directories):
+        if path == directory or path.startswith(f"{directory}/"):
+            return True
+    return os.path.realpath(root) == "/" and path.split("/", 2)[1] not in KERNELS + GUESTS
+
+
 def file_system(path: str) -> str:
     """The file system in an image, as mount(8) calls it. Raises UsageError."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(0x10100)
+        head = read_head(path)
     except OSError as err:
         raise UsageError(
             f"--root {path}: {err.strerror}; give a directory, or an image of a file system"
         ) from None
-    for offset, magic, name in _MAGIC:
-        if head[offset : offset + len(magic)] == magic:
-            return name
+    if (name := told_from(head)) is not None:
+        return name
     format = image_format(path)
     if format != "raw":
         raise UsageError(
@@ -99,3 +153,22 @@ def file_system(path: str) -> str:
             f"({known})"
         )
     raise UsageError(f"--root {path} is no image of a file system known here: {known}")
+
+
+def read_head(path: str) -> bytes:
+    """As much of an image as `told_from` looks at. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(0x10100)
+
+
+def told_from(head: bytes) -> str | None:
+    """The file system whose beginning this is, as mount(8) calls it."""
+    for offset, magic, name in _MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            return name
+    return None
+
+
+def modules_of(kind: str) -> str:
+    """The kernel module of a file system."""
+    return _MODULES.get(kind, kind)

@@ -22,7 +22,7 @@ static int input_ended, is_terminal;
 static char output[ROOM + RESERVE]; /* for the host */
 static size_t output_at, output_size;
 static char words[REQUEST_MAX];
-static char *pointers[WORDS_MAX + 2];
+static char *pointers[WORDS_MAX + 2 + USUAL_MAX];
 
 /* Not every init of a guest takes what its orphans leave. */
 static void reap(void)
@@ -273,6 +273,7 @@ static void read_request(struct command *command)
         lost();
     command->request = &request;
     command->directory = word(&at, &left);
+    command->user = request.flags & USER ? word(&at, &left) : 0;
     command->argv = next;
     for (u32 count = request.argc; count; count--)
         *next++ = word(&at, &left);
@@ -297,6 +298,7 @@ static void start(int in_guest)
     u64 mask = 1ull << (SIGCHLD - 1);
 
     read_request(&command);
+    command.in_guest = in_guest;
     if (command.request->kind == POWER_OFF) {
         if (in_guest)
             power_off();

@@ -45,6 +45,47 @@ static int execute(const struct command *command)
     return error;
 }
 
+/* Add NAME=VALUE to the environment, where it has no NAME yet; there is room for USUAL_MAX. */
+static void add_variable(char **envp, char *buffer, size_t size, const char *name, const char *value)
+{
+    char **end = envp;
+
+    for (; *end; end++) {
+        const char *rest = after(*end, name);
+        if (rest && *rest == '=')
+            return;
+    }
+    join(buffer, size, name, "=", value, (char *)0);
+    end[0] = buffer;
+    end[1] = 0;
+}
+
+/* Go on as the command's user: with its own streams, which else are root's to open again by
+ * /dev/stdout or /dev/tty, its groups, and its HOME. */
+static int become(const struct command *command)
+{
+    static struct user user;
+    static char home[1100], name[100], logname[100], shell[1100];
+    int error = find_user(command->user, &user), tty = command->request->flags & TERMINAL;
+
+    if (error)
+        return error;
+    for (int stream = IN; stream <= ERR; stream++) {
+        struct stat found;
+        if (!sys_fstatat(stream, "", &found, AT_EMPTY_PATH) &&
+            (S_ISFIFO(found.st_mode) || tty))
+            SYS3(fchown, stream, user.uid, tty ? found.st_gid : user.gid);
+    }
+    error = become_user(&user);
+    add_variable(command->envp, home, sizeof home, "HOME", *user.home ? user.home : "/");
+    add_variable(command->envp, shell, sizeof shell, "SHELL", user.shell);
+    if (*user.name) {
+        add_variable(command->envp, name, sizeof name, "USER", user.name);
+        add_variable(command->envp, logname, sizeof logname, "LOGNAME", user.name);
+    }
+    return error;
+}
+
 static _Noreturn void child(const struct command *command, const int ends[STREAMS], int report)
 {
     struct news news = {0, CANNOT_EXECUTE};
@@ -67,7 +108,11 @@ static _Noreturn void child(const struct command *command, const int ends[STREAM
         SYS1(umask, 0);
         sys_exit((kind == PUT ? tree_put : tree_get)(command->argv[0]));
     }
-    if (*command->directory) {
+    if (command->user) {
+        news.error = become(command);
+        news.what = CANNOT_BECOME;
+    }
+    if (!news.error && *command->directory) {
         news.error = sys_chdir(command->directory);
         news.what = CANNOT_CHANGE_DIRECTORY;
     }
@@ -79,13 +124,29 @@ static _Noreturn void child(const struct command *command, const int ends[STREAM
     sys_exit(127);
 }
 
-/* The two ends of a new terminal. */
-static int terminal(const struct request *request, int ends[2])
+/* A new terminal's master. Not every guest has a devpts: an initrd's init, for one, may do without
+ * until somebody wants a terminal. */
+static int open_master(int in_guest)
 {
-    struct winsize size = {request->rows, request->columns, 0, 0};
+    int fd = sys_open("/dev/ptmx", O_RDWR | O_NOCTTY);
+
+    if (fd >= 0 || !in_guest)
+        return fd;
+    sys_mkdir("/dev", 0755);
+    sys_mkdir("/dev/pts", 0755);
+    if (sys_mount("devpts", "/dev/pts", "devpts", 0, "mode=620,ptmxmode=666"))
+        return fd;
+    fd = sys_open("/dev/ptmx", O_RDWR | O_NOCTTY);
+    return fd >= 0 ? fd : sys_open("/dev/pts/ptmx", O_RDWR | O_NOCTTY);
+}
+
+/* The two ends of a new terminal. */
+static int terminal(const struct command *command, int ends[2])
+{
+    struct winsize size = {command->request->rows, command->request->columns, 0, 0};
     int unlocked = 0;
 
-    ends[0] = sys_open("/dev/ptmx", O_RDWR | O_NOCTTY);
+    ends[0] = open_master(command->in_guest);
     if (ends[0] < 0)
         return ends[0];
     sys_ioctl(ends[0], TIOCSPTLCK, &unlocked);
@@ -95,8 +156,9 @@ static int terminal(const struct request *request, int ends[2])
 }
 
 /* Our ends and the command's; /dev/null is our own standard input. */
-static int connect_streams(const struct request *request, int ours[STREAMS], int theirs[STREAMS])
+static int connect_streams(const struct command *command, int ours[STREAMS], int theirs[STREAMS])
 {
+    const struct request *request = command->request;
     static const int null_flag[STREAMS] = {NULL_IN, NULL_OUT, NULL_ERR};
     int pair[2], error;
 
@@ -105,7 +167,7 @@ static int connect_streams(const struct request *request, int ours[STREAMS], int
         theirs[stream] = 0;
     }
     if (request->kind == EXECUTE && request->flags & TERMINAL) {
-        error = terminal(request, pair);
+        error = terminal(command, pair);
         if (error < 0)
             return error;
         ours[OUT] = pair[0];
@@ -135,7 +197,7 @@ int spawn(const struct command *command, int streams[STREAMS], u32 *what)
     struct news news = {0, 0};
 
     *what = CANNOT_START;
-    pid = connect_streams(command->request, streams, theirs);
+    pid = connect_streams(command, streams, theirs);
     if (pid >= 0)
         pid = sys_pipe(report, O_CLOEXEC);
     if (pid < 0)

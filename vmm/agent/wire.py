@@ -29,8 +29,8 @@ REQUEST, DATA, END, CREDIT, SIGNAL, RESIZE = 1, 2, 3, 4, 5, 6
 STARTED, FAILED, EXITED = 16, 17, 18
 IN, OUT, ERR = 0, 1, 2
 EXECUTE, PUT, GET, POWER_OFF = 1, 2, 3, 4
-NULL_IN, NULL_OUT, NULL_ERR, ERR_TO_OUT, TERMINAL = 1, 2, 4, 8, 16
-CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START = 0, 1, 2
+NULL_IN, NULL_OUT, NULL_ERR, ERR_TO_OUT, TERMINAL, USER = 1, 2, 4, 8, 16, 32
+CANNOT_EXECUTE, CANNOT_CHANGE_DIRECTORY, CANNOT_START, CANNOT_BECOME = 0, 1, 2, 3
 
 WINDOW = 256 << 10
 """Bytes of a stream that its reader has not taken."""
@@ -49,6 +49,10 @@ USUAL = {
     "SHELL": "/bin/sh",
 }
 """A command's environment in the guest."""
+OF_USER = ("HOME", "USER", "LOGNAME", "SHELL")
+"""Of these, what the guest's /etc/passwd says of the user a command runs as."""
+TERM = "xterm"
+"""The kind of terminal a command with one is told, where nothing else is said."""
 _OUTPUT = (OUT, ERR)
 _SIZES = {STARTED: 4, FAILED: 8, EXITED: 8, CREDIT: 4, END: 0}
 
@@ -61,8 +65,10 @@ def request(
     environment: Mapping[str, str] | None = None,
     flags: int = 0,
     size: tuple[int, int] = (24, 80),
+    user: str = "",
 ) -> bytes:
-    """A connection's first frame. `size` is a terminal's, rows and columns.
+    """A connection's first frame. `size` is a terminal's, rows and columns; `user` is USER[:GROUP],
+    names or numbers in the guest.
 
     Raises:
         ValueError: a NUL in a string, or a `=` in a variable's name.
@@ -74,6 +80,7 @@ def request(
             raise ValueError(f"illegal environment variable name {name!r}")
     words = [
         os.fsencode(directory),
+        *([os.fsencode(user)] if user else []),
         *map(os.fsencode, argv),
         *(os.fsencode(name) + b"=" + os.fsencode(value) for name, value in pairs),
     ]
@@ -81,7 +88,8 @@ def request(
         raise ValueError("embedded null byte")
     text = b"\0".join(words) + b"\0"
     if len(text) > REQUEST_MAX or len(words) > WORDS_MAX:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(words[1]))
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), os.fsdecode(argv[0]))
+    flags |= USER if user else 0
     head = _REQUEST.pack(MAGIC, VERSION, kind, flags, *size, len(argv), len(pairs))
     return FRAME.pack(REQUEST, 0, 0, len(head) + len(text)) + head + text
 
@@ -194,7 +202,7 @@ class Session:
                 raise AgentError("the guest's agent started nothing")
         elif kind == FAILED:
             number, what = _PAIR.unpack(data)
-            if not is_errno(number) or what > CANNOT_START:
+            if not is_errno(number) or what > CANNOT_BECOME:
                 raise AgentError(f"the guest's agent sent error {number} of kind {what}")
             self.failed = number, what
         elif not self.pid:
@@ -207,12 +215,22 @@ class Session:
         if self.complete:
             self.refused = True
 
-    def failure(self, argv: Sequence[object], directory: object) -> Exception | None:
-        """`failed` as subprocess raises it: FileNotFoundError, PermissionError, ..."""
+    def failure(
+        self, argv: Sequence[object], directory: object, user: str = ""
+    ) -> Exception | None:
+        """`failed` as subprocess raises it: FileNotFoundError, PermissionError, ...; LookupError
+        where the guest has no such user or group."""
         if self.failed is None:
             return None
         number, what = self.failed
         name = directory if what == CANNOT_CHANGE_DIRECTORY else argv[0]
+        if what == CANNOT_BECOME:
+            if number in (errno.ENOENT, errno.ESRCH):
+                name, _, group = user.partition(":")
+                which = f"user {name}" if number == errno.ENOENT else f"group {group}"
+                file = "passwd" if number == errno.ENOENT else "group"
+                return LookupError(f"the guest's /etc/{file} has no {which}")
+            return OSError(number, os.strerror(number), f"user {user}")
         if what == CANNOT_START:
             return AgentError(f"the guest cannot start a process: {os.strerror(number)}")
         return OSError(number, os.strerror(number), str(name))
@@ -288,7 +306,18 @@ class Session:
         self.out += FRAME.pack(RESIZE, 0, 0, 4) + struct.pack("<HH", rows, columns)
 
 
-def environment(given: Mapping[str, str | None] | None) -> dict[str, str]:
-    """The usual variables with what was given over them; None takes one out."""
-    merged: dict[str, str | None] = {**USUAL, **(given or {})}
+def environment(
+    given: Mapping[str, str | None] | None, *, user: str = "", tty: bool = False
+) -> dict[str, str]:
+    """The usual variables with what was given over them; None takes one out.
+
+    With a `user`, HOME and the like are the guest's to say; with a terminal, there is a TERM.
+    """
+    merged: dict[str, str | None] = dict(USUAL)
+    if user:
+        for name in OF_USER:
+            del merged[name]
+    if tty:
+        merged["TERM"] = TERM
+    merged.update(given or {})
     return {name: value for name, value in merged.items() if value is not None}

@@ -160,6 +160,7 @@ class AsyncGuestProcess:
         stderr: int = PIPE,
         env: Mapping[str, str | None] | None = None,
         cwd: Word | None = None,
+        user: str | int | None = None,
         shell: bool = False,
         text: bool = False,
         encoding: str | None = None,
@@ -174,9 +175,10 @@ class AsyncGuestProcess:
         argv = words(args, shell)
         flags = flags_of(stdin, stdout, stderr, tty)
         session = Session(wire.EXECUTE, flags)
+        whom = "" if user is None else str(user)
         session.out += wire.request(
-            wire.EXECUTE, argv, directory=cwd or "", environment=wire.environment(env),
-            flags=flags, size=size,
+            wire.EXECUTE, argv, directory=cwd or "", flags=flags, size=size, user=whom,
+            environment=wire.environment(env, user=whom, tty=tty),
         )  # fmt: skip
         # Now: once it is started, a quick command's may have ended.
         pipes = (not session.refused, not session.ended[OUT], not session.ended[ERR])
@@ -188,7 +190,7 @@ class AsyncGuestProcess:
                     await connection.wait_for(lambda: bool(session.pid or session.failed))
             except TimeoutError:
                 raise not_started(args, timeout) from None
-            failure = session.failure(argv, cwd)
+            failure = session.failure(argv, cwd, whom)
             if failure is not None:
                 raise failure
         except BaseException:

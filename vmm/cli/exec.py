@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 EXIT_CANNOT_EXECUTE, EXIT_NOT_FOUND = 126, 127
+COMPLAINT = "vmm-agent: "
 CONSOLE_LINES = 15
 """Lines of the console shown where the machine ended and not the command."""
 SIGNALS = (
@@ -44,7 +45,8 @@ does a command that goes on for --grace seconds after SIGTERM.
 PARSER = Parser(
     "vmm exec",
     "Boot KERNEL, run CMD in it, and end with its status. Its standard input, output and error "
-    "are this command's.",
+    "are this command's. In a tree where a kernel was built KERNEL may be left out (or be the "
+    "tree): it is that kernel then, with its modules, and --root is /.",
     (
         Option(
             "--root",
@@ -59,12 +61,39 @@ PARSER = Parser(
             repeat=True,
             help="a variable of the command's environment; NAME alone: with the value it has here",
         ),
-        Option("-w", "--workdir", metavar="DIR", help="the command's directory (default /)"),
+        Option(
+            "--rw",
+            metavar="DIR",
+            repeat=True,
+            help="a directory here that the guest has at the same path and may write",
+        ),
+        Option(
+            "--overlay",
+            metavar="DIR",
+            repeat=True,
+            help="a directory here that the guest has at the same path; what it writes there goes "
+            "with the machine",
+        ),
+        Option(
+            "-u",
+            "--user",
+            metavar="USER",
+            help="whom the command runs as: USER or USER:GROUP, names or numbers of the guest "
+            "(default root)",
+        ),
+        Option(
+            "-w",
+            "--workdir",
+            metavar="DIR",
+            help="the command's directory (default /; with --root /, or inside of --rw and "
+            "--overlay, the one you are in)",
+        ),
         Option("-t", "--tty", help="give the command a terminal, this one"),
         Option(
             "--modules",
             metavar="DIR",
-            help="the kernel's lib/modules/VERSION, if it is not beside the kernel",
+            help="the kernel's lib/modules/VERSION, or the tree it was built in, if it is not "
+            "beside the kernel",
         ),
         *(option for option in run.PARSER.options if option.name not in NOT_HERE),
     ),
@@ -77,9 +106,11 @@ PARSER = Parser(
 def main(argv: Sequence[str]) -> int:
     """Boot, run the command; the exit status (see EPILOG)."""
     before, dashes, command = _split(list(argv))
-    args = PARSER.parse(before)
+    from vmm.cli.exec_words import parse
+
+    args, tree = parse(PARSER, before, command, dashes)
     if args.given(HELP):
-        answer(PARSER.help_text())
+        answer(PARSER.help_text().replace(" KERNEL ", " [KERNEL] ", 1))
         return EXIT_OK
     if not command:
         after = " after --" if dashes else "; it comes after --"
@@ -88,26 +119,60 @@ def main(argv: Sequence[str]) -> int:
     tty = args.given("--tty")
     if tty and not os.isatty(0):
         raise UsageError("--tty: standard input is no terminal; leave --tty out")
-    config = configure(args)
+    config = configure(args, tree)
+    directory, note = _directory(args, config)
+    user = args.value("--user")
+    if args.given("--user") and not user.partition(":")[0]:
+        raise UsageError(f"--user {user!r} has no name; say USER or USER:GROUP, as in 1000:1000")
     from vmm.agent.wire import EXECUTE, TERMINAL, request
     from vmm.agent.wire import environment as merged
 
     size = _terminal_size() if tty else (24, 80)
     try:
         first = request(
-            EXECUTE, command, directory=args.value("--workdir"), environment=merged(environment),
-            flags=TERMINAL if tty else 0, size=size,
+            EXECUTE, command, directory=directory, flags=TERMINAL if tty else 0, size=size,
+            environment=merged(environment, user=user, tty=tty), user=user,
         )  # fmt: skip
     except (OSError, ValueError) as err:
         raise UsageError(f"the command cannot be: {err}") from None
-    return _run(config, command, args.value("--workdir"), first, tty, args.value("--grace"))
+    return _run(config, command, directory, first, tty, user, args.value("--grace"), note)
 
 
-def configure(args: Arguments) -> MachineConfig:
-    """The machine's configuration."""
+def _directory(args: Arguments, config: MachineConfig) -> tuple[str, str]:
+    """The command's directory, empty for the guest's /; and what is to be said about it."""
+    if args.given("--workdir"):
+        return args.value("--workdir"), ""
+    from vmm.agent.root import keeps
+
+    try:
+        here = os.getcwd()
+    except OSError:  # it has been removed
+        return "", ""
+    if config.root is not None and keeps(config.root, config.rw + config.overlay, here):
+        return here, ""
+    if config.root is not None and os.path.realpath(config.root) == "/":
+        top = here.split("/", 2)[1]
+        return "", (
+            f"{here} is not in the guest, which has a /{top} of its own: the command begins in /; "
+            f"--overlay {here} (or --rw) brings it there"
+        )
+    return "", ""
+
+
+def configure(args: Arguments, tree: str | None = None) -> MachineConfig:
+    """The machine's configuration; `tree` is where its kernel was built, where that was given for
+    it."""
     more: dict[str, object] = {"agent": True}
     if args.given("--root"):
         more["root"] = args.value("--root")
+    elif tree is not None and not args.given("--initrd"):
+        from vmm.agent.archive import parameter
+
+        if parameter(" ".join(args.values("--append")), "root") is None:
+            more["root"] = "/"
+    for option in ("--rw", "--overlay"):
+        if args.given(option):
+            more[option[2:]] = args.values(option)
     if args.given("--modules"):
         more["modules"] = args.value("--modules")
     config = run.configure(args, "none", more)
@@ -133,7 +198,9 @@ def _run(
     directory: str,
     first: bytes,
     tty: bool,
+    user: str,
     grace_text: str,
+    note: str,
 ) -> int:
     from vmm.cli.relay import Relay
     from vmm.cli.status import StatusLine
@@ -150,6 +217,9 @@ def _run(
         machine.on_error = say
         if config.trace:
             run.describe(machine)
+            say(_kernels_modules(config))
+        if note:
+            say(note)
         run.warn_of_host(machine)
         status.say("starting the guest", lambda: _last_line(machine))
         with Relay(machine, signals, tty, grace) as relay:
@@ -159,6 +229,7 @@ def _run(
                 relay.wait_for_agent()
                 status.end()
                 if machine.exit is None:
+                    _pass_on(machine)
                     with Terminal(0 if tty else -1, post=False):
                         relay.serve(first)
             except AgentError as err:
@@ -167,9 +238,9 @@ def _run(
                     _show_console(machine)
                     say(str(err))
                     return EXIT_AGENT
-            failure = relay.session.failure(command, directory)
+            failure = relay.session.failure(command, directory, user)
             if failure is not None:
-                return _cannot(failure)
+                return _cannot(failure, directory)
             if relay.session.returncode is not None:
                 code = relay.session.returncode
                 return code if code >= 0 else 128 - code
@@ -180,11 +251,38 @@ def _run(
     return _machine_ended(machine, known)
 
 
-def _cannot(failure: Exception) -> int:
+def _kernels_modules(config: MachineConfig) -> str:
+    """What was taken for the kernel, and where its modules are from."""
+    from vmm.agent.modules import find_tree
+    from vmm.boot.kconfig import KernelFile
+    from vmm.initramfs.modules import is_build_tree
+
+    assert config.kernel is not None
+    tree = config.modules or find_tree(config.kernel)
+    where = f"modules from {tree}" if tree else "no modules: what it needs is built in"
+    if tree and is_build_tree(tree):
+        where = f"modules from {tree}, where it was built"
+    return f"kernel {KernelFile(config.kernel).release or 'of unknown release'}, {where}"
+
+
+def _pass_on(machine: Machine) -> None:
+    """What the agent could not do, and went on without: on the console nobody would see it."""
+    for line in machine.console.text().replace("\r", "").split("\n"):
+        if line.startswith(COMPLAINT):
+            say(f"in the guest: {line.removeprefix(COMPLAINT)}")
+
+
+def _cannot(failure: Exception, directory: str) -> int:
     """The command could not be started."""
+    if isinstance(failure, LookupError):
+        say(f"--user: {failure.args[0]}; names and numbers are the guest's")
+        return EXIT_CANNOT_EXECUTE
     if not isinstance(failure, OSError):
         say(str(failure))
         return EXIT_AGENT
+    if directory and failure.filename == directory:
+        say(f"--workdir {directory}: {failure.strerror} (in the guest)")
+        return EXIT_CANNOT_EXECUTE
     say(f"{failure.filename}: {failure.strerror} (in the guest)")
     return EXIT_NOT_FOUND if isinstance(failure, FileNotFoundError) else EXIT_CANNOT_EXECUTE
 

@@ -3,12 +3,13 @@
 A tree that was installed has `modules.dep`; one that `dpkg -x` unpacked has not. The modules
 themselves say what they depend on (`depends=` in the ELF section .modinfo, written by modpost), so
 that is read: it needs no depmod, and is right for both kinds of tree.
+
+A tree in which a kernel was built is one too: modules.order says where in it the modules lie.
 """
 
 from __future__ import annotations
 
 import difflib
-import lzma
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -18,7 +19,10 @@ from vmm.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_SUFFIXES = (".ko", ".ko.xz")
+_SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
+_PACKERS = {".xz": "xz", ".gz": "gzip", ".zst": "zstd"}
+_SIZE_MAX = 256 << 20
+"""Bytes of a module, unpacked; the largest of a distribution's has 8 MB with its symbols."""
 _ELF64 = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 
@@ -39,33 +43,88 @@ class Module:
         if self._data is None:
             with open(self.file, "rb") as file:
                 data = file.read()
-            if self.file.endswith(".xz"):
-                try:
-                    data = lzma.decompress(data)
-                except lzma.LZMAError as error:
-                    raise UsageError(f"kernel module {self.file}: not xz data: {error}") from error
-            self._data = data
+            kind = _PACKERS.get(os.path.splitext(self.file)[1])
+            self._data = _unpacked(data, kind, self.file) if kind else data
         return self._data
+
+    @property
+    def release(self) -> str:
+        """The kernel's that it was built for (`vermagic`); empty where it does not say."""
+        words = " ".join(self.info("vermagic")).split()
+        return words[0] if words else ""
 
     def info(self, key: str) -> list[str]:
         """The values of `key` in .modinfo, in the order they are there."""
         start = key.encode() + b"="
         strings = _section(self.read(), b".modinfo", self.file).split(b"\0")
-        return [entry[len(start) :].decode() for entry in strings if entry.startswith(start)]
+        return [
+            entry[len(start) :].decode("utf-8", "replace")
+            for entry in strings
+            if entry.startswith(start)
+        ]
+
+
+def _unpacked(data: bytes, kind: str, path: str) -> bytes:
+    if kind == "zstd":
+        return _by_zstd(data, path)
+    import lzma
+    import zlib
+
+    try:
+        unpacker = lzma.LZMADecompressor() if kind == "xz" else zlib.decompressobj(31)
+        made: bytes = unpacker.decompress(data, _SIZE_MAX)
+        if not unpacker.eof:
+            raise ValueError("they end early, or unpack to too much")
+    except (lzma.LZMAError, zlib.error, ValueError) as error:
+        raise UsageError(f"kernel module {path}: its {kind} data are broken: {error}") from error
+    return made
+
+
+def _by_zstd(data: bytes, path: str) -> bytes:
+    """By the reference library, or else the program."""
+    import shutil
+    import subprocess
+
+    try:
+        import zstandard
+    except ImportError:
+        pass
+    else:
+        try:
+            made: bytes = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        except zstandard.ZstdError as error:
+            raise UsageError(f"kernel module {path}: its zstd data are broken: {error}") from error
+        return made
+
+    program = shutil.which("zstd")
+    if program is None:
+        raise UsageError(
+            f"kernel module {path} is packed with zstd: apt-get install zstd, or pip install "
+            "zstandard"
+        )
+    done = subprocess.run([program, "-dc"], input=data, capture_output=True, check=False)
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise UsageError(f"kernel module {path}: its zstd data are broken: {said}")
+    return done.stdout
 
 
 class ModuleTree:
-    """A directory `lib/modules/VERSION`, as installed or as `dpkg -x` leaves it."""
+    """A directory `lib/modules/VERSION`, as installed or as `dpkg -x` leaves it, or a tree in which
+    a kernel was built."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.version = os.path.basename(os.path.normpath(self.path))
-        if not os.path.isdir(os.path.join(self.path, "kernel")):
+        self.built_here = is_build_tree(self.path)
+        if self.built_here:
+            self.version = _first_line(self.path, "include/config/kernel.release") or self.version
+        elif not os.path.isdir(os.path.join(self.path, "kernel")):
             raise UsageError(
                 f"kernel modules: {self.path} has no directory 'kernel';"
                 " give an unpacked kernel package's lib/modules/VERSION"
             )
-        self._modules = self._scan()
+        self._modules = self._read_order() if self.built_here else self._scan()
         self._builtin = self._read_builtin()
 
     def find(self, name: str) -> Module | None:
@@ -77,9 +136,23 @@ class ModuleTree:
         module = self._modules.get(key)
         if module is not None or key in self._builtin:
             return module
+        if self.built_here and key in self._ordered:
+            raise UsageError(
+                f"kernel {self.version} has the module {name!r}, which is not built yet; run "
+                f"make modules in {self.path}"
+            )
         close = difflib.get_close_matches(key, [*self._modules, *self._builtin])
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise UsageError(f"kernel {self.version} has no module {name!r}{hint}")
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is a module that is there, or built in."""
+        key = _key(name)
+        return key in self._modules or key in self._builtin
+
+    def is_known(self, name: str) -> bool:
+        """Whether this kernel was configured to have the module, there or not."""
+        return self.has(name) or _key(name) in self._ordered
 
     def closure(self, names: Iterable[str]) -> list[Module]:
         """The modules called `names` and all they depend on, each once, dependencies first."""
@@ -97,12 +170,35 @@ class ModuleTree:
         path = (*above, module.name)
         for name in ",".join(module.info("depends")).split(","):
             if name:
-                self._visit(self.find(name), order, path)
+                try:
+                    needed = self.find(name)
+                except UsageError:
+                    raise UsageError(
+                        f"the kernel's module {module.name} needs {name}, which is not in "
+                        f"{self.path}: is the tree whole?"
+                    ) from None
+                self._visit(needed, order, path)
         for line in module.info("softdep"):
             for name in _softdeps(line):
                 # Soft dependencies are wishes: names that are aliases or not built are passed over.
                 self._visit(self._modules.get(_key(name)), order, path)
         order[module.name] = module
+
+    _ordered: frozenset[str] = frozenset()
+
+    def _read_order(self) -> dict[str, Module]:
+        """A build tree's modules, of which there may be a hundred among its 100,000 files."""
+        found: dict[str, Module] = {}
+        names = []
+        for line in _lines(self.path, "modules.order"):
+            # Before Linux 5.3 they begin with kernel/; since 6.3 they end in .o.
+            inside = os.path.splitext(line.removeprefix("kernel/"))[0] + ".ko"
+            names.append(_key(os.path.basename(inside)[:-3]))
+            where = os.path.join(self.path, inside)
+            if os.path.isfile(where):
+                found.setdefault(names[-1], Module(names[-1], where, f"kernel/{inside}"))
+        self._ordered = frozenset(names)
+        return found
 
     def _scan(self) -> dict[str, Module]:
         found: dict[str, Module] = {}
@@ -113,17 +209,34 @@ class ModuleTree:
                     if file.endswith(suffix):
                         key = _key(file[: -len(suffix)])
                         where = os.path.join(directory, file)
-                        inside = os.path.relpath(where, self.path).removesuffix(".xz")
+                        inside = os.path.relpath(where, self.path)
+                        inside = inside[: len(inside) - len(suffix)] + ".ko"
                         found.setdefault(key, Module(key, where, inside))
         return found
 
     def _read_builtin(self) -> frozenset[str]:
-        try:
-            with open(os.path.join(self.path, "modules.builtin")) as file:
-                lines = file.read().split()
-        except FileNotFoundError:
-            return frozenset()
+        lines = _lines(self.path, "modules.builtin")
         return frozenset(_key(os.path.basename(line).removesuffix(".ko")) for line in lines)
+
+
+def is_build_tree(path: str) -> bool:
+    """Whether a kernel was built in this directory: its sources, or what `make O=` names."""
+    return any(
+        os.path.isfile(os.path.join(path, "include", "config", name))
+        for name in ("kernel.release", "auto.conf")
+    )
+
+
+def _lines(tree: str, name: str) -> list[str]:
+    try:
+        with open(os.path.join(tree, name), errors="surrogateescape") as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def _first_line(tree: str, name: str) -> str:
+    return next(iter(_lines(tree, name)), "")
 
 
 def _key(name: str) -> str:

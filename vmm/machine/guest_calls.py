@@ -38,7 +38,8 @@ class GuestCalls:
                 line for sh.
             options: `input`, `timeout` (seconds, its start included, once the guest is up; its
                 process group is then killed), `max_output` (bytes of output that are kept, 256 MiB;
-                AgentError beyond), `check`, `env` (added to the usual variables), `cwd`, `shell`,
+                AgentError beyond), `check`, `env` (added to the usual variables), `cwd`, `user`,
+                `shell`,
                 `text`, `encoding`, `errors`, `stdout` and `stderr` (PIPE, DEVNULL; STDOUT), `tty`.
 
         Raises:

@@ -121,7 +121,7 @@ class Platform:
         root = config.root_parts
         if root is not None:
             drives += (root.drive,) if root.drive is not None else ()
-            shares += (root.share,) if root.share is not None else ()
+            shares += root.shares
         if len(drives) > 1:
             from vmm.block.drive import check_once
 

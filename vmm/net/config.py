@@ -24,16 +24,20 @@ RX = ("rx-bps", "rx-burst", "rx-pps", "rx-pps-burst")
 TX = ("tx-bps", "tx-burst", "tx-pps", "tx-pps-burst")
 """Limits of what the guest receives and sends; see `vmm.virtio.rate`."""
 ALL = ("mac", "pcap", "mtu")
+GUEST = ("ip", "gateway", "dns")
+"""What the agent is told of the guest's side; see `Net.ip`."""
 KINDS: dict[str, tuple[str, ...]] = {
-    "user": (*ALL, "forward", *RX, *TX),
-    "tap": (*ALL, "address", "queues", "vhost", *RX, *TX),
-    "bridge": (*ALL, "queues", "vhost", *RX, *TX),
-    "socket": (*ALL, *RX, *TX),
-    "lan": (*ALL, *RX, *TX),
+    "user": (*ALL, *GUEST, "forward", *RX, *TX),
+    "tap": (*ALL, *GUEST, "address", "queues", "vhost", *RX, *TX),
+    "bridge": (*ALL, *GUEST, "queues", "vhost", *RX, *TX),
+    "socket": (*ALL, *GUEST, *RX, *TX),
+    "lan": (*ALL, *GUEST, *RX, *TX),
     "none": (),
 }
 """The keys each kind takes."""
 VHOSTS = ("auto", "on", "off")
+DNS_MAX = 3
+"""Name servers, as resolv.conf(5) has it."""
 NAMED = ("bridge", "socket", "lan")
 """Kinds that need a name after `=`; `tap` may have one."""
 VHOST_NET = "/dev/vhost-net"
@@ -49,6 +53,8 @@ FIELDS = {
     "pcap": types.PATH,
     "mtu": types.WHOLE,
     "address": types.TEXT,
+    "ip": types.TEXT,
+    "gateway": types.TEXT,
     "queues": types.WHOLE,
     "vhost": types.TEXT,
     **{f"{way}_{key}": types.RATE for way in ("rx", "tx") for key in ("bps", "burst", "pps")},
@@ -69,6 +75,9 @@ class Net:
         queues: queue pairs of a tap, 1 to 8.
         vhost: whether the host's kernel serves the queues of a tap (vhost-net): `on`, `off`, or
             `auto`: where it can, and nothing (pcap, limits) needs the frames to come by here.
+        ip: the guest's address, set by the agent (docs/exec.md): `A.B.C.D/BITS`, `dhcp` or `off`;
+            empty: what suits the kind, and nothing where the guest has an init of its own.
+        gateway, dns: with an `ip`, the way to other networks, and up to three name servers.
         forward: ports of the host that reach the guest, each `tcp|udp:[ADDRESS:]HOST:GUEST`.
         rx_bps, rx_pps: bytes and packets a second to the guest: numbers, or text as `10M`; 0: no
             limit.
@@ -81,7 +90,10 @@ class Net:
 
     __slots__ = (
         "address",
+        "dns",
         "forward",
+        "gateway",
+        "ip",
         "kind",
         "mac",
         "mtu",
@@ -113,6 +125,9 @@ class Net:
         address: str = "",
         queues: int = 1,
         vhost: str = "off",
+        ip: str = "",
+        gateway: str = "",
+        dns: Sequence[str] = (),
         forward: Sequence[str] = (),
         rx_bps: int | str = 0,
         rx_burst: int | str = 0,
@@ -132,6 +147,9 @@ class Net:
         self.address = address
         self.queues = queues
         self.vhost = vhost
+        self.ip = ip
+        self.gateway = gateway
+        self.dns = types.listed("dns", dns, types.TEXT)
         self.forward = types.listed("forward", forward, types.TEXT)
         self.rx = self._rate(RX, (rx_bps, rx_burst, rx_pps, rx_pps_burst))
         self.tx = self._rate(TX, (tx_bps, tx_burst, tx_pps, tx_pps_burst))
@@ -185,7 +203,7 @@ class Net:
             raise UsageError(f"{what}: {self.kind} takes no name")
         if self.kind in ("tap", "bridge") and self.name:
             _check_ifname(what, self.name)
-        for key in ("mac", "pcap", "mtu", "address", "forward"):
+        for key in ("mac", "pcap", "mtu", "address", "ip", "gateway", "dns", "forward"):
             if getattr(self, key) and key not in KINDS[self.kind]:
                 raise UsageError(f"{what}: {key} is not for this; {_takes(self.kind)}")
         if self.queues != 1 and "queues" not in KINDS[self.kind]:
@@ -209,8 +227,50 @@ class Net:
             parse_mac(self.mac, what)
         if self.address:
             _check_address(what, self.address)
+        self._check_guest()
         for forward in self.forward:
             parse_forward(forward, what)
+
+    @property
+    def usual_ip(self) -> tuple[str, str]:
+        """The guest's address and gateway where nothing is said and nothing else sees to it: by
+        DHCP, where somebody may serve it; on a tap that is made, what is after the host's."""
+        if self.kind == "tap" and not self.name:
+            host, _, bits = self.address.partition("/")
+            if _ip(host) != 4:
+                return "", ""
+            from _socket import inet_aton, inet_ntoa
+
+            number, size = int.from_bytes(inet_aton(host), "big"), 1 << (32 - int(bits))
+            base = number & -size
+            first, last = base + 1, base + size - 2
+            guest = number + 1 if number < last else first
+            if size < 4 or guest == number:
+                return "", ""
+            return f"{inet_ntoa(guest.to_bytes(4, 'big'))}/{bits}", host
+        return ("dhcp" if self.kind in ("user", "tap", "bridge", "socket") else "", "")
+
+    def _check_guest(self) -> None:
+        what, fixed = self.what, self.ip not in ("", "dhcp", "off")
+        if fixed:
+            host, slash, bits = self.ip.partition("/")
+            number = int(bits) if bits.isascii() and bits.isdecimal() and len(bits) < 3 else -1
+            if _ip(host) != 4 or not slash or not 0 < number <= 32:
+                raise UsageError(
+                    f"{what}: ip={self.ip} is not dhcp, off or A.B.C.D/BITS, as in 10.0.2.15/24"
+                )
+        for key, values in (("gateway", [self.gateway] if self.gateway else []), ("dns", self.dns)):
+            if values and not fixed:
+                raise UsageError(
+                    f"{what}: {key}={values[0]} needs the guest's address too: ip=A.B.C.D/BITS"
+                )
+            for value in values:
+                if _ip(value) != 4:
+                    raise UsageError(
+                        f"{what}: {key}={value} is not an IPv4 address, as in 10.0.2.2"
+                    )
+        if len(self.dns) > DNS_MAX:
+            raise UsageError(f"{what}: {len(self.dns)} times dns=; resolv.conf takes {DNS_MAX}")
 
     @classmethod
     def parse(cls, text: str) -> Net:
@@ -223,12 +283,15 @@ class Net:
             raise UsageError(f"--net {text}: nothing after {kind}=")
         values: dict[str, str] = {}
         forward: list[str] = []
+        dns: list[str] = []
         for word in words[1:]:
             key, equals, value = word.partition("=")
             if key not in KINDS[kind] or not equals:
                 raise UsageError(f"--net {text}: {word!r} is not for this; {_takes(kind)}")
             if key == "forward":
                 forward.append(value)
+            elif key == "dns" and value:
+                dns.append(value)
             elif not value:
                 raise UsageError(f"--net {text}: nothing after {key}=")
             else:
@@ -247,6 +310,9 @@ class Net:
             pcap=values.get("pcap", ""),
             address=values.get("address", ""),
             vhost=values.get("vhost", "off"),
+            ip=values.get("ip", ""),
+            gateway=values.get("gateway", ""),
+            dns=dns,
             forward=forward,
             mtu=numbers.get("mtu", 0),
             queues=numbers.get("queues", 1),

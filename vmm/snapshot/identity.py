@@ -81,6 +81,9 @@ def _net(net: Net, number: int) -> Net:
         address=net.address,
         queues=net.queues,
         vhost=net.vhost,
+        ip=net.ip,
+        gateway=net.gateway,
+        dns=net.dns,
         **{key.replace("-", "_"): getattr(net, key.replace("-", "_")) for key in RX + TX},
     )
 

@@ -39,7 +39,10 @@ def test_close_ends_it(tmp_path: Path) -> None:
     child.close()
 
 
-def test_one_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+def test_one_that_does_not_listen_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmm.child.GRACE", 0.5)
     child = Child(
         ["/bin/sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"]
     )

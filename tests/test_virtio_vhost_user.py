@@ -200,7 +200,7 @@ def test_a_disk_whose_daemon_dies_gives_errors(qcow2: Callable[..., str], event_
         driver.kick(0)
         until_reset_is_needed(driver)
         assert driver.errors[0] == (
-            "blk0: qemu-storage-daemon has ended; the guest gets I/O errors from now on"
+            "blk0: qemu-storage-daemon was killed by SIGKILL; the guest gets I/O errors from now on"
         )
     assert leftovers() == []
 
@@ -230,7 +230,7 @@ def test_a_directory_whose_daemon_dies(tmp_path: Path) -> None:
         driver.start()
         assert fuse_init(driver) == -errno.EIO
         assert driver.errors == [
-            "fs-data: virtiofsd has ended; the guest gets I/O errors from now on"
+            "fs-data: virtiofsd has ended (status 1); the guest gets I/O errors from now on"
         ]
     assert leftovers() == []
 
@@ -249,7 +249,9 @@ def test_a_directory_whose_daemon_dies_with_requests(tmp_path: Path) -> None:
         limit = time.monotonic() + 20
         while not driver.take_interrupts() & 2:
             assert time.monotonic() < limit
-        assert driver.errors == ["fs-data: virtiofsd has ended; the driver must reset the device"]
+        assert driver.errors == [
+            "fs-data: virtiofsd has ended (status 1); the driver must reset the device"
+        ]
         driver.start()
         assert fuse_init(driver) == -errno.EIO
     assert leftovers() == []

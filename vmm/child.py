@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from _thread import RLock
 from contextlib import suppress
 
 from vmm.errors import HostError
@@ -76,6 +77,8 @@ class Child:
         self.pid = 0
         self._status: int | None = None
         self._keeper = 0
+        self._lock = RLock()
+        """Held while the process is waited for or signalled: its number is its own then."""
         self._life = -1
         """Our end of the pipe that the keeper reads."""
         self._output = os.memfd_create("vmm-child-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -133,29 +136,35 @@ class Child:
 
     def wait(self, seconds: float) -> bool:
         """Wait until it has ended; whether it has."""
-        if not self.pid:
-            return True
-        try:
+        with self._lock:
+            if self._reap():
+                return True
             pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return self._reap(os.WNOHANG)
         try:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             poll.poll(seconds * 1000)
         finally:
             os.close(pidfd)
-        return self._reap(os.WNOHANG)
+        return self._reap()
 
-    def _reap(self, options: int) -> bool:
-        try:
-            pid, status = os.waitpid(self.pid, options)
-        except ChildProcessError:  # somebody waits for all children
-            self.pid = 0
-            return True
-        if pid:
-            self.pid, self._status = 0, status
-        return bool(pid)
+    def _reap(self) -> bool:
+        with self._lock:
+            if not self.pid:
+                return True
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody waits for all children
+                self.pid = 0
+                return True
+            if pid:
+                self.pid, self._status = 0, status
+            return bool(pid)
+
+    def _signal(self, signum: int) -> None:
+        with self._lock, suppress(ProcessLookupError):
+            if self.pid:
+                os.kill(self.pid, signum)
 
     def how(self) -> str:
         """How it ended, such as `was killed by SIGKILL`; `has ended` where that is not known."""
@@ -180,13 +189,11 @@ class Child:
         if self._life >= 0:
             os.close(self._life)
             self._life = -1
-        if self.pid and not self._reap(os.WNOHANG):
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
+        if not self._reap():
+            self._signal(signal.SIGTERM)
             if not self.wait(GRACE):
-                with suppress(ProcessLookupError):
-                    os.kill(self.pid, signal.SIGKILL)
-                self._reap(0)
+                self._signal(signal.SIGKILL)
+                self.wait(GRACE)  # longer only for one in the kernel, which has no end to wait for
         if self._output >= 0:
             os.close(self._output)
             self._output = -1

@@ -312,6 +312,14 @@ class Drive:
         )
         if self.rate:
             self.rate.apply(disk.limit)
+        if self.foreign:
+            from vmm.block.nbd import NbdImage
+
+            assert isinstance(base, NbdImage)
+            server = base
+            disk.peers = [(server.peer_fd, lambda: disk.complain(
+                f"{self.path}: {server.why_gone()}; the guest gets I/O errors from now on"
+            ))]  # fmt: skip
         return disk
 
     def _image(self) -> RawImage | NbdImage:

@@ -31,6 +31,8 @@ RANGE_MAX = 1 << 31
 """Bytes in one trim or write zeroes."""
 VIEWS_MAX = 512
 """Buffers in one sendmsg(2) or recvmsg(2)."""
+ENDS_WITHIN = 0.5
+"""Seconds that a server of ours, which has hung up, has to end, for how it did to be told."""
 TIMEOUT = 20.0
 """Seconds the server has to open the image and greet."""
 
@@ -98,6 +100,17 @@ class NbdImage:
 
     def __repr__(self) -> str:
         return f"NbdImage({self.path!r}, {self.size} bytes)"
+
+    @property
+    def peer_fd(self) -> int:
+        """A socket that hangs up when the server has ended."""
+        return self._connections[0].fileno()
+
+    def why_gone(self) -> str:
+        """What is known of why the server has gone."""
+        if self._child is None or not self._child.wait(ENDS_WITHIN):
+            return "the NBD server has ended"
+        return f"{self._child.name} {self._child.how()}"
 
     def _hang_up(self) -> None:
         for connection in self._connections:

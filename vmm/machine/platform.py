@@ -301,6 +301,8 @@ class Platform:
 
     def start(self, threads: list[VcpuThread]) -> None:
         """Called before the first vCPU runs."""
+        if self.virtio is not None:
+            self.virtio.watch_peers()
         line = None
         if self.hvc is not None and (port := self.hvc.console_port()) is not None:
             from vmm.console.hvc import HvcLine

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.devices.bus import AddressSpace
     from vmm.machine.machine import Machine
+    from vmm.machine.peers import Peers
     from vmm.virtio.device import VirtioDevice
     from vmm.virtio.loop import DeviceLoop
     from vmm.virtio.transport import Transport
@@ -34,6 +35,7 @@ class VirtioDevices:
         self.transports: list[Transport] = []
         self._threads: list[QueueThread] = []
         self._loop: DeviceLoop | None = None
+        self._peers: Peers | None = None
 
     def add(self, device: VirtioDevice) -> None:
         """Put `device` on the bus; it is closed with the machine."""
@@ -103,6 +105,15 @@ class VirtioDevices:
         loop.call(attach)
         done.wait()
 
+    def watch_peers(self) -> None:
+        """From now on devices are told when a program they depend on has gone: the machine starts,
+        and somebody hears what they say."""
+        peers = [peer for transport in self.transports for peer in transport.device.peers]
+        if peers:
+            from vmm.machine.peers import Peers
+
+            self._peers = Peers(peers, self._machine.monitor_failed)
+
     def resumed(self) -> None:
         """The machine goes on after a pause."""
         for transport in self.transports:
@@ -145,6 +156,8 @@ class VirtioDevices:
 
     def close(self) -> None:
         """End the threads that serve queues, once no vCPU runs; the bus closes the devices."""
+        if self._peers is not None:
+            self._peers.close()
         self.end()
         self.join()
         self._threads = []

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+GONE = "it has ended"
+"""What LinkLost says where the peer has hung up and no more is known."""
+
+
 class LinkLost(Exception):
     """The other side is gone; the text says what happened."""
 
@@ -59,11 +63,13 @@ class Backend:
         ports: one or more.
         peer: for messages.
         on_link: told, from any thread, when the link goes (False) or comes back.
+        peer_fd: a socket whose other end hangs up when the peer has gone; -1: there is none.
     """
 
     features = 0
     mtu = 0
     peer = ""
+    peer_fd = -1
 
     def __init__(self) -> None:
         self.ports: list[Port] = []
@@ -79,6 +85,10 @@ class Backend:
 
     def set_pairs(self, pairs: int) -> None:
         """The driver uses the first `pairs` ports."""
+
+    def why_gone(self) -> str:
+        """What is known of why the peer has gone."""
+        return GONE
 
     def close(self) -> None:
         """Give everything back; harmless twice."""

@@ -12,7 +12,7 @@ from _socket import socket as Socket  # the C type: the socket module costs a st
 
 from vmm.errors import UsageError
 from vmm.forked import drop_in_child
-from vmm.net.port import Backend, LinkLost, Port, scatter
+from vmm.net.port import GONE, Backend, LinkLost, Port, scatter
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
 TYPE_CHECKING = False
@@ -90,9 +90,9 @@ class StreamPort(Port):
         except BlockingIOError:
             return False
         except OSError as err:
-            raise LinkLost(err.strerror) from err
+            raise LinkLost(GONE if isinstance(err, ConnectionError) else err.strerror) from err
         if not got:
-            raise LinkLost("it has ended")
+            raise LinkLost(GONE)
         self._end += got
         return self._whole()
 
@@ -140,7 +140,7 @@ class StreamPort(Port):
             return 0
         except OSError as err:
             self._rest, self.blocked = b"", False
-            raise LinkLost(err.strerror) from err
+            raise LinkLost(GONE if isinstance(err, ConnectionError) else err.strerror) from err
 
     def close(self) -> None:
         """Close the socket."""
@@ -156,6 +156,7 @@ class StreamBackend(Backend):
         self.mtu = mtu
         self.peer = peer
         self._port = StreamPort(sock)
+        self.peer_fd = sock.fileno()
         self.ports.append(self._port)
 
     def close(self) -> None:

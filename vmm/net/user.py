@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import time
-from _socket import AF_UNIX, SOCK_STREAM, socketpair
+from _socket import AF_UNIX, SOCK_STREAM, socket, socketpair
 
+from vmm.child import Child
 from vmm.errors import HostError, UsageError
 from vmm.net.stream import StreamBackend
 from vmm.virtio import net_spec as n
@@ -28,9 +28,10 @@ MTU = 65520
 START_WITHIN = 20.0
 """Seconds."""
 END_WITHIN = 2.0
+ENDS_WITHIN = 0.5
+"""Seconds that a passt which has hung up has to end, for how it did to be told."""
 PORT_WITHIN = 1.0
 """Seconds to wait for a port in use."""
-_SOCKET_FD = 3
 _DATA_VALID = n.HEADER.pack(n.HDR_F_DATA_VALID, n.HDR_GSO_NONE, 0, 0, 0, 0, 0)
 """passt has made the checksum, and what it came through does not damage frames."""
 
@@ -69,28 +70,39 @@ class PasstBackend(StreamBackend):
     def _start(self, program: str, forward: Sequence[tuple[str, str, int, int]], mtu: int) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         try:
-            self.pid, ready, errors = _spawn(program, theirs.fileno(), _arguments(forward, mtu))
+            child, ready = _spawn(program, theirs.fileno(), _arguments(forward, mtu, theirs))
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        super().__init__(ours, mtu=mtu or MTU, peer=f"passt ({self.pid})")
+        self._child = child
+        super().__init__(ours, mtu=mtu or MTU, peer=f"passt ({child.pid})")
         self._port.header = _DATA_VALID
         try:
-            _wait_ready(ready, errors, forward)
+            _wait_ready(ready, child, forward)
+            self._greeting = len(child.text())
         except BaseException:
             self.close()
             raise
         finally:
             os.close(ready)
-            os.close(errors)
+
+    @property
+    def pid(self) -> int:
+        """passt's process; 0 when it has ended and that was seen."""
+        return self._child.pid
+
+    def why_gone(self) -> str:
+        if not self._child.wait(ENDS_WITHIN):
+            return super().why_gone()
+        said = _complaint(self._child.text()[self._greeting :], "")
+        return f"it {self._child.how()}" + (f" ({said})" if said else "")
 
     def close(self) -> None:
         super().close()
-        pid, self.pid = self.pid, 0
-        if pid:
-            _end(pid)
+        self._child.wait(END_WITHIN)  # it has lost its client
+        self._child.close()
 
 
 def _find(program: str) -> str:
@@ -105,9 +117,11 @@ def _find(program: str) -> str:
     return found
 
 
-def _arguments(forward: Sequence[tuple[str, str, int, int]], mtu: int) -> list[str]:
+def _arguments(
+    forward: Sequence[tuple[str, str, int, int]], mtu: int, sock: socket
+) -> list[str]:
     # --pid: what it writes there once it is ready. In the foreground it stays our child.
-    words = ["--foreground", "--quiet", "--stderr", "--fd", str(_SOCKET_FD)]
+    words = ["--foreground", "--quiet", "--stderr", "--fd", str(sock.fileno())]
     words += ["--pid", "/proc/self/fd/1"]
     if mtu:
         words += ["--mtu", str(mtu)]
@@ -116,71 +130,39 @@ def _arguments(forward: Sequence[tuple[str, str, int, int]], mtu: int) -> list[s
     return words
 
 
-def _spawn(program: str, sock: int, arguments: list[str]) -> tuple[int, int, int]:
-    """Start passt: its pid, a descriptor that tells when it is ready, its standard error."""
+def _spawn(program: str, sock: int, arguments: list[str]) -> tuple[Child, int]:
+    """Start passt: its process, and a descriptor that tells when it is ready."""
     ready, told = os.pipe2(os.O_CLOEXEC)
-    errors = os.memfd_create("passt-stderr", os.MFD_CLOEXEC)
     try:
         os.fchmod(told, 0o666)  # as root it becomes nobody before it opens it
-        actions = [
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, told, 1),
-            (os.POSIX_SPAWN_DUP2, errors, 2),
-            (os.POSIX_SPAWN_DUP2, sock, _SOCKET_FD),
-        ]
-        pid = os.posix_spawn(
-            program,
-            [PROGRAM, *arguments],
-            os.environ,
-            file_actions=actions,
-            setpgroup=0,  # the terminal's Ctrl-C is for us, and the guest, to handle
-        )
-    except OSError as err:
+        child = Child([program, *arguments], pass_fds=[sock], stdout=told, keeper=False)
+    except HostError as err:
         os.close(ready)
-        os.close(errors)
-        raise HostError(f"--net user: {program}: {err.strerror}") from err
+        raise HostError(f"--net user: {err}") from err
     except BaseException:
         os.close(ready)
-        os.close(errors)
         raise
     finally:
         os.close(told)
-    return pid, ready, errors
+    return child, ready
 
 
-def _wait_ready(ready: int, errors: int, forward: Sequence[tuple[str, str, int, int]]) -> None:
+def _wait_ready(ready: int, child: Child, forward: Sequence[tuple[str, str, int, int]]) -> None:
     poll = select.poll()
     poll.register(ready, select.POLLIN)
     if not poll.poll(START_WITHIN * 1000):
         raise HostError(f"--net user: passt was not ready within {START_WITHIN:g} s")
     if os.read(ready, 64):
         return
-    os.lseek(errors, 0, os.SEEK_SET)
-    said = _complaint(os.read(errors, 1 << 16).decode(errors="replace"))
+    said = _complaint(child.text())
     if forward and "bind" in said:
         raise _PortInUse(f"--net user: forward: passt: {said}; is the port in use, or below 1024?")
     raise HostError(f"--net user: passt: {said}")
 
 
-def _complaint(text: str) -> str:
+def _complaint(text: str, otherwise: str = "it ended without a word") -> str:
     """The line that says why passt ended."""
     noise = ("Failed to send", "No routable interface", "Don't run as root", "UNIX domain socket")
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(noise)]
-    return lines[-1] if lines else "it ended without a word"
-
-
-def _end(pid: int) -> None:
-    """Wait for passt, which has lost its client; kill it if it takes too long."""
-    limit = time.monotonic() + END_WITHIN
-    pause = 0.001
-    try:
-        while not os.waitpid(pid, os.WNOHANG)[0]:
-            if time.monotonic() > limit:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, 0.02)
-    except (ChildProcessError, ProcessLookupError):
-        pass  # somebody waits for all children
+    return lines[-1] if lines else otherwise

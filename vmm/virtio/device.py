@@ -79,6 +79,8 @@ class VirtioDevice:
         complaints: how many lines more it is told: a guest must not fill a person's terminal.
         on_bug: told of an exception that escaped in a thread of the device's.
         on_stop: told in one line why the machine should be paused, before its `resumed`.
+        peers: of each program that the device depends on, a socket to it, and what to call from
+            any thread when it has hung up: the guest may have no driver yet.
         quiet: no new requests are taken (a reset is under way, or it was restored and the machine
             has not gone on yet).
         control: held by what changes status, features or queues; transports hold it where a
@@ -114,6 +116,7 @@ class VirtioDevice:
         self.complaints = COMPLAINTS
         self.on_bug: Callable[[BaseException], object] = _raise
         self.on_stop: Callable[[str], None] = _nobody
+        self.peers: list[tuple[int, Callable[[], object]]] = []
         self.quiet = False
         self.control = RLock()
         self._lock = allocate_lock()

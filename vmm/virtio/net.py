@@ -10,7 +10,7 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from vmm.net.filter import Filter
-from vmm.net.port import LinkLost
+from vmm.net.port import GONE, LinkLost
 from vmm.virtio import kernel, net_kernel, spec
 from vmm.virtio import net_spec as n
 from vmm.virtio.device import VirtioDevice
@@ -77,6 +77,7 @@ class Nic(VirtioDevice):
         self._mac = mac
         self._link_lock = allocate_lock()
         self._connected = True
+        self._told_gone = False
         self._plugged = True
         self.link_up = True
         self.limits: NicLimits | None = None
@@ -91,6 +92,8 @@ class Nic(VirtioDevice):
         self._offloads = 0
         self._negotiated()
         backend.on_link = self._peer
+        if backend.peer_fd >= 0:
+            self.peers = [(backend.peer_fd, self._hung_up)]
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -235,14 +238,29 @@ class Nic(VirtioDevice):
         """The back end is gone; whether it is (a queue that was switched off only seems so)."""
         if pair >= self.pairs:
             return False
+        self._tell_gone(self.backend.why_gone() if str(err) == GONE else str(err))
         if self._connected:
-            if self.on_error is not None:
-                self.on_error(f"{self.name}: {self.backend.peer}: {err}; the guest's link is down")
             self._peer(False)
         return True
 
+    def _hung_up(self) -> None:
+        """The peer has gone. A driver that runs receives what came before that first."""
+        self._tell_gone(self.backend.why_gone())
+        if not self.status & spec.DRIVER_OK:
+            self._peer(False)
+
+    def _tell_gone(self, why: str) -> None:
+        with self._link_lock:
+            if self._told_gone:
+                return
+            self._told_gone = True
+        if self.on_error is not None:
+            self.on_error(f"{self.name}: {self.backend.peer}: {why}; the guest's link is down")
+
     def _peer(self, connected: bool) -> None:
         self._connected = connected
+        if connected:
+            self._told_gone = False
         self._update_link()
 
     def _update_link(self) -> None:

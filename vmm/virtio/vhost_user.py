@@ -46,6 +46,8 @@ PROTOCOL = spec.bits(
 POLLRDHUP = 0x2000
 RETRY = 0.25
 """Seconds between looks for a back end that has gone."""
+ENDS_WITHIN = 0.5
+"""Seconds that a back end of ours, which has hung up, has to end, for how it did to be told."""
 SERVED, AWAY, DEAD = "served", "away", "dead"
 
 
@@ -99,6 +101,7 @@ class VhostUserDevice(VirtioDevice):
         self.features = offered & OFFERED
         if config:
             self.config[:] = self._get_config(connection)
+        self.peers = [(connection.sock.fileno(), self._begin)]
 
     # --- for devices to override ------------------------------------------------------------------
 
@@ -142,15 +145,26 @@ class VhostUserDevice(VirtioDevice):
 
     def connect(self, kicks: Sequence[int]) -> None:
         """The eventfds KVM writes for a notify, one a queue."""
-        import threading
-
-        self._kicks = list(kicks)
-        self._calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in kicks]
         if any(region.fd < 0 for region in self.memory.regions):
             raise UsageError(f"{self.name} needs shared guest memory; backing 'memfd'")
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._watcher = threading.Thread(target=self._main, name=f"{self.name}-calls", daemon=True)
-        self._watcher.start()
+        self._kicks = list(kicks)
+        self._begin()
+        os.eventfd_write(self._wake, 1)  # there are kicks to look at now
+
+    def _begin(self) -> None:
+        """Start the thread, if it is not there: for the first driver, or because the back end has
+        gone before that."""
+        import threading
+
+        with self._session:
+            if self._wake >= 0 or self._closing:
+                return
+            self._calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.QUEUES]
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._watcher = threading.Thread(
+                target=self._main, name=f"{self.name}-calls", daemon=True
+            )
+            self._watcher.start()
 
     def notify(self, index: int) -> None:
         if index < len(self._kicks):
@@ -266,11 +280,17 @@ class VhostUserDevice(VirtioDevice):
                 else:
                     with self._session:
                         if connection is self._connection:
-                            self._lost(f"{connection.name} has ended")
+                            self._lost(f"{connection.name} {self._how()}")
                     return
 
+    def _how(self) -> str:
+        """How the back end has ended."""
+        if self._child is None or not self._child.wait(ENDS_WITHIN):
+            return "has ended"
+        return self._child.how()
+
     def _answer(self) -> None:
-        """Answer requests with errors, until the machine ends."""
+        """Answer requests with errors, until the machine ends or a driver comes."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         indices = {fd: index for index, fd in enumerate(self._kicks)}
@@ -281,7 +301,9 @@ class VhostUserDevice(VirtioDevice):
                 index = indices.get(fd)
                 with suppress(BlockingIOError):  # the back end was quicker, before it died
                     os.eventfd_read(fd)
-                if index is not None and self._can_fail():
+                if index is None:
+                    return
+                if self._can_fail():
                     super().notify(index)
 
     # --- when it is gone --------------------------------------------------------------------------

@@ -185,6 +185,7 @@ def offered(supported: Iterable[CpuidEntry], *, tsc_deadline: bool) -> int:
 def _supported(table: Table, tsc_deadline: bool) -> int:
     """The set of features the host's table and we can offer."""
     able = features.read(table) | features.flags(_ASSUMED) | features.flags(_FREE)
+    able &= ~xsave.half_declared(table)
     timer = features.flags("tsc_deadline_timer")
     return able | timer if tsc_deadline else able & ~timer
 

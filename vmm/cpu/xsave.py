@@ -45,6 +45,37 @@ def parts(chosen: int) -> tuple[int, int]:
     return used, known | _CET
 
 
+_STATE = "avx mpx avx512f pku amx_tile apx_f lwp"
+"""Features of `_USERS` that the guest's kernel uses through XSETBV and XSAVE alone."""
+
+
+def half_declared(table: dict[tuple[int, int], CpuidEntry]) -> int:
+    """The set of features whose registers a host's table gives no place in the XSAVE area, or not
+    all of it.
+
+    KVM's table has AMX in leaf 7 also where this process has no permission for its state
+    (arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)); leaf 0xd then has none of its two parts, or before
+    Linux 6.4 the first. A guest that believes leaf 7 dies of the XSETBV.
+    """
+    there = 0
+    for subleaf, low, high in ((0, "eax", "edx"), (1, "ecx", "edx")):
+        entry = table.get((0xD, subleaf))
+        if entry is not None:
+            there |= getattr(entry, low) | getattr(entry, high) << 32
+    for bit in range(2, 63):
+        if there >> bit & 1 and not ((0xD, bit) in table and table[0xD, bit].eax):
+            there &= ~(1 << bit)
+    missing = 0
+    for name, bits in _USERS:
+        if there & bits != bits and name in _STATE.split():
+            missing |= features.flags(name)
+    if there & _CET != _CET:
+        missing |= features.flags("shstk ibt")
+    if missing & features.flags("amx_tile"):
+        missing |= features.flags("xfd")  # nothing else is enabled by it
+    return missing
+
+
 def trim(
     table: dict[tuple[int, int], CpuidEntry], chosen: int, *, known_only: bool = False
 ) -> None:

@@ -71,7 +71,11 @@ class Platform:
         end = machine.end
         self.uart = Uart(self._line(layout.GSI_UART))
         self.power = AcpiPower(self._poweroff, self._reset, self._line(layout.GSI_GED))
-        self.rtc = Rtc(machine.config.memory)
+        self.rtc = Rtc(
+            machine.config.memory,
+            irq=self._line(layout.GSI_RTC),
+            running=lambda: machine.state == "running",
+        )
         self.pio.add(layout.PORT_UART, 8, self.uart)
         self.pio.add(layout.PORT_ACPI, 8, self.power)
         self.pio.add(layout.PORT_RTC, 2, self.rtc)
@@ -321,6 +325,7 @@ class Platform:
 
     def resumed(self) -> None:
         """The machine goes on after a pause."""
+        self.rtc.resumed()
         if self.virtio is not None:
             self.virtio.resumed()
 

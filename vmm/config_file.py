@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from vmm.config import HVC, MachineConfig
+from vmm.config_paths import PATHS
 from vmm.config_schema import PROPERTIES, SCHEMA, SCHEMA_KEY, check
 from vmm.errors import UsageError
 from vmm.units import parse_size
@@ -211,16 +212,6 @@ def _join(base: str, path: str) -> str:
 
 
 PARTS = ("drives", "nets", "ports", "shares", "vhost_user_blks")
-PATHS = {
-    "drives": ("path", "data_file", "backing"),
-    "nets": ("pcap",),
-    "ports": ("socket", "file"),
-    "shares": ("path",),
-    "vhost_user_blks": ("socket",),
-    "vsock": ("path",),
-}
-
-
 def part_class(key: str) -> type:
     """The class of what `key` holds."""
     if key == "drives":

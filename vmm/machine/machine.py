@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
+from vmm import config_paths
 from vmm.config import MachineConfig
 from vmm.errors import HostError, StateError, VmmError, call_each
 from vmm.forked import drop_in_child
@@ -61,7 +63,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         origin: what it comes from, if it does not boot: see `Machine.restore`.
 
     Attributes:
-        config: as given.
+        config: as given, but that paths of what is opened or removed later are absolute.
+        directory: the working directory when it was made.
         memory: the guest's RAM.
         platform: its devices.
         exit: why it stopped, or None.
@@ -75,7 +78,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     """
 
     def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
-        self.config = config
+        config.check_host()
+        self.directory = os.getcwd()
+        relative = config_paths.is_relative(config)
+        self.config = config_paths.absolute(config) if relative else config
         self.origin = origin
         self.restored = False
         self.kept_still = 0
@@ -110,6 +116,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
             finally:
                 self._state = CLOSED
             raise
+        if self.config is not config:
+            config_paths.settle_console(self.config, self.directory)
         unclosed.watch(self)
 
     # --- assembly -----------------------------------------------------------------------------
@@ -117,7 +125,6 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def _build(self) -> None:
         config = self.config
         origin = self.origin
-        config.check_host()
         self.kvm, self.vm = kvm, vm = begin(config) if origin is None else origin.begin(config)
         self._handles += [kvm.close, vm.close]
         if origin is None:

@@ -258,7 +258,7 @@ def _write(
                 "features": " ".join(host.guest_features(state["vcpus"][0]["cpuid"])),
             },
             "config": _config(machine.config),
-            "directory": os.getcwd(),
+            "directory": machine.directory,
             "disks": told,
             "files": manifest.seal(directory, names),
         },

@@ -188,7 +188,7 @@ class VcpuThread:
     @property
     def is_current(self) -> bool:
         """Whether the caller runs on this thread."""
-        return self._thread.ident == threading.get_ident()
+        return threading.current_thread() is self._thread  # idents of ended threads come again
 
     # --- the thread -------------------------------------------------------------------------------
 

@@ -207,3 +207,13 @@ def test_endless_extensions(tmp_path: Path) -> None:
     head = struct.pack(">4sI", b"QFI\xfb", 3).ljust(100, b"\0") + struct.pack(">I", 104)
     path.write_bytes(head + struct.pack(">II", 1, 0) * 200_000)
     assert "the header of this qcow2 image is broken" in refused(f"{path},format=qcow2")
+
+
+def test_an_encrypted_image(tmp_path: Path) -> None:
+    secret = ("--object", "secret,id=s,data=x", "-o")
+    path = images.make(
+        tmp_path / "x", "qcow2", MIB, *secret, "encrypt.format=luks,encrypt.key-secret=s"
+    )
+    assert "this qcow2 image is encrypted, and no option takes its key" in refused(
+        f"{path},format=qcow2"
+    )

@@ -6,11 +6,14 @@ import os
 import re
 import socket
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.support import images
+from vmm import MachineConfig
 from vmm.block.drive import Drive, check_once
 from vmm.block.probe import FORMATS, detect
 from vmm.errors import HostError, UsageError
@@ -228,6 +231,53 @@ def test_one_image_twice(tmp_path: Path) -> None:
             check_once(drives)
     for first, second in (("disk,readonly", "link,snapshot"), ("nosuch", "nosuch")):
         check_once([Drive.parse(f"{tmp_path}/{words}") for words in (first, second)])
+
+
+def test_one_image_twice_by_one_name() -> None:
+    """Told of without a look at this host."""
+    for second in ("x", "./x,format=qcow2", "x,snapshot"):
+        with pytest.raises(UsageError, match="two disks that write to one image destroy it"):
+            MachineConfig(drives=["x", second])
+    MachineConfig(drives=["x,readonly", "x,snapshot", "y"])
+    with pytest.raises(UsageError, match="tag=t is given twice"):
+        MachineConfig(shares=["/etc,tag=t", "/usr,tag=t"])
+
+
+@pytest.mark.parametrize("words", ["", ",format=qcow2"])
+def test_an_ordinary_user(words: str) -> None:
+    """What he may read is offered as `readonly`; what he may not, is not."""
+    if os.geteuid():
+        pytest.skip("becomes another user; needs root")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        format = words.partition("=")[2] or "raw"
+        for file, mode in (("theirs", 0o600), ("shared", 0o644)):
+            images.make(Path(name, file), format, MIB).chmod(mode)
+        code = (
+            "import sys\nfrom vmm.block.drive import Drive\n"
+            "for text in sys.argv[1:]:\n"
+            "    try: Drive.parse(text).open(0).close(); print('ok')\n"
+            "    except Exception as err: print(type(err).__name__, err)\n"
+        )
+        texts = [
+            f"{name}/{file}{words}{more}"
+            for file in ("theirs", "shared") for more in ("", ",readonly")
+        ]  # fmt: skip
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+             "--inh-caps=-all", "--bounding-set=-all", sys.executable, "-c", code, *texts],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        if "Permission denied" in done.stderr or "No module" in done.stderr:
+            pytest.skip("another user cannot read this clone")
+        lines = done.stdout.splitlines()
+        start = f"UsageError --drive {name}"
+        assert lines == [
+            f"{start}/theirs: Permission denied; this user may not even read it",
+            f"{start}/theirs: Permission denied",
+            f"{start}/shared: Permission denied; try {name}/shared{words},readonly",
+            "ok",
+        ], done.stderr
 
 
 def test_one_device_twice(tmp_path: Path, loop_device: str) -> None:

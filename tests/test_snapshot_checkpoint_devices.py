@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import images
 from tests.support.bare import MIB, DriverOn, bare_machine, until
 from tests.support.virtio_driver import BUFFERS
 from tests.test_kvm_vcpu_state import COUNTING
@@ -101,9 +102,13 @@ class Disk:
 
 
 @pytest.mark.one_lane
-def test_disks_go_back_too(image: Path) -> None:
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disks_go_back_too(image: Path, format: str) -> None:
     was = image.read_bytes()
-    m = running(bare_machine(COUNTING, regs=START, drives=[f"{image},snapshot"]))
+    drive = f"{image},snapshot"
+    if format != "raw":
+        drive = f"{images.convert(image, image.with_name('other'), format)},format=qcow2,snapshot"
+    m = running(bare_machine(COUNTING, regs=START, drives=[drive]))
     with DriverOn(m) as driver:
         disk = Disk(driver)
         disk.write(3, b"before".ljust(512))

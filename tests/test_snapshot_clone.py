@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import images, tiny
 from tests.support.bare import MIB, DriverOn, bare_machine, until
 from tests.support.guests import DATA
 from tests.test_kvm_vcpu_state import COUNTING, FLAG
@@ -132,11 +132,15 @@ def test_a_checkpoint_outlives_copies() -> None:
 
 
 @pytest.mark.one_lane
-def test_each_disk_is_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_each_disk_is_its_own(tmp_path: Path, format: str) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(random.Random(1).randbytes(MIB))
     was = image.read_bytes()
-    m = running(bare_machine(COUNTING, regs=START, drives=[f"{image},snapshot"]))
+    drive = f"{image},snapshot"
+    if format != "raw":
+        drive = f"{images.convert(image, tmp_path / 'other', format)},format=qcow2,snapshot"
+    m = running(bare_machine(COUNTING, regs=START, drives=[drive]))
     with DriverOn(m) as driver:
         disk = Disk(driver)
         disk.write(3, b"before".ljust(512))

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import images
 from tests.support.bare import MIB, DriverOn, bare_machine, until
 from tests.support.guests import DATA
 from tests.support.snapshots import age
@@ -306,9 +307,14 @@ def read_disk(machine: Machine, offset: int, size: int) -> bytes:
     return bytes(found)
 
 
-@pytest.mark.parametrize("options", ["", ",snapshot", ",cache=none"])
+@pytest.mark.parametrize(
+    "options", ["", ",snapshot", ",cache=none", ",format=qcow2,serial=1", ",format=vdi,snapshot"]
+)
 def test_disks_go_along(tmp_path: Path, options: str) -> None:
     image = disk_with(tmp_path / "disk.img")
+    if "format=" in options:
+        format = options.partition("format=")[2].partition(",")[0]
+        image = images.convert(image, tmp_path / "disk.other", format)
     if "none" in options and not can_be_direct(image):
         pytest.skip("no O_DIRECT there")
     path = str(tmp_path / "snap")
@@ -340,10 +346,13 @@ def test_disks_go_along(tmp_path: Path, options: str) -> None:
         assert read_disk(m, 0, 4) == b"over"
 
 
-def test_disks_that_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",format=qcow2,serial=1"])
+def test_disks_that_stay(tmp_path: Path, options: str) -> None:
     image = disk_with(tmp_path / "disk.img")
+    if options:
+        image = images.convert(image, tmp_path / "disk.other", "qcow2")
     path = str(tmp_path / "snap")
-    with bare_machine(HALTED, drives=[str(image)]) as m:
+    with bare_machine(HALTED, drives=[f"{image}{options}"]) as m:
         m.snapshot(path, disks="keep")
         with pytest.raises(HostError, match="another process uses this image"):
             Machine.restore(path)

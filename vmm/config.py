@@ -233,13 +233,16 @@ class MachineConfig:
         if drives == ():
             return ()
         listed = types.listed("drives", drives, "Drive")
-        from vmm.block.drive import Drive
+        from vmm.block.drive import Drive, check_once
 
-        return tuple(
+        made = tuple(
             Drive.parse(drive) if isinstance(drive, str)
             else drive if types.is_a(drive, "Drive") else Drive(drive)
             for drive in listed
         )  # fmt: skip
+        if len(made) > 1:
+            check_once(made, look=False)
+        return made
 
     @staticmethod
     def _shares(shares: Sequence[str | Share]) -> tuple[Share, ...]:

@@ -339,19 +339,22 @@ class Drive:
         )
 
 
-def check_once(drives: Sequence[Drive]) -> None:
-    """UsageError where two of `drives` are one image, by whatever names, and one writes to it."""
+def check_once(drives: Sequence[Drive], *, look: bool = True) -> None:
+    """UsageError where two of `drives` are one image and one writes to it: by whatever names, or,
+    without `look`, by one name, and no file is looked at."""
     import os
     import stat
 
     found: dict[object, Drive] = {}
     for drive in drives:
-        try:
-            info = os.stat(drive.path)
-        except OSError:
-            continue  # whoever opens it tells of it
-        device = stat.S_ISBLK(info.st_mode)
-        key = info.st_rdev if device else (info.st_dev, info.st_ino)
+        key: object = os.path.normpath(drive.path)
+        if look:
+            try:
+                info = os.stat(drive.path)
+            except OSError:
+                continue  # whoever opens it tells of it
+            device = stat.S_ISBLK(info.st_mode)
+            key = info.st_rdev if device else (info.st_dev, info.st_ino)
         other = found.setdefault(key, drive)
         kept = all(each.readonly or each.snapshot for each in (drive, other))
         if other is not drive and not kept:

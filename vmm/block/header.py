@@ -37,6 +37,7 @@ class Header:
         backing_format: its format, where the header tells.
         data_file: the name of the file with the data (qcow2); empty: there is none.
         extents: (kind, name) of the files a VMDK descriptor lists.
+        encrypted: the data can be read with a key only (qcow2, qcow).
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Header:
         self.backing_format = ""
         self.data_file = ""
         self.extents: list[tuple[str, str]] = []
+        self.encrypted = False
 
 
 def read(fd: int, format: str, path: str) -> Header:
@@ -78,6 +80,8 @@ def _qcow(fd: int, header: Header) -> None:
     area = os.pread(fd, AREA, 0)
     _, version, offset, size = _QCOW2.unpack_from(area)
     header.backing = _name(fd, offset, size)
+    (method,) = struct.unpack_from(">I", area, 36 if version < 2 else 32)
+    header.encrypted = bool(method)
     if version < 2:
         return
     at, incompatible = 72, 0

@@ -48,6 +48,11 @@ def nodes(drive: Drive) -> list[Node]:
             os.close(fd)
     finally:
         os.close(file.fd)
+    if header.encrypted:
+        raise UsageError(
+            f"--drive {drive.path}: this {drive.format} image is encrypted, and no option takes "
+            "its key; give a copy that is not, or have the guest encrypt a raw disk"
+        )
     _check_backing(drive, header)
     made = _backing(drive, header)
     extra: Node = {"backing": f"backing{len(drive.backing)}" if drive.backing else None}

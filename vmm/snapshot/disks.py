@@ -75,7 +75,8 @@ def _save(block: Block, drive: Drive, directory: str, name: str, how: str) -> di
                 "(snapshot), which goes with the machine; use disks=copy"
             )
         block.image.flush()
-        return {**told, "how": KEEP, "mtime": os.stat(path).st_mtime_ns}
+        info = os.stat(path)
+        return {**told, "how": KEEP, "mtime": info.st_mtime_ns, "stored": info.st_size}
     fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if _reflink(block.image, fd):
@@ -147,7 +148,7 @@ def check(directory: str, disks: Sequence[Mapping[str, Any]]) -> None:
         except OSError as err:
             raise SnapshotError(f"{directory}: its disk {disk['path']}: {err.strerror}") from None
         if stat.S_ISREG(info.st_mode) and (
-            info.st_size != disk["size"] or info.st_mtime_ns != disk["mtime"]
+            info.st_size != disk.get("stored", disk["size"]) or info.st_mtime_ns != disk["mtime"]
         ):
             raise SnapshotError(
                 f"{directory}: its disk {disk['path']} was written to since; the guest would find "

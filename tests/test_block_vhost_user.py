@@ -248,3 +248,72 @@ def test_one_that_is_away_can_be_reset_and_closed(serve: Callable[..., BlkBacken
         until(AWAY, disk)
         driver.start()
         driver.write(mmio.CONFIG + blk.WRITEBACK, 0, 1)
+
+
+def told(driver: External, count: int) -> None:
+    """Wait until so many lines are told."""
+    limit = time.monotonic() + 20
+    while len(driver.errors) < count:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_readonly_holds_when_it_comes_back(serve: Callable[..., BlkBackend], image: Path) -> None:
+    """A successor that would let the guest write is no successor, also for a driver that starts
+    anew meanwhile."""
+    before = image.read_bytes()
+    backend = serve(writable=False)
+    disk = VhostUserBlk(str(backend.socket), readonly=True).open(0)
+    with External(disk) as driver:
+        backend.kill()
+        until(AWAY, disk)
+        backend.writable = True
+        backend.start()
+        told(driver, 2)
+        driver.start()  # the driver resets, and negotiates anew
+        assert disk.features >> blk.F_RO & 1
+        place = ask(driver, 0, blk.T_OUT)
+        time.sleep(1.0)  # it is looked for four times
+        assert driver.rings[0].used() == []
+        assert disk.state == AWAY
+        assert driver.errors[1:] == [
+            f"vhost-user-blk0: {backend.socket} is back, but serves the disk writable, and "
+            "readonly was asked for; requests wait until one is back that fits"
+        ]
+        backend.kill()
+        backend.writable = False
+        backend.start()
+        assert statuses(driver, [place]) == [blk.S_IOERR]  # the guest wrote to a read-only disk
+        blocks(driver, blk.T_IN, 0, 512)
+        told(driver, 3)
+        assert driver.errors[2:] == [f"vhost-user-blk0: {backend.socket} is back"]
+    assert image.read_bytes() == before
+
+
+def test_one_that_comes_back_with_less(serve: Callable[..., BlkBackend], image: Path) -> None:
+    """Fewer queues: not taken. Less of a disk, or a read-only one: taken, and told."""
+    backend = serve(queues=2)
+    disk = VhostUserBlk(str(backend.socket), queues=2).open(0)
+    with External(disk) as driver:
+        backend.kill()
+        until(AWAY, disk)
+        backend.queues = 1
+        backend.start()
+        told(driver, 2)
+        assert driver.errors[1] == (
+            f"vhost-user-blk0: {backend.socket} has 1 queues, not 2; requests wait until one is "
+            "back that fits"
+        )
+        backend.kill()
+        backend.queues, backend.writable = 2, False
+        size = image.stat().st_size
+        os.truncate(image, size // 2)
+        backend.start()
+        until(SERVED, disk)
+        blocks(driver, blk.T_IN, 0, 512, 1)
+        told(driver, 3)
+        assert driver.errors[2] == (
+            f"vhost-user-blk0: {backend.socket} is back, read-only now and with {size // 2} bytes, "
+            f"not {size}"
+        )
+        assert driver.read(mmio.CONFIG) == size // 2 // 512

@@ -188,3 +188,29 @@ def test_a_missing_program_is_named_with_its_package() -> None:
     with pytest.raises(HostError, match=r"^no-such is not installed; apt-get install some-p"):
         find("no-such", "some-package")
     assert find("no-such", "x", "/nowhere", "/bin/sh") == "/bin/sh"
+
+
+def test_a_forked_child_keeps_nothing_of_it(tmp_path: Path) -> None:
+    """It neither ends the helper nor keeps it alive when this process has ended."""
+    code = (
+        "import os, time; from vmm.child import Child\n"
+        f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'])\n"
+        "if not os.fork():\n"
+        "    c.close()\n"
+        f"    open('{tmp_path}/forked', 'w').write(str(os.getpid()))\n"
+        "    time.sleep(1000)\n"
+        "time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        pid, forked = wait_for_pid(tmp_path / "pid"), wait_for_pid(tmp_path / "forked")
+        try:
+            time.sleep(0.1)
+            assert running(pid)
+            parent.kill()
+            parent.wait()
+            limit = time.monotonic() + 20
+            while running(pid):
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+        finally:
+            os.kill(forked, signal.SIGKILL)

@@ -19,6 +19,7 @@ from _thread import RLock
 from contextlib import suppress
 
 from vmm.errors import HostError
+from vmm.forked import drop_in_child
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,6 +102,14 @@ class Child:
             if isinstance(err, OSError):
                 raise HostError(f"{self.name} cannot be started: {err.strerror}") from err
             raise
+        drop_in_child(self)
+
+    def forked(self) -> None:
+        """This is a forked child: the helper, and its end, are the parent's."""
+        self.pid = self._keeper = 0
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
 
     def _start_kept(
         self, argv: Sequence[str], out: tuple[int, int], pass_fds: Sequence[int]

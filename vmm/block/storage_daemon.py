@@ -13,7 +13,7 @@ from vmm.block import layers
 from vmm.errors import HostError, StateError, UsageError
 from vmm.forked import drop_in_child
 from vmm.virtio import spec
-from vmm.virtio.blk import S_IOERR
+from vmm.virtio.blk import F_RO, S_IOERR
 from vmm.virtio.queue import QueueError
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
 from vmm.virtio.vhost_user_wire import BackEndGone, Connection
@@ -53,7 +53,9 @@ class ExternalDisk(VhostUserDevice):
         *,
         child: Child | None = None,
         redial: Callable[[], Connection] | None = None,
+        readonly: bool = False,
     ) -> None:
+        self._readonly = readonly
         # qemu-storage-daemon (7.2) does not offer to keep a record of the requests it has taken,
         # and does when asked: the code is libvhost-user's. So it is known which ones to fail when
         # it has died.
@@ -79,6 +81,19 @@ class ExternalDisk(VhostUserDevice):
         super().close()
         if self.remote_limit is not None:
             self.remote_limit.close()
+
+    def refuses(self, offered: int) -> str:
+        writable = self._readonly and not offered >> F_RO & 1
+        return "but serves the disk writable, and readonly was asked for" if writable else ""
+
+    def differs(self, offered: int, config: bytes) -> str:
+        words = []
+        if offered >> F_RO & 1 and not self.features >> F_RO & 1:
+            words.append("read-only now")
+        before, now = (int.from_bytes(each[:8], "little") * 512 for each in (self.config, config))
+        if now < before:
+            words.append(f"with {now} bytes, not {before}")
+        return " and ".join(words)
 
     def adapt(self, config: bytearray) -> None:
         config[NUM_QUEUES : NUM_QUEUES + 2] = len(self.QUEUES).to_bytes(2, "little")

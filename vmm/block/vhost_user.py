@@ -86,6 +86,7 @@ class VhostUserBlk:
                 connection,
                 self.queues,
                 redial=lambda: dial(self.socket, self.what),
+                readonly=self.readonly,
             )
             if self.readonly and not disk.features >> F_RO & 1:
                 raise UsageError(

@@ -95,6 +95,7 @@ class VhostUserDevice(VirtioDevice):
         self.state = SERVED
         self._closing = False
         self._trying: Connection | None = None
+        self._refused = ""
         self._wake = -1
         offered = self._introduce(connection)
         super().__init__(name)
@@ -109,6 +110,15 @@ class VhostUserDevice(VirtioDevice):
         """Answer a request with an error, for want of a back end: the bytes written; None: this
         device has none to give."""
         return None
+
+    def refuses(self, offered: int) -> str:
+        """Why a back end that is back with these features is not taken; empty: it is."""
+        return ""
+
+    def differs(self, offered: int, config: bytes) -> str:
+        """What a person should know of a back end that is back, as against `features` and
+        `config`, which the one before had; empty: nothing."""
+        return ""
 
     def adapt(self, config: bytearray) -> None:
         """Change what the back end says of the configuration."""
@@ -381,22 +391,31 @@ class VhostUserDevice(VirtioDevice):
             self._trying = connection
             try:
                 self._resume(connection)
-            except HostError:
+            except HostError as err:
                 connection.close()
                 self.state = AWAY
+                gone = isinstance(err, BackEndGone)
+                if not gone and str(err) != self._refused:  # not four times a second
+                    self._refused = str(err)
+                    self.complain(f"{err}; requests wait until one is back that fits")
             finally:
                 self._trying = None
 
     def _resume(self, connection: Connection) -> None:
         offered = self._introduce(connection)
+        why = self.refuses(offered)
+        if why:
+            raise HostError(f"{connection.name} is back, {why}")
+        config = self._get_config(connection) if self._config_bytes else self.config
+        differs = self.differs(offered, bytes(config))
         missing = self.driver_features & ~offered & OFFERED
         running = bool(self.status & spec.DRIVER_OK) and not self.status & spec.DEVICE_NEEDS_RESET
         if running and missing:
             self.needs_reset(f"{connection.name} is back without features {missing:#x}")
             running = False
         self.features = offered & OFFERED
-        config = self._get_config(connection) if self._config_bytes else self.config
         self._connection, self.state = connection, SERVED
+        self._refused = ""
         if running:
             if self._inflight is None:  # nothing is under way: see `_lost`
                 self._new_record()
@@ -407,7 +426,7 @@ class VhostUserDevice(VirtioDevice):
         if config != self.config:
             self.config[:] = config
             self.config_changed()
-        self.complain(f"{connection.name} is back")
+        self.complain(f"{connection.name} is back" + (f", {differs}" if differs else ""))
 
     def _new_record(self) -> None:
         if self._records:

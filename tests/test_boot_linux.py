@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support import tiny
 from vmm.testing.kernels import Kernel
 
 pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(600)]
@@ -216,10 +219,60 @@ def test_sigterm_is_the_power_button(
             piece = os.read(process.stdout.fileno(), 4096)
             assert piece, output[-2000:]
             output += piece
-        process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # timeout(1) signals the process, and its group
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
         rest, errors = process.communicate(timeout=120)
         assert b"pressed" in rest
         assert process.returncode == 0, errors
+        assert errors.startswith(b"vmm: SIGTERM: the guest's power button is pressed; ")
+
+
+def test_a_deaf_guest_and_a_console_without_a_driver(
+    cloud_kernel: Kernel, make_initrd: Callable[..., Path]
+) -> None:
+    """Linux has the power button's driver, and no program that acts on it."""
+    initrd = make_initrd("echo waiting >/dev/ttyS0; sleep 1000", kernel=cloud_kernel)
+    command = [sys.executable, "-m", "vmm", "run", str(cloud_kernel.vmlinuz), "--initrd"]
+    command += [str(initrd), "--append", "console=ttyS0 quiet", "--timeout", "150"]
+    command += ["--grace", "2", "--console", "hvc"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        output = b""
+        while b"waiting" not in output:
+            piece = os.read(process.stdout.fileno(), 4096)
+            assert piece, output[-2000:]
+            output += piece
+        process.terminate()
+        errors = process.communicate(timeout=120)[1].decode().splitlines()
+        assert process.returncode == 143, errors
+    assert errors[0].startswith("vmm: SIGTERM: the guest's power button is pressed; ")
+    assert errors[1] == "vmm: no driver took the virtio console (hvc0)"
+    assert errors[2].startswith("vmm: vCPU 0 "), errors
+    assert errors[-1].startswith("vmm: ended by SIGTERM: the guest was still on after 2 s")
+
+
+def test_on_a_terminal(cloud_kernel: Kernel, make_initrd: Callable[..., Path]) -> None:
+    """The terminal's type and size reach the guest; an old panic's text makes no panic."""
+    initrd = make_initrd(
+        "echo term=$TERM; cat /proc/cmdline; "
+        "echo '[    1.000000] Kernel panic - not syncing: last week'; reboot -f",
+        kernel=cloud_kernel,
+    )
+    with tiny.AtTerminal(
+        *("run", str(cloud_kernel.vmlinuz), "--initrd", str(initrd), "--append", "quiet"),
+        *("--timeout", "150"),
+        term="vt220",
+    ) as person:
+        termios.tcsetwinsize(person.slave, (33, 101))
+        assert person.wait(200) == 0, person.output
+    output = person.output.decode()
+    assert "term=vt220" in output
+    for word in ("term.ttyS0=vt220", "rows.ttyS0=33", "columns.ttyS0=101"):
+        assert f"systemd.tty.{word}" in output
+    assert "Kernel panic - not syncing: last week" in output
 
 
 def test_from_python_in_ten_lines(cloud_kernel: Kernel, initrd: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -419,6 +420,38 @@ def test_terminal_is_restored_after_signals(kernel: Make, signums: list[int], st
         late = [-signum for signum in signums[1:]]
         assert person.wait() in (status, *late)
         assert person.is_restored
+
+
+@pytest.mark.parametrize(
+    ("term", "options", "words", "missing"),
+    [
+        (
+            "xterm-256color",
+            [],
+            ["TERM=xterm-256color", "systemd.tty.term.ttyS0=xterm-256color"],
+            [],
+        ),
+        ("xterm", ["--console", "hvc"], ["systemd.tty.term.hvc0=xterm"], ["ttyS0=xterm"]),
+        ("xterm", ["--append", "TERM=linux"], ["TERM=linux"], ["TERM=xterm"]),
+        ("x y", [], ["systemd.tty.rows.ttyS0=31"], ["TERM", "tty.term"]),
+        ("xterm", ["--console", "none"], [], ["TERM", "tty.rows"]),
+    ],
+)
+def test_the_terminal_is_named_to_the_guest(
+    kernel: Make, term: str, options: list[str], words: list[str], missing: list[str]
+) -> None:
+    path = kernel(tiny.exits(0))
+    with AtTerminal("run", "-v", *options, path, term=term) as person:
+        termios.tcsetwinsize(person.slave, (31, 90))
+        assert person.wait() == 0
+        line = re.search(r"command line: (.*)", person.output.decode())
+        assert line is not None
+        for word in words:
+            assert word in line[1]
+        for word in missing:
+            assert word not in line[1]
+        if not missing:
+            assert "systemd.tty.rows.ttyS0=31 systemd.tty.columns.ttyS0=90" in line[1]
 
 
 def test_terminal_is_untouched_by_a_failed_start(tmp_path: Path) -> None:

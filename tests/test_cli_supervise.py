@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -163,6 +164,33 @@ def test_timeout_1(tmp_path: Path, guest: str) -> None:
         assert ("still on after 0.6 s" if guest == "deaf" else "no driver in the guest") in err
 
 
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_to_a_whole_pipeline(tmp_path: Path, signum: signal.Signals, status: int) -> None:
+    """The reader of standard output ends by it, too: the signal counts, SIGTERM stays polite."""
+    path = tmp_path / "status"
+    command = " ".join(tiny.command("run", "--memory", "16M", tiny.kernel(tmp_path, tiny.POLITE)))
+    trap = f"trap : {signum.name[3:]}"
+    script = f"({trap}; {command}; echo $? > {path}) | tee {tmp_path}/out"
+    with subprocess.Popen(
+        ["bash", "-c", f"{trap}; {script}"],
+        env=tiny.environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as shell:
+        while not (tmp_path / "out").exists() or not (tmp_path / "out").read_bytes():
+            assert shell.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.killpg(shell.pid, signum)
+        shell.wait(60)
+    until = time.monotonic() + 60
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert path.read_text() == f"{status}\n"
+
+
 def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
     """To process 1 of a PID namespace only signals with a handler are delivered."""
     before = "unshare --fork --pid --kill-child --mount-proc"
@@ -203,6 +231,28 @@ def test_a_signal_while_the_machine_is_built(tmp_path: Path, signum: signal.Sign
     )
     assert not (tmp_path / "p").exists()
     assert not (tmp_path / "v").exists()
+
+
+def test_a_signal_while_building_waits_for_another_program(tmp_path: Path) -> None:
+    """A vhost-user back end that accepts and never answers."""
+    path = str(tmp_path / "silent")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        process = subprocess.Popen(
+            tiny.command("run", "--vhost-user-blk", path, tiny.kernel(tmp_path, tiny.SPIN)),
+            env=tiny.environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        client = listener.accept()[0]
+        client.recv(1)
+        for _ in range(2):  # timeout(1)
+            process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=supervise.BUILDING_MAX + 5)[1].decode()
+        client.close()
+    says = "vmm: ended by SIGTERM, before the machine had started (status 143)\n"
+    assert (process.returncode, err) == (143, says)
 
 
 def test_what_is_said_is_one_line_each(tmp_path: Path) -> None:

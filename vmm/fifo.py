@@ -11,6 +11,8 @@ import errno
 import os
 import stat
 
+from vmm.forked import drop_in_child
+
 FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -50,6 +52,7 @@ class Output:
         self.fd = open_output(path)
         self.lost = 0
         self._path = path
+        drop_in_child(self)
         self.is_fifo = stat.S_ISFIFO(os.fstat(self.fd).st_mode)
 
     def put(self, data: bytes | memoryview) -> int:

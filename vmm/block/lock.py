@@ -46,9 +46,7 @@ def lock(fd: int, *, write: bool) -> bool:
 def unlock(fd: int) -> None:
     """Let the image go, although another process may have the same open file: a forked child."""
     with suppress(OSError):  # there are no locks there
-        fcntl.fcntl(
-            fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, NEEDED, 2 * NEEDED, 0)
-        )
+        fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, NEEDED, 2 * NEEDED, 0))
 
 
 def free(fd: int, *, write: bool) -> bool:

@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager, suppress
 
 from vmm.errors import HostError, UsageError, VmmError
+from vmm.forked import drop_in_child
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
 from vmm.virtio import unix
@@ -147,6 +148,7 @@ class Control:
             except OSError:
                 time.sleep(LOOK)  # closed; or no descriptors for now
                 continue
+            drop_in_child(sock)
             client = Client(sock)
             thread = threading.Thread(
                 target=self._serve, args=(client,), name="control-client", daemon=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from vmm.cli.arguments import HELP, Option, Parser, Spelled
@@ -247,9 +248,33 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     with Spelled(args):
         config = configure(args)
+        describe_terminal(config)
         from vmm.machine import Machine
 
         return see_through(lambda: Machine(config), args)
+
+
+def describe_terminal(config: MachineConfig) -> None:
+    """Name this terminal's type and size on the kernel command line, where the console is on it.
+
+    Linux gives TERM= to init as a variable. A serial line has no size: systemd sets that of the
+    console from the parameters systemd.tty.*; a virtio console is told it by its device, too.
+    """
+    if config.console_where != "auto" or not config.default_append or not os.isatty(0):
+        return
+    term = os.environ.get("TERM", "")
+    plain = term.isascii() and term.replace("-", "").replace("+", "").replace(".", "").isalnum()
+    try:
+        columns, rows = os.get_terminal_size(0)
+    except OSError:
+        return
+    tty = "hvc0" if config.hvc else "ttyS0"
+    words = [f"TERM={term}", f"systemd.tty.term.{tty}={term}"] if plain else []
+    if columns and rows:
+        words += [f"systemd.tty.rows.{tty}={rows}", f"systemd.tty.columns.{tty}={columns}"]
+    given = {word.partition("=")[0] for word in config.append.split()}
+    words = [word for word in words if word.partition("=")[0] not in given]
+    config.append = " ".join([*words, config.append]).strip()
 
 
 def see_through(make: Callable[[], Machine], args: Arguments) -> int:

@@ -46,6 +46,10 @@ MOMENT = 1.0
 """Seconds after a SIGTERM in which another one is the same."""
 GRACE = 30.0
 """Seconds from SIGTERM to the end of a machine that goes on (--grace)."""
+BUILDING_MAX = 2
+"""Seconds a machine may still be built after a signal that ends it."""
+TOGETHER = 50
+"""Milliseconds between a pipeline's other processes ending by a signal and that signal here."""
 STDOUT = 1
 READER_GONE = "standard output: its reader has gone (--console none runs without one)"
 
@@ -66,14 +70,17 @@ class Signals:
     """Signals come out of `fd`, a byte each, and do nothing else.
 
     A context manager, for the main thread. One that was ignored (nohup) stays ignored. Until
-    `armed` is called, those that end a machine raise Terminated in the main thread: a machine can
-    take seconds to build, and what is built so far is then given back.
+    `armed` is called a machine is being built, which can take seconds. A signal that ends a machine
+    has `armed` raise Terminated then, when all that was built can be given back. It is raised in
+    the main thread, wherever that is, if building goes on for BUILDING_MAX seconds, or at another
+    signal a moment later.
     """
 
     def __init__(self, signums: tuple[int, ...] = SIGNALS) -> None:
         self.fd = -1
         self._signums = signums
-        self._raises = True
+        self._building = True
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -86,7 +93,7 @@ class Signals:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._raises = False
+        self._built()
         for signum, handler in self._old.items():
             _signal.signal(signum, handler)
         _signal.set_wakeup_fd(self._old_fd)
@@ -95,8 +102,16 @@ class Signals:
         self.fd = -1
 
     def armed(self) -> None:
-        """From now on somebody reads the signals."""
-        self._raises = False
+        """The machine is built: from now on somebody reads the signals. Raises Terminated."""
+        self._built()
+        if self._first is not None:
+            raise Terminated(self._first[0])
+
+    def _built(self) -> None:
+        self._building = False
+        if self._first is not None:
+            _signal.alarm(0)
+            _signal.signal(_signal.SIGALRM, _signal.SIG_DFL)
 
     def read(self) -> bytes:
         """The signals that came, in order."""
@@ -106,9 +121,16 @@ class Signals:
             return b""
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._raises and signum in NAMES:
-            self._raises = False
-            raise Terminated(signum)
+        if not self._building or signum not in (*NAMES, _signal.SIGALRM):
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = signum, now
+            _signal.signal(_signal.SIGALRM, self._on_signal)
+            _signal.alarm(BUILDING_MAX)
+        elif now - self._first[1] >= MOMENT:
+            self._building = False
+            raise Terminated(self._first[0])
 
 
 class _Termination:
@@ -139,6 +161,11 @@ class _Termination:
             self._press(now)
         elif now - self._pressed >= MOMENT:
             self._end("ended by SIGTERM")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the machine has been asked to end."""
+        return self._pressed is not None
 
     @property
     def just_begun(self) -> bool:
@@ -224,8 +251,11 @@ def supervise(
                 if machine.state == "paused" and not expected():
                     end_guests_line(machine)
                     say(_why_paused(machine))
-            if watched and STDOUT in ready:
-                machine.end(_reader_gone())
+            gone = watched and STDOUT in ready
+            if gone:
+                poll.unregister(STDOUT)
+                if signals.fd not in ready:  # one to the whole pipeline is about to come, perhaps
+                    ready.update(poll.poll(TOGETHER))
             came = signals.read() if signals.fd in ready else b""
             for signum in came:
                 if signum == _signal.SIGTERM:
@@ -242,6 +272,8 @@ def supervise(
                     machine.end(
                         MachineExit(exits.STOPPED, f"ended by {NAMES[signum]}", status=128 + signum)
                     )
+            if gone and not termination.begun:  # else the guest is powering off
+                machine.end(MachineExit(exits.STOPPED, READER_GONE, status=128 + _signal.SIGPIPE))
             termination.act()
         return machine.wait()
     finally:
@@ -274,11 +306,6 @@ def _is_stream(fd: int) -> bool:
     except OSError:
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _reader_gone() -> MachineExit:
-    """As a program ends whose standard output has no reader: killed by SIGPIPE, for a shell."""
-    return MachineExit(exits.STOPPED, READER_GONE, status=128 + _signal.SIGPIPE)
 
 
 def _why_paused(machine: Machine) -> str:

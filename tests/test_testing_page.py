@@ -281,3 +281,47 @@ def test_where_nothing_can_be_left(tmp_path: Path) -> None:
     (project / "pytest.ini").write_text("[pytest]\nvmm_artifacts = below/here\n")
     done = run_pytest(project)
     assert f"{project}/below/here/test_it.py-test_it/report.html\n" in done.stdout
+
+
+@pytest.mark.needs_linux_kvm
+@pytest.mark.timeout(600)
+def test_a_page_about_linux(tmp_path: Path, cloud_kernel: object) -> None:
+    """How it came up, and the commands on it."""
+    project = projects.new(tmp_path)
+    write(
+        project,
+        """
+import pytest
+
+@pytest.mark.vmm(append="loglevel=7")
+def test_it(booted_machine):
+    booted_machine.run(["sh", "-c", "echo '<b>out'; ls /nope"])
+    booted_machine.put(__file__, "/tmp/it.py")
+    booted_machine.popen(["sleep", "1000"])
+    assert booted_machine.run(["uname", "-s"]).stdout == b"Plan 9"
+""",
+    )
+    done = run_pytest(
+        project, "--vmm-require", "--vmm-artifacts=kept", "-o", "vmm_boot_timeout=300", timeout=500
+    )
+    directory = project / "kept" / "test_it.py-test_it"
+    assert directory.is_dir(), done.stdout
+    rows = list(map(json.loads, (directory / "machine-0.events.jsonl").read_text().splitlines()))
+    marks = rows[0]["marks"]
+    assert marks["asked"] < marks["built"] < marks["first byte"] < marks["agent"]
+    calls = [(row["call"], row["result"], row["failed"]) for row in rows if row["event"] == "call"]
+    assert calls == [
+        ("wait", "ready", False),
+        ("run", "status 1", True),
+        ("put", "", False),
+        ("popen", "has not ended", False),
+        ("run", "status 0", False),
+    ]
+    found = Page((directory / "report.html").read_text())
+    steps = [text.partition("+")[0] for kind, text in found.rows if kind == ""]
+    assert [text for text in steps if text in page.STEPS] == [
+        "built", "started", "first byte", "init", "agent",
+    ]  # fmt: skip
+    called = "".join(found.of("call"))
+    assert "run sh -c" in called
+    assert "<b>out\nls: /nope: No such file or directory" in called

@@ -113,7 +113,7 @@ def test_expected(machine_factory):
         waiting=tiny.kernel(tmp_path, read + tiny.HALT),
         counting=tiny.kernel(tmp_path, tiny.COUNTING),
     )
-    done = run_pytest(project, "-rf", "--vmm-artifacts=kept", timeout=120)
+    done = run_pytest(project, "-rf", "--vmm-artifacts=kept", timeout=55)
     first, rest = done.stdout.split("_ test_subtests", 1)
     assert "not to be had within 2 s\nvCPU 0 is in answer (" in first
     assert "a part of it does not close" in done.stdout

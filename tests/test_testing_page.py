@@ -213,7 +213,7 @@ def test_lines_have_the_time_at_which_they_began() -> None:
     written: list[bytes] = []
     for data in (b"one\nt", b"wo\r\n", b"\n", b"three"):
         recorder._console(written.append, data)
-    times = [time for _, time in recorder._writes]
+    times = [time for _, time in recorder._first_writes]
     assert recorder.lines() == [
         (times[0], "one"), (times[0], "two"), (times[2], ""), (times[3], "three"),
     ]  # fmt: skip

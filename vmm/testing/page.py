@@ -142,7 +142,7 @@ class Axis:
         return f"left:{left}%;width:max({round(self.at(ended) - left, 3)}%,3px)"
 
     def told(self, time: float) -> str:
-        return f"{time - self.zero:+.3f}"
+        return f"{round(time - self.zero, 3) + 0.0:+.3f}"
 
     def ticks(self) -> list[tuple[float, str]]:
         """(percent, label) of round times."""

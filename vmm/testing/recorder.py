@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HEAD, TAIL = 256 << 10, 1 << 20
 """Bytes of the console's first and last output that are kept."""
 WRITES = 20_000
-"""Of so many of its last writes the time is known."""
+"""Of so many of the writes that made each the time is known."""
 CALLS = 1000
 WORDS_MAX = 400
 """Characters of a command, or of its output, that are kept."""
@@ -74,7 +74,8 @@ class Recorder:
         self.calls: deque[Call] = deque(maxlen=CALLS)
         self._head = bytearray()
         self._tail = ConsoleTail(TAIL)
-        self._writes: deque[tuple[int, float]] = deque(maxlen=WRITES)  # position, time
+        self._first_writes: list[tuple[int, float]] = []  # position, time
+        self._writes: deque[tuple[int, float]] = deque(maxlen=WRITES)
 
     def follow(self, machine: Machine) -> None:
         """Record what `machine`, which was built just now, prints, and the calls on it."""
@@ -107,6 +108,8 @@ class Recorder:
             self.marks["first byte"] = now
         if len(self._head) < HEAD:
             self._head += data[: HEAD - len(self._head)]
+            if len(self._first_writes) < WRITES:
+                self._first_writes.append((position, now))
         self._writes.append((position, now))
         self._tail.write(data)
         write(data)
@@ -127,22 +130,11 @@ class Recorder:
         """(time, text) of the lines that are kept: when each began to be printed, as far as that
         is known."""
         head, missing, tail = self._parts()
-        writes = list(self._writes)
-        found: list[tuple[float, str]] = []
         if not missing:
-            head, tail = b"", head + tail
-        else:
-            first = self.marks["first byte"]
-            found = [(first, _text(line.rstrip(b"\r"))) for line in head.split(b"\n")]
-            found.append((first, f"[... {missing} bytes are left out ...]"))
-        position = len(head) + missing
-        lines = tail.split(b"\n")
-        for number, raw in enumerate(lines):
-            if raw or number < len(lines) - 1:
-                at = bisect_right(writes, (position, float("inf"))) - 1
-                found.append((writes[max(at, 0)][1], _text(raw.rstrip(b"\r"))))
-            position += len(raw) + 1
-        return found
+            return _timed(head + tail, 0, [*self._first_writes, *self._writes])
+        found = _timed(head, 0, self._first_writes)
+        found.append((found[-1][0], f"[... {missing} bytes are left out ...]"))
+        return found + _timed(tail, len(head) + missing, list(self._writes))
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -187,6 +179,19 @@ class Recorder:
             call.ended = time.monotonic()
             if what in ("run", "popen", "put", "get") and _answers(machine):
                 self.marks.setdefault("agent", call.ended)
+
+
+def _timed(data: bytes, position: int, writes: list[tuple[int, float]]) -> list[tuple[float, str]]:
+    """The lines of `data`, the first of which is at `position`, with the times of `writes`."""
+    writes = sorted(writes)
+    found = []
+    lines = data.split(b"\n")
+    for number, raw in enumerate(lines):
+        if raw or number < len(lines) - 1:
+            at = bisect_right(writes, (position, float("inf"))) - 1
+            found.append((writes[max(at, 0)][1], _text(raw.rstrip(b"\r"))))
+        position += len(raw) + 1
+    return found
 
 
 def _answers(machine: Machine) -> bool:

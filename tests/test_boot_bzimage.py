@@ -11,7 +11,9 @@ import pytest
 from tests.support.boot_files import MIB, PACKERS, bzimage, elf, pack
 from vmm.boot.bzimage import BzImage
 from vmm.boot.file import InputFile
+from vmm.boot.loader import load
 from vmm.errors import BootError
+from vmm.memory import GuestMemory
 from vmm.testing.kernels import Kernel
 
 Parse = Callable[[bytes], BzImage]
@@ -129,3 +131,15 @@ def test_the_size_in_the_header_is_used(parse: Parse) -> None:
     whole = bzimage(bytes(4096))
     (paragraphs,) = struct.unpack_from("<I", whole, 0x1F4)
     assert parse(whole).kernel_size == paragraphs * 16
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x01\x02\x03\x04" * 100])
+def test_what_has_no_known_payload_is_not_taken_for_linux(tmp_path: Path, payload: bytes) -> None:
+    """memtest86+ has a bzImage's header, and starts at its 64-bit entry."""
+    path = tmp_path / "k"
+    fields = {} if payload else {"payload_offset": 0, "payload_length": 0}
+    path.write_bytes(bzimage(payload, **fields))
+    with GuestMemory(64 << 20) as memory:
+        assert not load(memory, str(path), [], "", mode="bzimage").is_linux
+        path.write_bytes(bzimage(pack(elf(), "gzip")))
+        assert load(memory, str(path), [], "", mode="bzimage").is_linux

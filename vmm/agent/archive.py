@@ -135,7 +135,8 @@ def check(config: MachineConfig) -> None:
     """UsageError where what a configuration says of the agent cannot be."""
     if not config.acpi and config.transport == "mmio":
         raise UsageError(
-            "--no-acpi: the agent's device over MMIO is found by ACPI; leave it out, or use "
+            "--no-acpi: the agent's device over MMIO is found by ACPI; leave it out (for a kernel "
+            "without ACPI, --cmdline-devices besides), or use "
             "--transport pci"
         )
     init = guest_init(config)

@@ -151,8 +151,11 @@ class _Job:
             f"bzImage, boot protocol {image.protocol}, {format_size(image.file.size)} "
             f"at {start:#x}, unpacks itself ({image.compression})"
         )
-        self.archives.check()
-        return self._long64(start + ENTRY_64, image, initrd, [*self.lines, what], True)
+        # Programs in a bzImage's clothes (memtest86+) have no payload.
+        linux = image.compression != "unknown"
+        if linux:
+            self.archives.check()
+        return self._long64(start + ENTRY_64, image, initrd, [*self.lines, what], linux)
 
     def elf(self, elf: Elf, mode: str, image: BzImage | None) -> BootState:
         """An ELF kernel, the vmlinux of `image` if that is given."""

@@ -193,6 +193,18 @@ def test_a_flipped_bit_ends_the_machine_that_would_have_used_it(reader: Machine)
     lost(reader, "memory is corrupt: the 256 KiB at byte 0xc00000 do not have their checksum")
 
 
+def test_a_file_that_is_cut_short_ends_that_machine_alone(reader: Machine) -> None:
+    """A private mapping would have the kernel end the process (docs/snapshots.md)."""
+    origin: Any = reader.origin
+    with bare_machine("1: jmp 1b", "user") as other:
+        other.start()
+        os.truncate(Path(origin._snapshot.path) / "memory", 2 * MIB)
+        reader.memory.write_u8(FLAG, 1)
+        reader.start()
+        lost(reader, "memory is corrupt: the 256 KiB at byte ")
+        assert other.state == "running"
+
+
 # --- a handler that listens -----------------------------------------------------------------------
 
 

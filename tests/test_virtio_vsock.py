@@ -554,6 +554,36 @@ def test_a_restored_guest_is_told_that_its_connections_are_gone(tmp_path: Path) 
             assert guest.packet().op == vp.OP_RST
 
 
+def host_port(guest: Guest) -> int:
+    """The port from which the host's side calls the guest."""
+    sock = guest.device.host.dial(PORT)
+    packet = guest.packet()
+    while packet.op != vp.OP_REQUEST:
+        packet = guest.packet()
+    sock.close()
+    return packet.src_port
+
+
+def test_no_host_port_is_used_again_after_a_restore(tmp_path: Path) -> None:
+    """The guest may still have a connection from that port, and answers with a reset: the first
+    commands in a restored machine were lost."""
+    begins = set()
+    for number in range(8):
+        with Guest(str(tmp_path / f"v{number}")) as guest:
+            first, second = host_port(guest), host_port(guest)
+            assert second == first + 1
+            assert 1 << 30 <= first <= 2 << 30
+            begins.add(first)
+            state = guest.device.save()
+            other = Vsock(CID + 1, VsockHost(str(tmp_path / f"w{number}")))
+            other.memory = guest.driver.memory
+            before = other._next_port
+            other.restore(state)
+            begins |= {before, other._next_port}
+            other.close()
+    assert len(begins) == 3 * 8
+
+
 # --- the host's socket ----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ event loop (vmm.virtio.on_loop).
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 from vmm.virtio import spec
@@ -92,7 +93,7 @@ class Vsock(LoopDevice):
         self.host = host
         self.streams: dict[tuple[int, int], Stream] = {}
         self._lingering: set[Stream] = set()
-        self._next_port = FIRST_PORT
+        self._next_port = _random_port()
         self._transport_reset = False
         self._clear()
         host.attach(self)
@@ -387,7 +388,14 @@ class Vsock(LoopDevice):
         config = bytes(self.config)
         super().restore(state)
         self._transport_reset = True
+        self._next_port = _random_port()
         self.config[:] = config  # a clone has a CID of its own; the guest asks for it again
+
+
+def _random_port() -> int:
+    """Where the host's ports begin. The guest of a restored machine, or of a copy, may still have
+    connections of before, and would answer one from the same port with a reset."""
+    return FIRST_PORT + int.from_bytes(os.urandom(4), "little") % FIRST_PORT
 
 
 def _split(readable: list[memoryview]) -> tuple[memoryview, list[memoryview]]:

@@ -248,3 +248,32 @@ def test_the_end_by_a_signal_removes_the_socket(echo: tuple[Running, Path]) -> N
     os.kill(running.process.pid, signal.SIGINT)
     assert running.end()[0] == 130
     assert not control.exists()
+
+
+def test_a_disk_of_a_running_machine_grows(tmp_path: Path) -> None:
+    kernel, control, disk = tiny.kernel(tmp_path, tiny.ECHO), tmp_path / "c", tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    words = ["run", kernel, "--memory", "64M", "--control", str(control), "--drive", str(disk)]
+
+    def resize(*more: str) -> tuple[int, str, str]:
+        done = tiny.run("resize", *more, "--control", str(control))
+        return done.returncode, done.stdout, done.stderr
+
+    with Running(*words) as running:
+        running.ready()
+        assert resize("blk0", "--size", "2M") == (0, "blk0: 2097152 bytes\n", "")
+        assert disk.stat().st_size == 2 << 20
+        os.truncate(disk, 3 << 20)
+        assert resize("blk0") == (0, "blk0: 3145728 bytes\n", "")
+        for more, line in (
+            (("blk0", "--size", "1M"), "blk0: 1048576 bytes are less than the 3145728 that the"),
+            (("blk7",), "resize: this machine has no virtio device 'blk7'; it has blk0"),
+            (("blk0", "--size", "much"), "--size"),
+        ):
+            status, out, err = resize(*more)
+            assert (status, out) == (2, "") and line in err and err.count("\n") == 1
+        for request in ({}, {"disk": 1}, {"disk": "blk0", "size": "1"}, {"disk": "blk0", "x": 1}):
+            with pytest.raises(VmmError, match="resize: "):
+                ask(str(control), {"resize": request})
+        running.type(b"a")
+        running.expect(b"[a]")

@@ -21,7 +21,9 @@ import pytest
 from tests.support import programs
 from tests.test_virtio_vhost_user import qcow2
 from vmm import Machine, MachineConfig
+from vmm.block.storage_daemon import ExternalDisk
 from vmm.testing.kernels import Kernel
+from vmm.virtio.blk import Block
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("VMM_BLK_MIB", "32"))
@@ -118,6 +120,17 @@ stage read
 echo "kept: $(md5sum < /dev/vdd)"
 rm file0; sync; cd /; fstrim -v /mnt; umount /mnt || fail umount
 echo "readonly: $(cat /sys/block/vdb/ro) $(dd if=/dev/zero of=/dev/vdb count=1 2>&1 | head -n 1)"
+cd /sys/block; before=$(cat vdc/size vdd/size | tr '\n' ' ')
+echo "grow now"
+i=0; while [ $i -lt 200 ]; do
+    set -- $before $(cat vdc/size vdd/size)
+    [ $1 != $3 ] && [ $2 != $4 ] && break
+    sleep 0.1; i=$((i+1))
+done
+echo "grown: $before$(cat vdc/size vdd/size | tr '\n' ' ')"
+echo "new end: $(dd if=/dev/vdd bs=64k skip=60 count=4 2>/dev/null | tr -d '\\0' | wc -c)"
+end={(SIZE + 4) * 16 - 1}
+dd if=/dev/vdb of=/dev/vdc bs=64k count=1 seek=$end conv=fsync 2>/dev/null || fail the end
 stage done
 """
 
@@ -126,14 +139,24 @@ def modules(transport: str, *more: str) -> list[str]:
     return [f"virtio_{transport}", "virtio_blk", *more]
 
 
-def run(kernel: Kernel, initrd: Path, drives: list[str], **options: object) -> str:
-    """Boot; the console's output, once the guest has powered off."""
+def run(
+    kernel: Kernel, initrd: Path, drives: list[str], grow: dict[str, int] | None = None,
+    **options: object,
+) -> str:  # fmt: skip
+    """Boot; the console's output, once the guest has powered off. `grow`: the bytes that disks get
+    when the guest says that it waits for them."""
     config = MachineConfig(
         str(kernel.vmlinuz), initrds=[str(initrd)], append="quiet", timeout=PATIENCE, drives=drives,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip
     with Machine(config) as machine:
         machine.start()
+        if grow:
+            machine.wait_for("grow now", PATIENCE)
+            for name, size in grow.items():
+                disk = machine.virtio_device(name)
+                assert isinstance(disk, (Block, ExternalDisk))
+                assert disk.resize(size) == size
         ended = machine.wait()
         text = machine.console.text()
     assert ended is not None and ended.kind == "poweroff", f"{ended}\n{text[-3000:]}"
@@ -163,7 +186,8 @@ def test_a_file_system_over_a_reboot(
         path.touch()
         os.truncate(path, size)
     overlay = qcow2(len(backed), backing=base)
-    drives = [str(disk), f"{data},readonly", f"{copy},queues=4", f"{overlay},format=qcow2,queues=2"]
+    layered = f"{overlay},format=qcow2,queues=2,backing={base}"
+    drives = [str(disk), f"{data},readonly", f"{copy},queues=4", layered]
     how = {"kernel": cloud_kernel, "modules": modules(transport, "ext4")}
     tools = programs.with_libraries("e2fsprogs", "mke2fs") | programs.with_libraries("fio", "fio")
     initrd = make_initrd(FIRST_BOOT, files={**tools, "jobs": FIO}, **how)
@@ -176,7 +200,12 @@ def test_a_file_system_over_a_reboot(
     blocks = disk.stat().st_blocks
 
     initrd = make_initrd(SECOND_BOOT, **how)
-    text = run(cloud_kernel, initrd, drives, transport=transport, cpus=2)
+    grow = {"blk2": (SIZE + 4) * MIB, "blk3": 4 * MIB}
+    text = run(cloud_kernel, initrd, drives, grow, transport=transport, cpus=2)
+    sectors = [size // 512 for size in (SIZE * MIB, len(backed), *grow.values())]
+    assert "grown: " + " ".join(map(str, sectors)) in text, text[-2000:]
+    assert "new end: 0\n" in text
+    assert copy.read_bytes() == content + bytes(4 * MIB - 65536) + content[:65536]
     for number in range(CHUNKS):
         chunk = content[number * 8 * MIB : (number + 1) * 8 * MIB]
         want = hashlib.md5(content[: 30 * 102400] if number == 1 else chunk)

@@ -264,6 +264,18 @@ class Drive:
             queues=int(queues),
         )
 
+    def from_directory(self, directory: str) -> Drive:
+        """The same drive, its relative paths taken from `directory`."""
+        import copy
+        import os
+
+        made = copy.copy(self)
+        made.path = os.path.join(directory, self.path)
+        made.backing = tuple(os.path.join(directory, path) for path in self.backing)
+        if self.data_file:
+            made.data_file = os.path.join(directory, self.data_file)
+        return made
+
     @property
     def foreign(self) -> bool:
         """Its format is one that qemu-storage-daemon reads and writes."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from vmm.block.overlay import Overlay
+from vmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Frozen:
     """
 
     readonly = True
+    frozen = True
 
     def __init__(self, image: RawImage | NbdImage | Overlay) -> None:
         self.image = image
@@ -48,6 +50,14 @@ class Frozen:
             last = not self._users
         if last:
             self.image.close()
+
+    def found(self) -> int:
+        """Bytes it has, for good."""
+        return self.size
+
+    def grow(self, size: int) -> None:
+        """StateError: others share it."""
+        raise StateError(f"{self.path}: a checkpoint, or clones, share this disk")
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` from byte `offset`."""

@@ -15,13 +15,14 @@ from _queue import SimpleQueue
 from contextlib import suppress
 
 from vmm.block.vector import cut
-from vmm.errors import HostError
+from vmm.errors import HostError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmm.child import Child
+    from vmm.errors import VmmError
 
 CONNECTIONS = 8
 """As many as a disk has workers (vmm.virtio.blk)."""
@@ -59,11 +60,14 @@ class NbdImage:
         readonly: nothing is written.
         flushes: False: flushes are not carried out.
         child: the server's process, ended with the image.
+        again: starts another server, after the first has ended, that has the image grow to so many
+            bytes: our ends of connections to it, its process, and what it could not do.
 
     Raises:
         HostError: the server does not answer, or not as it should.
     """
 
+    frozen = False
     direct = True
     """Every request may wait: none is made in a queue's own thread."""
 
@@ -75,14 +79,19 @@ class NbdImage:
         readonly: bool = False,
         flushes: bool = True,
         child: Child | None = None,
+        again: Callable[[int], tuple[list[socket.socket], Child, VmmError | None]] | None = None,
     ) -> None:
         self.path = path
         self.readonly = readonly
         self.flushes = flushes
         self._child = child
+        self._again = again
+        self._closed = False
+        self._begin(connections)
+
+    def _begin(self, connections: Sequence[socket.socket]) -> None:
         self._connections = list(connections)
         self._free: SimpleQueue[socket.socket] = SimpleQueue()
-        self._closed = False
         self.size = 0
         try:
             for number, connection in enumerate(self._connections):
@@ -94,7 +103,7 @@ class NbdImage:
                 self._free.put(connection)
         except (OSError, ValueError, struct.error) as err:
             self._hang_up()
-            raise HostError(f"--drive {path}: {err}") from err
+            raise HostError(f"--drive {self.path}: {err}") from err
         self._trims = bool(flags & FLAG_TRIM)
         self._zeroes = bool(flags & FLAG_WRITE_ZEROES)
 
@@ -125,6 +134,25 @@ class NbdImage:
             self._hang_up()
             if self._child is not None:
                 self._child.close()
+
+    def found(self) -> int:
+        """Bytes that the disk has now: nobody else enlarges an image in use."""
+        return self.size
+
+    def grow(self, size: int) -> None:
+        """Have `size` bytes, no fewer than now, by another server. While nobody reads or writes.
+        Raises UsageError, HostError."""
+        if size == self.size:
+            return
+        if self._again is None or self.readonly:
+            raise UsageError(f"{self.path}: this image is only read, and cannot grow")
+        self._hang_up()
+        if self._child is not None:
+            self._child.close()
+        connections, self._child, failure = self._again(size)
+        self._begin(connections)
+        if failure is not None:
+            raise failure
 
     # --- I/O: all raise OSError -------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from _thread import allocate_lock
 from vmm.block.libc import fallocate
 from vmm.block.raw import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, RawImage
 from vmm.block.vector import cut, whole
-from vmm.errors import HostError
+from vmm.errors import HostError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Overlay:
     """
 
     readonly = False
+    frozen = False
 
     def __init__(self, base: RawImage | NbdImage | Frozen, *, directory: str = "") -> None:
         self.base = base
@@ -197,6 +198,33 @@ class Overlay:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, self.size)
             self._written[:] = bytes(len(self._written))
+
+    def found(self) -> int:
+        """Bytes that the image below has now, or the overlay where it has more."""
+        return max(self.base.found(), self.size)
+
+    def grow(self, size: int) -> None:
+        """Have `size` bytes, no fewer than now; what the image below lacks is zero. While nobody
+        reads or writes. Raises OSError, StateError."""
+        if size == self.size:
+            return
+        if self.base.frozen:
+            raise StateError(
+                f"{self.path}: a checkpoint, or clones, share this disk; have it grow before"
+            )
+        below = min(self.base.found(), size)
+        if below > self.base.size:
+            self.base.grow(below)
+        os.ftruncate(self._fd, size)
+        self._written += bytes(-(-size // (8 * CLUSTER)) - len(self._written))
+        if size > below:  # of what lies beyond the image, all is here: the zeroes of a hole
+            first, last = below // CLUSTER, (size - 1) // CLUSTER
+            if below % CLUSTER and not self._has(first):
+                data = memoryview(bytearray(below % CLUSTER))
+                self.base.read([data], first * CLUSTER)
+                whole(os.pwritev, self._fd, [data], first * CLUSTER)
+            self._set(first, last)
+        self.size = size
 
     def fold(self, below: Overlay) -> None:
         """Write to `below`, of the same size, what was written here, and forget it. While nobody

@@ -10,7 +10,7 @@ import fcntl
 import os
 import struct
 
-from vmm.block.host_file import HostFile
+from vmm.block.host_file import BLKGETSIZE64, HostFile
 from vmm.block.lock import in_use, lock, unlock
 from vmm.block.vector import whole
 from vmm.errors import UsageError
@@ -52,6 +52,9 @@ class RawImage:
         UsageError: the file cannot be a disk; one line says why.
         HostError: it cannot be opened, or another process has it.
     """
+
+    frozen = False
+    """It is not shared as `vmm.block.frozen.Frozen` is."""
 
     def __init__(
         self,
@@ -116,6 +119,31 @@ class RawImage:
                 f"--drive {self.path}: {self.size} bytes is not whole blocks of {self.align}, "
                 "which cache=none needs there; leave it out"
             )
+
+    def found(self) -> int:
+        """Bytes that the file or device has now, in whole sectors: others may have enlarged it."""
+        size = os.fstat(self.fd).st_size
+        if self.is_device:
+            size = int.from_bytes(fcntl.ioctl(self.fd, BLKGETSIZE64, bytes(8)), "little")
+        return size - size % max(SECTOR, self.align)
+
+    def grow(self, size: int) -> None:
+        """Have `size` bytes, no fewer than now; the new ones are zero. Raises OSError, UsageError.
+
+        An image that keeps its space (`discard=off`) is given that of the new bytes, too.
+        """
+        found = self.found()
+        if size > found:
+            if self.is_device or self.readonly:
+                what = "device" if self.is_device else "image"
+                raise UsageError(
+                    f"{self.path}: this {what} has {found} bytes; only its owner can enlarge it, "
+                    "then say no size"
+                )
+            if not self.unmaps:
+                os.posix_fallocate(self.fd, found, size - found)
+            os.ftruncate(self.fd, size)
+        self.size = size
 
     def close(self) -> None:
         """Close and unlock. Harmless twice."""

@@ -1,26 +1,17 @@
-"""The rate limit of a disk that qemu-storage-daemon serves, changed through its monitor (QMP)."""
+"""The rate limit of a disk that qemu-storage-daemon serves, changed through its monitor."""
 
 from __future__ import annotations
 
-import json
-import socket
-from _thread import allocate_lock
-
-from vmm.errors import HostError, UsageError
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-ANSWER_WITHIN = 20.0
-"""Seconds."""
+    from vmm.block.qmp import Qmp
 
 
 class RemoteLimit:
     """As `vmm.virtio.limit.Limit`, as far as a program changes one; from any thread.
 
     Args:
-        sock: connected to the daemon's monitor; closed with this.
+        monitor: the daemon's.
         group: the id of the throttle group.
         rates: (bytes, ops) a second, as the daemon was started.
 
@@ -28,14 +19,10 @@ class RemoteLimit:
         rates: (bytes, ops) a second; 0 where there is no limit.
     """
 
-    def __init__(self, sock: socket.socket, group: str, rates: tuple[float, float]) -> None:
+    def __init__(self, monitor: Qmp, group: str, rates: tuple[float, float]) -> None:
         self.rates = rates
         self._path = f"/objects/{group}"
-        self._lock = allocate_lock()
-        self._sock = sock
-        sock.settimeout(ANSWER_WITHIN)
-        self._file = sock.makefile("rb")
-        self._greeted = False
+        self._monitor = monitor
 
     def change(
         self, *, bytes: float = 0, ops: float = 0, burst_bytes: float = 0, burst_ops: float = 0
@@ -51,34 +38,5 @@ class RemoteLimit:
             "bps-total": int(bytes), "bps-total-max": int(burst_bytes),
             "iops-total": int(ops), "iops-total-max": int(burst_ops),
         }  # fmt: skip
-        with self._lock:
-            try:
-                if not self._greeted:
-                    self._read()  # the greeting
-                    self._ask("qmp_capabilities")
-                    self._greeted = True
-                self._ask("qom-set", path=self._path, property="limits", value=limits)
-            except (OSError, ValueError) as err:
-                raise HostError(f"qemu-storage-daemon's monitor does not answer: {err}") from err
-            self.rates = (bytes, ops)
-
-    def _ask(self, command: str, **arguments: object) -> None:
-        words = {"execute": command, "arguments": arguments}
-        self._sock.sendall(json.dumps(words).encode() + b"\n")
-        while True:
-            answer = self._read()
-            if "error" in answer:
-                raise UsageError(f"qemu-storage-daemon: {answer['error'].get('desc')}")
-            if "return" in answer:
-                return
-
-    def _read(self) -> dict[str, Any]:
-        line = self._file.readline(1 << 16)
-        if not line:
-            raise OSError("it has hung up")
-        return json.loads(line)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Hang up; harmless twice."""
-        self._file.close()
-        self._sock.close()
+        self._monitor.ask("qom-set", path=self._path, property="limits", value=limits)
+        self.rates = (bytes, ops)

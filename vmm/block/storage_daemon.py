@@ -7,13 +7,14 @@ writes the image for a disk of this process (NBD).
 
 from __future__ import annotations
 
+import os
 import socket
 
 from vmm.block import layers
 from vmm.errors import HostError, StateError, UsageError
 from vmm.forked import drop_in_child
 from vmm.virtio import spec
-from vmm.virtio.blk import F_RO, S_IOERR
+from vmm.virtio.blk import F_RO, S_IOERR, SECTOR
 from vmm.virtio.queue import QueueError
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
 from vmm.virtio.vhost_user_wire import BackEndGone, Connection
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from vmm.block.drive import Drive
     from vmm.block.nbd import NbdImage
+    from vmm.block.qmp import Qmp
     from vmm.block.remote_limit import RemoteLimit
     from vmm.child import Child
     from vmm.errors import VmmError
@@ -36,6 +38,8 @@ NUM_QUEUES = 34
 QUEUE_SIZE = 128
 GROUP = "limit"
 """The id of the throttle group."""
+LIMITED = "limited"
+"""The name of the node that keeps its limits."""
 PROGRAM, PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 
 
@@ -44,6 +48,12 @@ class ExternalDisk(VhostUserDevice):
 
     ID = spec.ID_BLOCK
     remote_limit: RemoteLimit | None = None
+    monitor: Qmp | None = None
+    """Of the daemon, if it is ours."""
+    drive: Drive | None = None
+    """What it serves then."""
+    _grown = 0
+    """Sectors that it was given: before QEMU 8 its configuration tells those it began with."""
 
     def __init__(
         self,
@@ -77,10 +87,34 @@ class ExternalDisk(VhostUserDevice):
             raise StateError(f"{self.name}: no limit to change; start with one, such as bps=100G")
         return self.remote_limit
 
+    def resize(self, size: int | None = None) -> int:
+        """Have the disk grow to `size` bytes, or look how many its back end gives it now, and tell
+        the guest; the new size in bytes. From any thread.
+
+        Raises:
+            UsageError: a smaller size, or one that the format or the back end cannot have.
+            HostError: the back end has ended.
+        """
+        if size is not None:
+            if self.monitor is None or self.drive is None:
+                raise UsageError(
+                    f"{self.name}: who serves this disk has it grow; then say no size"
+                )
+            from vmm.block import growth
+
+            growth.check(self.name, size, self._capacity(), SECTOR)
+            _grow(self.monitor, self.drive, size)
+            self._grown = size // SECTOR
+        self.look_at_config()
+        return self._capacity()
+
+    def _capacity(self) -> int:
+        return int.from_bytes(self.config[:8], "little") * SECTOR
+
     def close(self) -> None:
         super().close()
-        if self.remote_limit is not None:
-            self.remote_limit.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
     def refuses(self, offered: int) -> str:
         writable = self._readonly and not offered >> F_RO & 1
@@ -96,6 +130,8 @@ class ExternalDisk(VhostUserDevice):
         return " and ".join(words)
 
     def adapt(self, config: bytearray) -> None:
+        sectors = max(int.from_bytes(config[:8], "little"), self._grown)
+        config[:8] = sectors.to_bytes(8, "little")
         config[NUM_QUEUES : NUM_QUEUES + 2] = len(self.QUEUES).to_bytes(2, "little")
 
     def fail(self, chain: Chain) -> int:
@@ -105,25 +141,51 @@ class ExternalDisk(VhostUserDevice):
         return 1
 
 
-def command(drive: Drive, export: str, monitor: int = -1) -> list[str]:
-    """The daemon's arguments: what it opens, `export` (how it serves it, of node `{node}`), and the
-    descriptor of a socket for its monitor. Raises UsageError, HostError."""
+def command(drive: Drive, monitor: int) -> list[str]:
+    """The daemon's arguments: what it opens, and the descriptor of a socket for its monitor. Raises
+    UsageError, HostError."""
     import json
 
-    node, more = layers.DISK, []
+    more = []
     if drive.rate and drive.external:
-        rate, node = drive.rate, "limited"
+        rate = drive.rate
         group = {"bps-total": rate.bps, "bps-total-max": rate.burst,
                  "iops-total": rate.ops, "iops-total-max": rate.ops_burst}  # fmt: skip
         given = "".join(f",limits.{name}={value}" for name, value in group.items() if value)
         more = [
             "--object", f"throttle-group,id={GROUP}{given}",
-            "--blockdev", f"driver=throttle,node-name=limited,throttle-group={GROUP},file=disk",
+            "--blockdev", f"driver=throttle,node-name={LIMITED},throttle-group={GROUP},file=disk",
         ]  # fmt: skip
-    if monitor >= 0:
-        more += ["--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
     opened = [word for each in layers.nodes(drive) for word in ("--blockdev", json.dumps(each))]
-    return [*opened, *more, "--export", export.format(node=node)]
+    return [*opened, *more, "--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
+
+
+def start(
+    drive: Drive, connections: int, arguments: Callable[[int], list[str]]
+) -> tuple[list[socket.socket], Child, Qmp]:
+    """Start a daemon on the drive's image: our ends of so many connections to it, its process, its
+    monitor. `arguments` are its further ones, for the descriptor that it listens on."""
+    from vmm.block.qmp import Qmp
+    from vmm.child import Child, find
+
+    program = find(PROGRAM, PACKAGE)
+    listener = Listener(connections)
+    ours = theirs = None
+    try:
+        ours, theirs = socket.socketpair()
+        drop_in_child(ours)
+        fds = [listener.sock.fileno(), theirs.fileno()]
+        words = [program, *command(drive, fds[1]), *arguments(fds[0])]
+        child = Child(words, pass_fds=fds)
+    except BaseException:
+        listener.close()
+        if ours is not None:
+            ours.close()
+        raise
+    finally:
+        if theirs is not None:
+            theirs.close()
+    return listener.take(), child, Qmp(ours)
 
 
 def failed(drive: Drive, said: str, err: BaseException) -> VmmError:
@@ -136,81 +198,68 @@ def failed(drive: Drive, said: str, err: BaseException) -> VmmError:
     return HostError(f"--drive {drive.path}: {name}{said}" if said else f"{err}")
 
 
+def _top(drive: Drive) -> str:
+    """The name of the node that is served."""
+    return LIMITED if drive.rate and drive.external else layers.DISK
+
+
+def _grow(monitor: Qmp, drive: Drive, size: int) -> None:
+    """Have the image of `drive` grow. Raises UsageError, HostError."""
+    try:
+        monitor.ask("block_resize", **{"node-name": _top(drive), "size": size})
+    except UsageError as err:
+        raise UsageError(
+            f"{drive.path}: this image (format={drive.format}) cannot grow to {size} bytes: {err}"
+        ) from err
+
+
 def open_disk(drive: Drive, name: str) -> ExternalDisk:
-    """Start a daemon on the drive's image. Raises HostError with what it says."""
-    from vmm.child import Child, find
-
-    program = find(PROGRAM, PACKAGE)
-    listener = Listener()
-    ours = theirs = None
+    """Start a daemon that serves the drive's image. Raises UsageError, HostError."""
+    node = _top(drive)
+    writable = "off" if drive.readonly else "on"
+    (sock,), child, monitor = start(
+        drive,
+        1,
+        lambda fd: [
+            "--export",
+            f"type=vhost-user-blk,id=export,node-name={node},addr.type=fd,addr.str={fd},"
+            f"writable={writable},num-queues={drive.queues}",
+        ],
+    )
+    connection = Connection(sock, PROGRAM)
     try:
-        fds = [listener.sock.fileno()]
-        if drive.rate:
-            ours, theirs = socket.socketpair()
-            drop_in_child(ours)
-            fds.append(theirs.fileno())
-        export = (
-            f"type=vhost-user-blk,id=export,node-name={{node}},addr.type=fd,addr.str={fds[0]},"
-            f"writable={'off' if drive.readonly else 'on'},num-queues={drive.queues}"
-        )
-        child = Child([program, *command(drive, export, *fds[1:])], pass_fds=fds)
-    except BaseException:
-        listener.close()
-        if ours is not None:
-            ours.close()
-        raise
-    finally:
-        if theirs is not None:
-            theirs.close()
-    connection = None
-    try:
-        connection = listener.connect("qemu-storage-daemon")
         disk = ExternalDisk(name, connection, drive.queues, child=child)
-        if ours is not None and drive.rate:
-            from vmm.block.remote_limit import RemoteLimit
-
-            disk.remote_limit = RemoteLimit(ours, GROUP, (drive.rate.bps, drive.rate.ops))
-        return disk
     except BaseException as err:
-        if ours is not None:
-            ours.close()
-        if connection is not None:
-            connection.close()
+        monitor.close()
+        connection.close()
         said = child.said()
         child.close()
         if isinstance(err, BackEndGone):
             raise failed(drive, said, err) from err
         raise
+    disk.monitor, disk.drive = monitor, drive
+    if drive.rate:
+        from vmm.block.remote_limit import RemoteLimit
+
+        disk.remote_limit = RemoteLimit(monitor, GROUP, (drive.rate.bps, drive.rate.ops))
+    return disk
 
 
 def open_image(drive: Drive) -> NbdImage:
     """Start a daemon on the drive's image, which is only read under `snapshot`. Raises UsageError,
     HostError."""
-    from vmm.block.nbd import CONNECTIONS, EXPORT, NbdImage
-    from vmm.child import Child, find
+    from vmm.block.nbd import NbdImage
 
-    program = find(PROGRAM, PACKAGE)
-    readonly = drive.readonly or drive.snapshot
-    listener = Listener(CONNECTIONS)
-    try:
-        fd = listener.sock.fileno()
-        export = (
-            f"type=nbd,id=export,node-name={{node}},name={EXPORT},"
-            f"writable={'off' if readonly else 'on'}"
-        )
-        words = command(drive, export)
-        server = f"addr.type=fd,addr.str={fd},max-connections={CONNECTIONS}"
-        child = Child([program, "--nbd-server", server, *words], pass_fds=[fd])
-    except BaseException:
-        listener.close()
-        raise
+    connections, child, _ = _serve(drive, None)
+    later = drive.from_directory(os.getcwd())  # the program may change to another
     try:
         return NbdImage(
             drive.path,
-            listener.take(),
-            readonly=readonly,
+            connections,
+            readonly=drive.readonly or drive.snapshot,
             flushes=drive.cache != "unsafe",
             child=child,
+            again=lambda size: _serve(later, size),
         )
     except BaseException as err:
         said = child.said()
@@ -218,3 +267,44 @@ def open_image(drive: Drive) -> NbdImage:
         if isinstance(err, HostError):
             raise failed(drive, said, err) from err
         raise
+
+
+def _serve(
+    drive: Drive, size: int | None
+) -> tuple[list[socket.socket], Child, UsageError | None]:
+    """Start a daemon that reads and writes the drive's image, first enlarged to `size` bytes: our
+    connections to it, its process, and what is said of a size that cannot be."""
+    from vmm.block.nbd import CONNECTIONS, EXPORT
+
+    writable = not drive.readonly and not drive.snapshot
+    refused = None
+    connections, child, monitor = start(
+        drive,
+        CONNECTIONS,
+        lambda fd: [
+            "--nbd-server",
+            f"addr.type=fd,addr.str={fd},max-connections={CONNECTIONS}",
+        ],
+    )
+    try:
+        if size is not None:
+            try:
+                _grow(monitor, drive, size)
+            except UsageError as err:
+                refused = err
+        monitor.ask(
+            "block-export-add",
+            **{"type": "nbd", "id": "export", "node-name": layers.DISK, "name": EXPORT,
+               "writable": writable},
+        )  # fmt: skip
+    except BaseException as err:
+        for connection in connections:
+            connection.close()
+        said = child.said()
+        child.close()
+        if isinstance(err, HostError):
+            raise failed(drive, said, err) from err
+        raise
+    finally:
+        monitor.close()
+    return connections, child, refused

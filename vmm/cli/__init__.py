@@ -17,6 +17,7 @@ usage: vmm run KERNEL [--initrd FILE ...] [--memory 256M] [--cpus N] ...
        vmm exec KERNEL [--root DIR|IMAGE] [option ...] -- CMD [ARG ...]
        vmm snapshot DIR --control PATH [--base DIR] ... | --check
        vmm restore DIR [option ...]
+       vmm resize DISK --control PATH [--size SIZE]
        vmm config FILE | --schema
        vmm doctor [--json]
        vmm version [--json]
@@ -27,7 +28,9 @@ keep a machine in a directory and go on from there, check a file that describes
 one, or tell what this host can run.
 `vmm COMMAND --help` lists a command's options.
 """
-COMMANDS = ("run", "exec", "snapshot", "restore", "config", "doctor", "version", "completion")
+COMMANDS = (
+    "run", "exec", "snapshot", "restore", "resize", "config", "doctor", "version", "completion",
+)  # fmt: skip
 """Each is a module here, with a PARSER and a `main`."""
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """What the host says when it runs out of something; no fault of ours."""
@@ -95,6 +98,10 @@ def _command(args: list[str]) -> int:
         from vmm.cli.restore import main as restore
 
         return restore(args[1:])
+    if command == "resize":
+        from vmm.cli.resize import main as resize
+
+        return resize(args[1:])
     if command == "exec":
         from vmm.cli.exec import main as execute
 

@@ -2,7 +2,9 @@
 
 A client sends one JSON object on a line and gets one back. `{"snapshot": {"path": DIR, ...}}` has
 the arguments of `Machine.snapshot` and `stop` (end the machine when it is made), the answer is `{}`
-or `{"error": text, "status": exit status}`. Only the user who started it may connect.
+or `{"error": text, "status": exit status}`. `{"resize": {"disk": "blk0", "size": BYTES}}` has a
+disk grow (without size: to what its image has become), the answer is `{"size": BYTES}`. Only the
+user who started it may connect.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from vmm.errors import HostError, UsageError, VmmError
+from vmm.errors import HostError, StateError, UsageError, VmmError
 from vmm.forked import drop_in_child
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
@@ -205,8 +207,11 @@ class Control:
     def _answer(self, line: bytes, client: Client) -> dict[str, object]:
         try:
             request = json.loads(line)
+            if isinstance(request, dict) and list(request) == ["resize"]:
+                with self._turn_of(client):
+                    return {"size": self._resize(request["resize"])}
             if not isinstance(request, dict) or list(request) != ["snapshot"]:
-                raise UsageError("a request is {'snapshot': {...}}")
+                raise UsageError("a request is {'snapshot': {...}} or {'resize': {...}}")
             with self._turn_of(client):
                 self._snapshot(request["snapshot"], client)
         except VmmError as err:
@@ -214,6 +219,24 @@ class Control:
         except ValueError:
             return {"error": "a request is one line of JSON", "status": UsageError.exit_status}
         return {}
+
+    def _resize(self, request: Any) -> int:
+        """Have a disk grow; its size in bytes."""
+        from vmm.block.storage_daemon import ExternalDisk
+        from vmm.virtio.blk import Block
+
+        if not isinstance(request, dict) or not {"disk"} <= set(request) <= {"disk", "size"}:
+            raise UsageError("resize: it takes disk, and maybe size")
+        name, size = request["disk"], request.get("size")
+        if not isinstance(name, str) or not (size is None or type(size) is int):
+            raise UsageError(f"resize: disk={name!r}, size={size!r} cannot be")
+        try:
+            disk = self._machine.virtio_device(name)
+        except StateError as err:
+            raise UsageError(f"resize: {err}") from None
+        if not isinstance(disk, (Block, ExternalDisk)):
+            raise UsageError(f"resize: {name} is no disk")
+        return disk.resize(size)
 
     def _snapshot(self, request: Any, client: Client) -> None:
         if not isinstance(request, dict) or "path" not in request:
@@ -238,8 +261,8 @@ class Control:
             self.busy = False
 
 
-def ask(path: str, request: dict[str, object]) -> None:
-    """Send `request` to the machine at `path`, and wait until it is done.
+def ask(path: str, request: dict[str, object]) -> dict[str, object]:
+    """Send `request` to the machine at `path`, and wait until it is done; its answer.
 
     Raises:
         HostError: nobody is there, or it ends meanwhile.
@@ -267,3 +290,4 @@ def ask(path: str, request: dict[str, object]) -> None:
         error = VmmError(answer["error"])
         error.exit_status = answer["status"]
         raise error
+    return dict(answer)

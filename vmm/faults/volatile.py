@@ -200,12 +200,16 @@ class FaultyImage:
     def __init__(self, base: Image) -> None:
         self.base = base
         self.path = base.path
-        self.size = base.size
         self.readonly = base.readonly
         self.log: WriteLog | None = None
 
     def __repr__(self) -> str:
         return f"FaultyImage({self.base!r})"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the image below."""
+        return self.base.size
 
     def close(self) -> None:
         """Close the image below."""

@@ -13,7 +13,7 @@ import struct
 from _queue import SimpleQueue
 from _thread import allocate_lock
 
-from vmm.errors import StateError
+from vmm.errors import HostError, StateError
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import QueueError
@@ -44,6 +44,8 @@ RANGE_FEATURES = {T_DISCARD: F_DISCARD, T_WRITE_ZEROES: F_WRITE_ZEROES}
 CONFIG = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 """struct virtio_blk_config: capacity, size_max, seg_max, (geometry), blk_size, topology (4 fields),
 writeback, num_queues, then limits of discard and of write zeroes."""
+BLK_SIZE = 20
+"""Offset of `blk_size` in it."""
 WRITEBACK = 32
 """Offset of `writeback` in it."""
 QUEUE_SIZE = 256
@@ -393,6 +395,41 @@ class Block(VirtioDevice):
     def give_back(self) -> None:
         if self._parked:
             raise StateError(f"{self.name}: {len(self._parked)} writes wait for space on the host")
+
+    # --- growth -------------------------------------------------------------------------------
+
+    def resize(self, size: int | None = None) -> int:
+        """Have the disk grow to `size` bytes, or to what its image has become meanwhile, and tell
+        the guest; the new size in bytes. From any thread.
+
+        Raises:
+            UsageError: a smaller size, or one that is not whole blocks, or that cannot be had.
+            StateError: a checkpoint or clones share the disk.
+            HostError: no space for it.
+        """
+        from vmm.block import growth
+
+        self.hold()
+        try:
+            image = self.storage
+            wanted = image.found() if size is None else size
+            block = int.from_bytes(self.config[BLK_SIZE : BLK_SIZE + 4], "little")
+            if size is None:
+                wanted -= wanted % block
+            growth.check(self.name, wanted, image.size, block)
+            image.grow(wanted)
+            self.capacity = image.size // SECTOR
+            if self._kernel is not None:
+                self._kernel.resized()
+            grown = self.config[:8] != self.capacity.to_bytes(8, "little")
+            self.config[:8] = self.capacity.to_bytes(8, "little")
+        except OSError as err:
+            raise HostError(f"{self.name}: {self.image.path}: {err.strerror or err}") from err
+        finally:
+            self.release()
+        if grown:
+            self.config_changed()
+        return self.capacity * SECTOR
 
     def restore(self, state: dict[str, object]) -> None:
         config = state["config"]

@@ -23,8 +23,12 @@ class DiskKernel:
         self._device = device
         self._function = lib.vmm_disk_serve
         self._disk: Any = ffi.new("struct vmm_disk *")
-        self._disk.capacity = device.capacity
+        self.resized()
         self._disk.id = device.serial
+
+    def resized(self) -> None:
+        """The device's capacity is another; while no queue is served."""
+        self._disk.capacity = self._device.capacity
 
     def serve(self, index: int) -> bool:
         """As `VirtioDevice.notify`; False: nothing was done, the queue or disk is not for this."""

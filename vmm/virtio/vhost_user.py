@@ -153,6 +153,17 @@ class VhostUserDevice(VirtioDevice):
         self.adapt(config)
         return config
 
+    def look_at_config(self) -> None:
+        """Ask the back end for its configuration again, and tell the driver where it has changed.
+        Raises HostError."""
+        with self._session:
+            if self.state != SERVED:
+                raise HostError(f"{self._connection.name} has ended")
+            config = self._get_config(self._connection)
+        if config != self.config:
+            self.config[:] = config
+            self.config_changed()
+
     def connect(self, kicks: Sequence[int]) -> None:
         """The eventfds KVM writes for a notify, one a queue."""
         if any(region.fd < 0 for region in self.memory.regions):

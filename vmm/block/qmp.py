@@ -1,0 +1,77 @@
+"""The monitor of a qemu-storage-daemon (QMP): one command at a time, from any thread."""
+
+from __future__ import annotations
+
+import json
+import socket
+from _thread import allocate_lock
+
+from vmm.errors import HostError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+ANSWER_WITHIN = 20.0
+"""Seconds."""
+LINE_MAX = 1 << 16
+"""Bytes of an answer."""
+EVENTS_MAX = 1000
+"""Events that may come before it."""
+
+
+class Qmp:
+    """A connection to a monitor.
+
+    Args:
+        sock: connected to it; closed with this.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._lock = allocate_lock()
+        self._sock = sock
+        sock.settimeout(ANSWER_WITHIN)
+        self._file = sock.makefile("rb")
+        self._greeted = False
+
+    def ask(self, command: str, **arguments: object) -> None:
+        """Have `command` carried out.
+
+        Raises:
+            UsageError: the daemon refuses it, in its words.
+            HostError: it has ended, or does not answer.
+        """
+        with self._lock:
+            try:
+                if not self._greeted:
+                    self._read()  # the greeting
+                    self._ask("qmp_capabilities", {})
+                    self._greeted = True
+                self._ask(command, arguments)
+            except (OSError, ValueError) as err:
+                raise HostError(f"qemu-storage-daemon's monitor does not answer: {err}") from err
+
+    def _ask(self, command: str, arguments: dict[str, object]) -> None:
+        words = {"execute": command, "arguments": arguments}
+        self._sock.sendall(json.dumps(words).encode() + b"\n")
+        for _ in range(EVENTS_MAX):
+            answer = self._read()
+            if "error" in answer:
+                raise UsageError(f"qemu-storage-daemon: {answer['error'].get('desc')}")
+            if "return" in answer:
+                return
+        raise OSError("it tells of events without end")
+
+    def _read(self) -> dict[str, Any]:
+        line = self._file.readline(LINE_MAX)
+        if not line:
+            raise OSError("it has hung up")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise ValueError(f"{line[:40]!r} is no answer")
+        return answer
+
+    def close(self) -> None:
+        """Hang up; harmless twice."""
+        self._file.close()
+        self._sock.close()

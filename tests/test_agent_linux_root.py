@@ -61,9 +61,7 @@ def namespace() -> Iterator[None]:
         yield
 
 
-def test_what_was_asked_for_is_up(
-    cloud_kernel: Kernel, tmp_path: Path, namespace: None
-) -> None:
+def test_what_was_asked_for_is_up(cloud_kernel: Kernel, tmp_path: Path, namespace: None) -> None:
     root = make_root(tmp_path / "root")
     image = tmp_path / "disk.img"
     with image.open("wb") as file:

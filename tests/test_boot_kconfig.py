@@ -43,7 +43,7 @@ def test_the_tiny_kernels(tiny_kernel: TinyKernel, tmp_path: Path) -> None:
 
 
 def test_ikconfig(tmp_path: Path) -> None:
-    text = b"# made\nCONFIG_A=y\nCONFIG_B=m\n# CONFIG_C is not set\nCONFIG_D=\"x\"\nother=1\n"
+    text = b'# made\nCONFIG_A=y\nCONFIG_B=m\n# CONFIG_C is not set\nCONFIG_D="x"\nother=1\n'
     packed = b"IKCFG_ST" + gzip.compress(text) + b"IKCFG_ED"
     noise = b"looks for IKCFG_ST and IKCFG_ED\0"
     elf = tmp_path / "vmlinux"

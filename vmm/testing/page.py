@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROWS_MAX, ROWS_FIRST = 6000, 1000
 """Rows of the log; where there are more, so many of the first are shown, and the last."""
-TEXT_MAX = 3 << 20
+TEXT_MAX = 1 << 20
 """Characters in all rows."""
 LINE_MAX = 2000
 BLOCK_MAX = 100_000

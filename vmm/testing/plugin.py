@@ -434,9 +434,11 @@ def _boot_failure(err: BaseException) -> tuple[str, bool] | None:
     """What later tests are told of `err`, and whether they are to be skipped for it."""
     if isinstance(err, pytest.skip.Exception):
         return str(err), True
-    if isinstance(err, (Exception, pytest.fail.Exception)):
-        return f"{type(err).__name__}: {err}", False
-    return None  # an interrupt: it says nothing of the machine
+    if isinstance(err, pytest.exit.Exception) or not isinstance(
+        err, (Exception, pytest.fail.Exception)
+    ):
+        return None  # an interrupt: it says nothing of the machine
+    return f"{type(err).__name__}: {err}", False
 
 
 @pytest.fixture

@@ -271,7 +271,7 @@ def ask(path: str, request: dict[str, object]) -> dict[str, object]:
     unix.check_path(f"{OPTION} {path}", path)
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            sock.connect(path)
+            unix.connect(sock, path)
         except OSError as err:
             raise HostError(
                 f"{OPTION} {path}: {err.strerror}; start the machine with {OPTION} {path}"

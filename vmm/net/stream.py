@@ -6,6 +6,7 @@ Both directions are batched: many frames are one sendmsg(2), or one recv(2) into
 
 from __future__ import annotations
 
+import os
 import struct
 from _socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STREAM
 from _socket import socket as Socket  # the C type: the socket module costs a start 3 ms
@@ -25,6 +26,8 @@ STAGE = 512 << 10
 GATHER_BYTES = 192 << 10
 GATHER_VIEWS = 960
 """What one sendmsg takes: about a socket's buffer; less than IOV_MAX."""
+ADDRESS_MAX = 107
+"""Bytes of a socket's path that its address has room for."""
 _HEADER = bytes(HEADER_SIZE)
 _ROOM = HEADER_SIZE - LENGTH.size
 """Before the first frame's length, for its header."""
@@ -167,7 +170,13 @@ def connect(path: str, *, mtu: int = 0, what: str) -> StreamBackend:
     """Connect to the UNIX socket `path`. Raises UsageError."""
     sock = Socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
     try:
-        sock.connect(path)
+        if len(os.fsencode(path)) > ADDRESS_MAX:
+            from vmm.virtio import unix
+
+            unix.check_path(what, path)
+            unix.connect(sock, path)
+        else:
+            sock.connect(path)
     except (OSError, ValueError) as err:
         sock.close()
         reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err)

@@ -71,7 +71,7 @@ class FromHandler(FromFiles):
             unix.check_path(f"--pages uffd={self._where}", self._where)
             sock = self._sock = socket.socket(socket.AF_UNIX)
             try:
-                sock.connect(self._where)
+                unix.connect(sock, self._where)
             except OSError as err:
                 raise UsageError(
                     f"--pages uffd={self._where}: {err.strerror}; start python -m "

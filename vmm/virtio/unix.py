@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import stat
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
-from vmm.errors import UsageError
+from vmm.errors import HostError, UsageError
 from vmm.forked import drop_in_child
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Iterator
 
 PATH_MAX = 107
 """Bytes in sockaddr_un.sun_path, less its NUL."""
+LAST_MAX = PATH_MAX - len("/proc/self/fd/1234567/")
+"""Bytes of a path's last part, where the whole is longer than PATH_MAX."""
+TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 NOBODY = (-1, -1)
 
 
 def check_path(option: str, path: str, more: int = 0) -> None:
     """UsageError where no socket can be called `path` with `more` bytes after it."""
     size, limit = len(os.fsencode(path)), PATH_MAX - more
-    if not 0 < size <= limit:
+    if 0 < size <= limit:
+        return
+    name = len(os.fsencode(os.path.basename(path)))
+    if not 0 < name <= LAST_MAX - more:
         raise UsageError(
-            f"{option}: {size} bytes are too long for a socket's name; at most {limit}, "
-            "or give a path relative to the working directory"
+            f"{option}: {name or size} bytes are too long for a socket's name; at most {limit}, or "
+            f"{LAST_MAX - more} after the last / of a longer path"
         )
+
+
+@contextmanager
+def reachable(path: str) -> Iterator[str]:
+    """A name of socket `path` that fits into its address, for as long as the block. OSError."""
+    if len(os.fsencode(path)) <= PATH_MAX:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def connect(sock: socket.socket | _socket.socket, path: str) -> None:
+    """Connect to the socket `path`, however long that is. OSError, ValueError."""
+    with reachable(path) as name:
+        sock.connect(name)
 
 
 def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
@@ -35,7 +67,8 @@ def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
             _make_way(path, option)
-            listener.bind(path)
+            with reachable(path) as name:
+                listener.bind(name)
             listener.listen(128)
             found = os.stat(path)
         finally:
@@ -73,10 +106,47 @@ def _make_way(path: str, option: str) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(path)
+            connect(probe, path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
         except BlockingIOError:
             pass
     raise UsageError(f"{option} is in use by another process; give each machine its own path")
+
+
+@contextmanager
+def bound_for_now(sock: socket.socket) -> Iterator[str]:
+    """Bind `sock` to a path that only this user reaches, and that is gone at the end of the block.
+
+    It is in the directory for temporary files, or, where no socket can be made there (it is not
+    there, read-only, or of a kind without sockets), in another. Raises HostError.
+    """
+    why = ""
+    for base in (os.environ.get("TMPDIR"), *TEMPORARY, f"/run/user/{os.geteuid()}"):
+        if not base:
+            continue
+        directory = os.path.join(base, f"vmm-{os.urandom(8).hex()}")
+        path = os.path.join(directory, "socket")
+        try:
+            os.mkdir(directory, 0o700)
+            try:
+                with reachable(path) as name:
+                    sock.bind(name)
+            except BaseException:
+                os.rmdir(directory)
+                raise
+        except OSError as err:
+            if err.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            why = why or f"{base}: {err.strerror or err}"
+            continue
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                os.unlink(path)
+            with suppress(OSError):
+                os.rmdir(directory)
+        return
+    raise HostError(f"no socket for a helper can be made in {why}; have TMPDIR name a directory")

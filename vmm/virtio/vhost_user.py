@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from vmm.errors import HostError, StateError, UsageError
 from vmm.forked import drop_in_child
-from vmm.virtio import spec
+from vmm.virtio import spec, unix
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import QueueError
@@ -473,7 +473,7 @@ def dial(path: str, option: str) -> Connection:
     drop_in_child(sock)
     try:
         sock.settimeout(wire.TIMEOUT)  # a full backlog is an error then
-        sock.connect(path)
+        unix.connect(sock, path)
     except OSError as err:
         sock.close()
         raise UsageError(f"{option}: cannot connect to {path}: {err.strerror or err}") from err
@@ -494,20 +494,16 @@ class Listener:
     """
 
     def __init__(self, count: int = 1) -> None:
-        import tempfile
-
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         drop_in_child(self.sock)
         self._ours: list[socket.socket] = []
         try:
-            with tempfile.TemporaryDirectory(prefix="vmm-") as directory:
-                path = os.path.join(directory, "vhost-user")
-                self.sock.bind(path)
+            with unix.bound_for_now(self.sock) as path:
                 self.sock.listen(count)
                 for _ in range(count):
                     self._ours.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                     drop_in_child(self._ours[-1])
-                    self._ours[-1].connect(path)
+                    unix.connect(self._ours[-1], path)
         except BaseException:
             self.close()
             raise

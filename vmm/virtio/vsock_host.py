@@ -231,7 +231,7 @@ class VsockHost:
             sock = socket.socket(socket.AF_UNIX)
             drop_in_child(sock)
             sock.setblocking(False)
-            sock.connect(f"{self.path}_{stream.host_port}")
+            unix.connect(sock, f"{self.path}_{stream.host_port}")
         except OSError as err:
             if sock is not None:
                 sock.close()

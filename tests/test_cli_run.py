@@ -407,6 +407,9 @@ def test_terminal_is_restored_at_the_end(
         ([signal.SIGINT] * 5, 130),
         ([signal.SIGHUP], 129),
         ([signal.SIGQUIT], -signal.SIGQUIT),
+        ([signal.SIGUSR1], -signal.SIGUSR1),
+        ([signal.SIGALRM], -signal.SIGALRM),
+        ([signal.SIGABRT], -signal.SIGABRT),
     ],
 )
 def test_terminal_is_restored_after_signals(kernel: Make, signums: list[int], status: int) -> None:
@@ -419,6 +422,24 @@ def test_terminal_is_restored_after_signals(kernel: Make, signums: list[int], st
         # One that comes after all is given back takes the process as ever; to a shell, the same.
         late = [-signum for signum in signums[1:]]
         assert person.wait() in (status, *late)
+        assert person.is_restored
+
+
+def test_the_terminal_is_raw_again_after_a_stop(kernel: Make) -> None:
+    """kill -STOP, then `fg`: the shell had the terminal, in modes of its own."""
+    with AtTerminal("run", kernel(tiny.ECHO)) as person:
+        person.expect(b"ready")
+        person.kill(signal.SIGSTOP)
+        os.waitpid(person.pid, os.WUNTRACED)
+        termios.tcsetattr(person.slave, termios.TCSANOW, person.before)
+        assert not person.is_raw
+        person.kill(signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while not person.is_raw:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        person.type(b"q")
+        assert person.wait() == 7
         assert person.is_restored
 
 

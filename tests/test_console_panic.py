@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.bare import bare_machine
 from vmm.console.panic import PanicWatch
 from vmm.console.tail import ConsoleTail
+from vmm.devices.power import RESET, RESET_VALUE
+from vmm.machine import exits
 
 PANIC = b"Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100"
 STAMPED = (
@@ -123,6 +126,20 @@ def flood(text: bytes, times: int) -> bytes:
         b"\xbb" + times.to_bytes(4, "little") + code + b"\x4b\x0f\x85"
         + back.to_bytes(4, "little", signed=True)
     )  # fmt: skip
+
+
+@pytest.mark.needs_kvm
+@pytest.mark.one_lane
+@pytest.mark.parametrize("back", [True, False])
+def test_what_was_printed_before_a_rollback_does_not_count(back: bool) -> None:
+    with bare_machine("1: hlt; jmp 1b") as machine:
+        machine.start()
+        machine.checkpoint()
+        machine.platform.console.sink(STAMPED)
+        if back:
+            machine.rollback()
+        machine.platform.power.write8(RESET, RESET_VALUE)  # as the guest does
+        assert machine.wait(30).kind == (exits.REBOOT if back else exits.PANIC)
 
 
 @pytest.mark.needs_kvm

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -94,14 +97,36 @@ def test_others_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert paused.wait(LIMIT).kind == exits.HALTED
 
 
-def test_its_thread_ends_with_the_last_machine(tmp_path: Path) -> None:
-    def there() -> bool:
-        return any(thread.name == "halted" for thread in threading.enumerate())
-
+def test_the_watcher_ends_with_the_last_machine(tmp_path: Path) -> None:
     with machine(tmp_path, IDLE) as one:
         one.start()
         with machine(tmp_path, IDLE) as other:
             other.start()
-            assert there()
-        assert there()
-    assert not there()
+        assert halted._watcher == os.getpid()
+    end = time.monotonic() + LIMIT
+    while halted._watcher and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not halted._watcher
+    assert not halted._looks
+
+
+def test_close_waits_for_a_look_but_not_for_a_listener_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    text = tiny.prints(b"reboot: System halted\n")
+    with machine(tmp_path, text + HALT) as m:
+        m.listen(lambda event: release.wait(LIMIT) if event == "stopped" else None)
+        m.start()
+        end = time.monotonic() + LIMIT
+        while m.state != "stopped" and time.monotonic() < end:
+            time.sleep(0.01)
+        start = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            m.close()
+        assert time.monotonic() - start < 10
+        release.set()
+    with machine(tmp_path, text + HALT) as m:  # and the watcher goes on with others
+        m.start()
+        assert m.wait(LIMIT).kind == exits.HALTED

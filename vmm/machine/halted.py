@@ -13,8 +13,10 @@ one is disturbed.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from _thread import start_new_thread
 
 from vmm.errors import EXIT_PANIC
 from vmm.machine import exits
@@ -46,40 +48,53 @@ DIED = (
 
 def watch(machine: Machine) -> None:
     """Watch `machine` from now on, until it is forgotten."""
-    global _thread
+    global _watcher
     with _changed:
         _looks[machine] = _Look()
-        if _thread is None or not _thread.is_alive():
-            _thread = threading.Thread(target=_main, name="halted", daemon=True)
-            _thread.start()
+        if _watcher != os.getpid():  # none yet, or it is the parent's of this process
+            _watcher = os.getpid()
+            # Not threading.Thread, whose start waits for the thread: this is in every start.
+            start_new_thread(_main, ())
 
 
 def forget(machine: Machine, timeout: float) -> None:
-    """Watch `machine` no longer; harmless twice. The thread ends with the last machine, which is
-    waited for, but no longer than `timeout` seconds: a listener may hold it up."""
+    """Watch `machine` no longer; harmless twice. The watcher ends with the last machine.
+
+    Waits until nobody looks at it, but no longer than `timeout` seconds: a listener may hold the
+    watcher up.
+    """
     with _changed:
-        if _looks.pop(machine, None) is None or _looks:
-            return
-        thread = _thread
-        _changed.notify_all()
-    if thread is not None and thread is not threading.current_thread():
-        thread.join(timeout)
+        _looks.pop(machine, None)
+        if not _looks:
+            _changed.notify_all()
+        if _at[0] is machine and _at[1] not in (0, threading.get_ident()):
+            _changed.wait_for(lambda: _at[0] is not machine, timeout)
 
 
 class _Look:
     """What is known of one machine: the CPU times of its vCPU threads in ns, at the last look and
-    after they were last asked, the answer, and `since` when it has been dead (time.monotonic(), or
+    after they were last asked, the answer, and since when it has been dead (time.monotonic(), or
     0)."""
 
-    __slots__ = ("_asked", "_dead", "_last", "since")
+    __slots__ = ("_asked", "_dead", "_last", "_since")
 
     def __init__(self) -> None:
-        self.since = 0.0
+        self._since = 0.0
         self._last: list[int] = []
         self._dead = False
         self._asked: list[int] = []
 
-    def is_dead(self, machine: Machine) -> bool:
+    def at(self, machine: Machine) -> None:
+        """Look at it, and end it where that is due."""
+        if machine.state != RUNNING or not self._is_dead(machine):
+            self._since = 0.0
+            return
+        reason, now = ending(machine), time.monotonic()
+        self._since = self._since or now
+        if reason.status == 0 or now - self._since >= SILENT_TIME:
+            machine.end(reason)
+
+    def _is_dead(self, machine: Machine) -> bool:
         """Whether no vCPU ran since the last look, nor can ever run again."""
         threads = machine.vcpu_threads
         times = [thread.cpu_time() for thread in threads]
@@ -97,24 +112,49 @@ class _Look:
 
 _changed = threading.Condition()
 _looks: dict[Machine, _Look] = {}
-_thread: threading.Thread | None = None
+_watcher = 0
+"""The process whose thread watches, or 0."""
+_at: tuple[Machine | None, int] = (None, 0)
+"""The machine that is looked at now, and the watcher's thread."""
 
 
 def _main() -> None:
+    global _watcher
     while True:
         with _changed:
+            if _looks:
+                _changed.wait(PERIOD)
             if not _looks:
+                _watcher = 0
                 return
-            _changed.wait(PERIOD)
-            looks = list(_looks.items())
-        for machine, look in looks:
-            if machine.state != RUNNING or not look.is_dead(machine):
-                look.since = 0.0
+            machines = list(_looks)
+        for machine in machines:
+            look = _begin(machine)
+            if look is None:
                 continue
-            reason, now = ending(machine), time.monotonic()
-            look.since = look.since or now
-            if reason.status == 0 or now - look.since >= SILENT_TIME:
-                machine.end(reason)
+            try:
+                look.at(machine)
+            except BaseException as err:
+                machine.monitor_failed(err)
+            finally:
+                _end()
+
+
+def _begin(machine: Machine) -> _Look | None:
+    """Look at `machine` until `_end`, if it is still watched."""
+    global _at
+    with _changed:
+        look = _looks.get(machine)
+        if look is not None:
+            _at = machine, threading.get_ident()
+        return look
+
+
+def _end() -> None:
+    global _at
+    with _changed:
+        _at = None, 0
+        _changed.notify_all()
 
 
 def ending(machine: Machine) -> MachineExit:

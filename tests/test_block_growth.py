@@ -22,6 +22,7 @@ from vmm.block.raw import RawImage
 from vmm.block.storage_daemon import ExternalDisk
 from vmm.block.vhost_user import VhostUserBlk
 from vmm.errors import HostError, StateError, UsageError
+from vmm.machine.peers import Peers
 from vmm.virtio import blk, mmio
 from vmm.virtio.blk import Block
 
@@ -237,4 +238,25 @@ def test_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(disk, Block)
     monkeypatch.chdir("/")
     assert disk.resize(2 * MIB) == 2 * MIB
+    disk.close()
+
+
+def test_a_server_that_is_replaced_is_not_told_of_as_lost(tmp_path: Path) -> None:
+    path = images.make(tmp_path / "disk", "qcow2", MIB)
+    disk = Drive.parse(f"{path},format=qcow2,serial=1").open(0)
+    assert isinstance(disk, Block)
+    said: list[str] = []
+    disk.on_error = said.append
+    asked = threading.Event()
+    ((fd, gone),) = disk.peers
+
+    def look() -> None:
+        gone()
+        asked.set()
+
+    peers = Peers([(fd, look)], lambda err: None)
+    assert disk.resize(2 * MIB) == 2 * MIB
+    assert asked.wait(20)
+    peers.close()
+    assert said == []
     disk.close()

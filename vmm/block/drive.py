@@ -328,10 +328,15 @@ class Drive:
             from vmm.block.nbd import NbdImage
 
             assert isinstance(base, NbdImage)
-            server = base
-            disk.peers = [(server.peer_fd, lambda: disk.complain(
-                f"{self.path}: {server.why_gone()}; the guest gets I/O errors from now on"
-            ))]  # fmt: skip
+            server, session = base, base.session
+
+            def gone() -> None:
+                if server.lost(session):
+                    disk.complain(
+                        f"{self.path}: {server.why_gone()}; the guest gets I/O errors from now on"
+                    )
+
+            disk.peers = [(server.peer_fd, gone)]
         return disk
 
     def _image(self) -> RawImage | NbdImage:

@@ -115,6 +115,15 @@ class NbdImage:
         """A socket that hangs up when the server has ended."""
         return self._connections[0].fileno()
 
+    @property
+    def session(self) -> object:
+        """Stands for the server of now: `grow` begins with another."""
+        return self._connections
+
+    def lost(self, session: object) -> bool:
+        """Whether the server of `session` was not ended, or replaced, by this object."""
+        return session is self._connections
+
     def why_gone(self) -> str:
         """What is known of why the server has gone."""
         if self._child is None or not self._child.wait(ENDS_WITHIN):
@@ -122,7 +131,8 @@ class NbdImage:
         return f"{self._child.name} {self._child.how()}"
 
     def _hang_up(self) -> None:
-        for connection in self._connections:
+        connections, self._connections = self._connections, []
+        for connection in connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()

@@ -150,7 +150,7 @@ def test_wrong_usage(echo: tuple[Running, Path], tmp_path: Path) -> None:
         (("snapshot", snap, "--control", f"{snap}.sock"), 69, "No such file or directory; start"),
         (("snapshot", snap, "--control", sock, "--disks", "burn"), 2, "disks=burn is not one of"),
         (("snapshot", str(tmp_path), "--control", sock), 2, "exists already"),
-        (("snapshot", "/no/such/place", "--control", sock), 2, "/no/such: No such file or"),
+        (("snapshot", "/proc/no/place", "--control", sock), 2, "/proc/no: No such file or"),
         (("snapshot", snap, "--control", sock, "--base", snap), 2, "is no directory of a snapshot"),
         (("snapshot", snap, "--control", "x" * 200), 2, "200 bytes are too long for a socket's"),
         (("snapshot", "--check", snap), 2, "is no directory of a snapshot"),

@@ -582,8 +582,11 @@ def test_arguments_that_cannot_be(made: Path) -> None:
             m.snapshot(str(made / "new"), disks="burn")
         with pytest.raises(UsageError, match=r"snapshot: .*full exists already"):
             m.snapshot(str(made / "full"))
-        with pytest.raises(UsageError, match="no/such: No such file or directory"):
-            m.snapshot("/no/such/directory")
+        with pytest.raises(UsageError, match="/proc/no: No such file or directory"):
+            m.snapshot("/proc/no/such/directory")
+        (made / "file").write_text("")
+        with pytest.raises(UsageError, match="file/below: Not a directory"):
+            m.snapshot(str(made / "file/below/it"))
         with pytest.raises(SnapshotError, match="is of a machine with 4194304 bytes of memory"):
             m.snapshot(str(made / "new"), base=str(made / "full"))
     with bare_machine(HALTED, backing="memfd") as m:
@@ -730,3 +733,26 @@ def test_disks_with_faults_are_refused(tmp_path: Path) -> None:
 )
 def test_what_is_behind_the_console(had: str, wanted: str, has: str) -> None:
     assert _console(had, wanted) == has
+
+
+def test_the_directories_above_a_snapshot_are_made(tmp_path: Path) -> None:
+    with bare_machine(HALTED, memory=4 * MIB) as m:
+        m.snapshot(str(tmp_path / "a/b/first"))
+        m.snapshot(str(tmp_path / "a/b/second"), base=str(tmp_path / "a/b/first"))
+    with Machine.restore(str(tmp_path / "a/b/second")):
+        pass
+
+
+def test_a_snapshot_that_fails_leaves_no_directory_that_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vmm.snapshot.store._write", full)
+    (tmp_path / "there").mkdir()
+    failing = pytest.raises(HostError, match="No space left")
+    with bare_machine(HALTED, memory=4 * MIB) as m, failing:
+        m.snapshot(str(tmp_path / "there/a/b/c"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    assert list((tmp_path / "there").iterdir()) == []

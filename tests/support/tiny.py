@@ -15,41 +15,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support import boot_files
+from vmm.testing.guests import (
+    COUNTER,
+    ENTRY,
+    HALT,
+    LOGIN,
+    POWEROFF,
+    SPIN,
+    counting,
+    exits,
+    image,
+    out,
+    prints,
+)
 
-ENTRY = 1 << 20
-COUNTER = 0x200000
-"""Where COUNTING counts, 32 bits."""
+__all__ = ["COUNTER", "ENTRY", "HALT", "LOGIN", "POWEROFF", "SPIN", "counting", "exits", "prints"]
+
 ROOT = Path(__file__).resolve().parents[2]
 
-HALT = b"\xf4\xeb\xfd"  # 1: hlt; jmp 1b
-SPIN = b"\xeb\xfe"  # 1: jmp 1b
 TRIPLE_FAULT = b"\x0f\x0b"  # ud2
 POPCNT = b"\xf3\x0f\xb8\xc0"  # popcnt eax, eax: PVM cannot emulate it
 
 
-def counting(place: int) -> bytes:
-    """1: inc [place]; jmp 1b."""
-    return b"\xff\x05" + struct.pack("<I", place) + b"\xeb\xf8"
-
-
 COUNTING = counting(COUNTER)
-
-
-def out(port: int, value: int) -> bytes:
-    """mov dx, port; mov al, value; out dx, al."""
-    return b"\x66\xba" + struct.pack("<H", port) + b"\xb0" + bytes((value,)) + b"\xee"
-
-
-def exits(status: int) -> bytes:
-    return out(0xF4, status) + HALT
-
-
-def prints(text: bytes) -> bytes:
-    return b"".join(out(0x3F8, byte) for byte in text)
-
-
-POWEROFF = out(0x600, 5 << 2 | 1 << 5)
 RESET = out(0x602, 1)
 PANIC = out(0x505, 1)
 
@@ -80,25 +68,11 @@ POLITE = prints(b"ready\n") + bytes.fromhex("66ba0406 ed a801 74f7") + POWEROFF 
 # Looks at the GED's selector once, as a driver does, and never again.
 DEAF = bytes.fromhex("66ba0406 ed") + prints(b"ready\n") + HALT
 
-# Echoes what is typed, until the power button is pressed.
-# loop: mov dx, 0x604; in eax, dx; test al, 1; jnz off; mov dx, 0x3fd; in al, dx; test al, 1
-#       jz loop; mov dx, 0x3f8; in al, dx; out dx, al; jmp loop; off:
-LOGIN = (
-    prints(b"Welcome\n\nhost login: ")
-    + bytes.fromhex("66ba0406 ed a801 7511 66bafd03 ec a801 74ee 66baf803 ec ee ebe6")
-    + POWEROFF
-    + HALT
-)
-
 
 def kernel(directory: Path, code: bytes) -> str:
     """The path of a new ELF file that runs `code`."""
     path = directory / f"guest-{len(list(directory.glob('guest-*')))}"
-    path.write_bytes(
-        boot_files.elf(
-            ((ENTRY, code, max(len(code), 4096)),), entry=ENTRY, notes=boot_files.pvh_note(ENTRY)
-        )
-    )
+    path.write_bytes(image(code))
     return str(path)
 
 

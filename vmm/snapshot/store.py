@@ -9,6 +9,7 @@ disk0, ...      disks, where they were copied (disk0.index: checksums)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import time
@@ -177,21 +178,48 @@ def save(
                 f"snapshot: {base} is of a machine with {below.memory_size} bytes of memory, "
                 f"this one has {machine.config.memory}"
             )
-        partial = _partial(target, path)
+        made = _make_parents(target, path)
+        partial = ""
         try:
+            partial = _partial(target, path)
             with quiesced(machine):
                 _write(machine, partial, target, below, disk)
                 os.rename(partial, target)
                 if track:
                     go_on_over(machine, target)
             _sync_directory(os.path.dirname(target))
+            made = []
         except OSError as err:
             raise HostError(f"snapshot: {path}: {err.strerror or err}") from err
         finally:
             _remove(partial)
+            for directory in made:
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
     finally:
         if below is not None:
             below.close()
+
+
+def _make_parents(target: str, path: str) -> list[str]:
+    """Make the directories above the target that are missing; those made, the innermost first."""
+    missing = []
+    above = os.path.dirname(target)
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    made: list[str] = []
+    for directory in reversed(missing):
+        try:
+            os.mkdir(directory)
+        except FileExistsError:
+            continue
+        except OSError as err:
+            for each in made:
+                os.rmdir(each)
+            raise UsageError(f"snapshot: {path}: {directory}: {err.strerror}") from None
+        made.insert(0, directory)
+    return made
 
 
 def _partial(target: str, path: str) -> str:

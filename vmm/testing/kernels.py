@@ -227,8 +227,12 @@ def _write_whole(target: Path, data: bytes) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m vmm.testing.kernels [FLAVOUR ...]`: fetch, and print where the kernels are."""
+    """`python -m vmm.testing.kernels [FLAVOUR ...]`: fetch, and print where the kernels are; with
+    `--path [FLAVOUR]` only the path of one, the cloud kernel if none is named, for a script."""
     try:
+        if arguments[:1] == ["--path"]:
+            print(debian_kernel(*(arguments[1:] or FLAVOURS[:1])).vmlinuz)
+            return 0
         for flavour in arguments or FLAVOURS:
             kernel = debian_kernel(flavour)
             print(f"{flavour}: {kernel.vmlinuz}")

@@ -39,6 +39,10 @@ PANICS = {
     "after old text": PANIC + b"\nok\n" + STAMPED,
     "RIP": PANIC + b"\nRIP: 0033:0x7f9c1c\nRSP: 002b:00007ffe2 EFLAGS: 00000246\n",
     "registers": PANIC + b"\nRAX: 0000000000000000 RBX: 0000000000000001\n",
+    "panic_print": UNSTAMPED + b"Wakeup Device: <NULL>\n\nDumping ftrace buffer:\n"
+    b"   (ftrace buffer empty)\n",
+    "ftrace_dump_on_oops": UNSTAMPED + b"Dumping ftrace buffer:\n" + b"-" * 33 + b"\n"
+    b"  init-1  0d..1 2153407us : f <-g\n" + b"-" * 33 + b"\n",
     "filler": PANIC + b"\n" + b"x" * 70000,
 }
 OTHERS = {

@@ -212,6 +212,8 @@ def _join(base: str, path: str) -> str:
 
 
 PARTS = ("drives", "nets", "ports", "shares", "vhost_user_blks")
+
+
 def part_class(key: str) -> type:
     """The class of what `key` holds."""
     if key == "drives":

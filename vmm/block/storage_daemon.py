@@ -97,9 +97,7 @@ class ExternalDisk(VhostUserDevice):
         """
         if size is not None:
             if self.monitor is None or self.drive is None:
-                raise UsageError(
-                    f"{self.name}: who serves this disk has it grow; then say no size"
-                )
+                raise UsageError(f"{self.name}: who serves this disk has it grow; then say no size")
             from vmm.block import growth
 
             growth.check(self.name, size, self._capacity(), SECTOR)
@@ -269,9 +267,7 @@ def open_image(drive: Drive) -> NbdImage:
         raise
 
 
-def _serve(
-    drive: Drive, size: int | None
-) -> tuple[list[socket.socket], Child, UsageError | None]:
+def _serve(drive: Drive, size: int | None) -> tuple[list[socket.socket], Child, UsageError | None]:
     """Start a daemon that reads and writes the drive's image, first enlarged to `size` bytes: our
     connections to it, its process, and what is said of a size that cannot be."""
     from vmm.block.nbd import CONNECTIONS, EXPORT

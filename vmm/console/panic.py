@@ -27,7 +27,8 @@ _KERNEL = (
     rb"|Call Trace:.*|Hardware name: .*|(?:[RE]?[A-Z][A-Z0-9]{1,2}|CR\d|PKRU|Code): ?[0-9a-f(<?].*"
     rb"|Modules linked in:.*|Dumping ftrace buffer:.*"
     rb"|(?:Shutting down|Sending NMI|NMI backtrace) .*"
-    rb"|\s*</?[A-Z]+>|\s+\??\s*\S+\+0x[0-9a-f]+/0x[0-9a-f]+.*|-{10,}|Memory Limit: .*)$"
+    rb"|\s*</?[A-Z]+>|\s+\??\s*\S+\+0x[0-9a-f]+/0x[0-9a-f]+.*|Memory Limit: .*"
+    rb"|Wakeup Device: .*|\d+ pages [a-z]+|   +\S.*|-{10,}|={10,})$"  # panic_print=
 )
 """Lines of a kernel that is about to die, where it prints no time."""
 

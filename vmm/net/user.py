@@ -117,9 +117,7 @@ def _find(program: str) -> str:
     return found
 
 
-def _arguments(
-    forward: Sequence[tuple[str, str, int, int]], mtu: int, sock: socket
-) -> list[str]:
+def _arguments(forward: Sequence[tuple[str, str, int, int]], mtu: int, sock: socket) -> list[str]:
     # --pid: what it writes there once it is ready. In the foreground it stays our child.
     words = ["--foreground", "--quiet", "--stderr", "--fd", str(sock.fileno())]
     words += ["--pid", "/proc/self/fd/1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,14 @@ def test_close_raises(machine_factory):
     two.at_close(bad)
     KEPT.extend([one, two, three])
 
+def test_close_waits(machine_factory):
+    one, two = (machine_factory({counting!r}, memory="16M") for _ in range(2))
+    one.at_close(lambda: threading.Event().wait())
+    two.start()
+    KEPT.append(two)
+
 def test_all_were_closed():
-    assert [machine.state for machine in KEPT] == ["closed"] * 3
+    assert [machine.state for machine in KEPT] == ["closed"] * 4
 
 def test_subtests(machine_factory, subtests):
     machine = machine_factory({counting!r}, memory="16M")
@@ -118,6 +125,8 @@ def test_expected(machine_factory):
     assert "not to be had within 2 s\nvCPU 0 is in answer (" in first
     assert "a part of it does not close" in done.stdout
     assert "closing vmm machine 1 (" in done.stdout
+    assert "LateError: the machine does not close; it is in <lambda> (" in done.stdout
+    assert re.search(r"RuntimeWarning: .*: vCPU 0 is in answer \(.*; what that uses", done.stdout)
     assert "contains 2 failed subtests" in rest
     assert "SUBFAILED[one]" in done.stdout
     assert "1 xfailed" in done.stdout

@@ -11,6 +11,9 @@ import sys
 import threading
 import time
 import traceback
+import warnings
+
+from vmm.testing.identity import of_a_library
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 STUCK_AFTER = 5.0
-"""Seconds `close` gives a vCPU to come out of a function of the test, once it was told to stop."""
+"""Seconds `close` gives a function of the test that is called meanwhile."""
 CLOSE_WITHIN = 60.0
 """Seconds a machine has to close: slow disks are flushed in them."""
 LOOK = 0.05
@@ -71,29 +74,54 @@ def within(
     return result[0]
 
 
-def close(machine: Machine) -> None:
-    """Close `machine`, all of it, in bounded time.
+def close(machine: Machine, patience: float = STUCK_AFTER) -> None:
+    """Close `machine` in bounded time.
+
+    Args:
+        patience: seconds that a function of the test, which the machine calls when it is closed
+            (`at_close`, a listener), has.
 
     Raises:
-        LateError: it has not closed in time; the message says where its vCPUs are.
+        LateError: it has not closed in time; the message says where that is. It goes on, and
+            nobody waits.
         Exception: what a part of it raised in closing; the other parts are closed.
     """
-    if machine.state == "closed":
-        return
     if machine.config.console_where == "auto":  # its terminal's signals are the main thread's
-        _close_all(machine)
+        machine.close()
         return
+    closing = threading.Thread(name="not started")
+
+    def run() -> None:
+        nonlocal closing
+        closing = threading.current_thread()
+        machine.close()
 
     def stuck(passed: float) -> bool:
-        return passed >= STUCK_AFTER and bool(vcpu_stacks(machine))
+        return passed >= patience and _in_a_test(closing)
 
     try:
-        within(CLOSE_WITHIN, lambda: _close_all(machine), stuck)
+        within(CLOSE_WITHIN, run, stuck)
     except LateError:
-        where = "\n".join(vcpu_stacks(machine)) or "its vCPUs have ended, its devices have not"
-        raise LateError(
-            f"it does not close: {where}\nIt is left behind, with what it holds."
-        ) from None
+        where = _where(closing.ident) or "a call that has just returned"
+        raise LateError(f"the machine does not close; it is in {where}") from None
+    stacks = vcpu_stacks(machine)
+    if stacks:  # a warning that pytest shows, other than a ResourceWarning
+        left = "; ".join(stacks)
+        warnings.warn(
+            f"{machine!r}: {left}; what that uses is given back when it returns",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _in_a_test(thread: threading.Thread) -> bool:
+    """Whether `thread` is in a function that is not of vmm, or of a library."""
+    frame = sys._current_frames().get(thread.ident or -1)
+    while frame is not None:
+        if not of_a_library(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -111,31 +139,17 @@ def ended_after(machine: Machine, seconds: float, who: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _close_all(machine: Machine) -> None:
-    """Close `machine`; where a part raises, the parts after it are closed all the same."""
-    first: BaseException | None = None
-    for _ in range(32):  # each call gets by the part that raised
-        try:
-            machine.close()
-            break
-        except BaseException as err:
-            first = first or err
-            if machine.state == "closed":
-                break
-    if first is not None:
-        raise first
-
-
 def vcpu_stacks(machine: Machine) -> list[str]:
     """Where in Python each vCPU's thread is, innermost call last; none where all have ended."""
-    frames = sys._current_frames()
-    by_name = {thread.ident: thread for thread in threading.enumerate()}
-    found = []
-    for vcpu in machine.vcpu_threads:
-        ident = vcpu.ident
-        if ident not in frames or ident not in by_name:
-            continue
-        calls = traceback.extract_stack(frames[ident])[-FRAMES:]
-        where = ", ".join(f"{call.name} ({call.filename}:{call.lineno})" for call in calls)
-        found.append(f"vCPU {vcpu.vcpu.number} is in {where}")
-    return found
+    found = [(vcpu.vcpu.number, _where(vcpu.ident)) for vcpu in machine.vcpu_threads]
+    return [f"vCPU {number} is in {where}" for number, where in found if where]
+
+
+def _where(ident: int | None) -> str:
+    """The innermost calls of a thread of this process; empty where it has ended."""
+    alive = {thread.ident for thread in threading.enumerate()}
+    frame = sys._current_frames().get(ident or -1)
+    if frame is None or ident not in alive:
+        return ""
+    calls = traceback.extract_stack(frame)[-FRAMES:]
+    return ", ".join(f"{call.name} ({call.filename}:{call.lineno})" for call in calls)

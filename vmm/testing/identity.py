@@ -174,7 +174,7 @@ class _Digest:
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
         self._word(function.__module__, function.__qualname__)
-        if _of_a_library(code.co_filename):
+        if of_a_library(code.co_filename):
             self._all(function.__closure__ or ())
             return
         self._code(code)
@@ -206,7 +206,7 @@ class _Digest:
         """Take `value` in as far as a program that names `names` uses it."""
         if isinstance(value, types.ModuleType):
             self._word("module", value.__name__)
-            if not _of_a_library(getattr(value, "__file__", None) or "built-in"):
+            if not of_a_library(getattr(value, "__file__", None) or "built-in"):
                 for name in sorted(names & vars(value).keys()):
                     self._word(name)
                     self.add(vars(value)[name])
@@ -233,7 +233,7 @@ class _Digest:
     def _class(self, kind: type) -> None:
         for base in kind.__mro__:
             self._word(base.__module__, base.__qualname__)
-            if _of_a_library(_file_of(base)):
+            if of_a_library(_file_of(base)):
                 continue
             for name, value in sorted(vars(base).items()):
                 if name not in _OF_CLASSES:
@@ -342,7 +342,8 @@ def _is_cache(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1000)
-def _of_a_library(path: str) -> bool:
+def of_a_library(path: str) -> bool:
+    """Whether code in the file `path` is vmm's, Python's, or of an installed package."""
     if path == "built-in" or path.startswith("<frozen"):
         return True
     return os.path.realpath(path).startswith(_LIBRARIES)

@@ -46,6 +46,8 @@ class Look:
         self.reported = False
         self._abandoned = False
         self._paused = False
+        if recorder is not None:
+            recorder.settle()
         try:
             within(LOOK_WITHIN, self._gather)
         except LateError:
@@ -117,12 +119,17 @@ class Look:
             for call in calls:
                 took = f"{call.ended - call.begun:.3f} s" if call.ended else "goes on"
                 what = f"{call.what} {call.words}: {call.result or 'done'}, {took}"
-                texts.append(f"{call.begun - started:+10.3f} s  {printable(what)}")
+                texts.append(f"{call.begun - started:+10.3f} s  {one_line(what)}")
             found.append((f"{self.name}: calls, last {len(calls)}", "\n".join(texts)))
         if self.registers:
             title = "failure report" if self.reported else "registers"
             found.append((f"{self.name}: {title}", self.registers))
         return found
+
+
+def one_line(value: object) -> str:
+    """`printable`, in one line."""
+    return printable(value).replace("\n", "\u240a")
 
 
 def printable(value: object) -> str:

@@ -138,14 +138,17 @@ class MachineFactory:
                 BaseExceptionGroup.
         """
         errors: list[BaseException] = []
+        patience = bounded.STUCK_AFTER
         while self.machines:
             machine = self.machines.pop()
             number = len(self.machines)
             try:
-                bounded.close(machine)
+                bounded.close(machine, patience)
             except BaseException as err:
                 err.add_note(f"closing vmm machine {number} ({machine.config.kernel})")
                 errors.append(err)
+                if isinstance(err, bounded.LateError):
+                    patience = 0.5  # for the rest, of which there may be many
         self._recorders.clear()
         if len(errors) == 1:
             raise errors[0]

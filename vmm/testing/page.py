@@ -12,7 +12,7 @@ import re
 import time
 from html import escape
 
-from vmm.testing.look import printable
+from vmm.testing.look import one_line, printable
 from vmm.testing.page_style import SCRIPT, STYLE
 
 TYPE_CHECKING = False
@@ -177,7 +177,7 @@ def _rows(at: int, look: Look) -> Iterable[Row]:
             took = f"{seconds(call.ended - call.begun)}" if call.ended else "goes on"
             detail = f"{call.result or 'done'} ({took})\n{call.output}".rstrip()
             end = call.ended or look.time
-            text = f"{call.what} {call.words}"
+            text = one_line(f"{call.what} {call.words}")
             yield Row(call.begun, at, "call", text, detail, end, call.failed)
     else:
         for line in look.console.splitlines():

@@ -38,7 +38,7 @@ border-radius:8px;font-size:12.5px;line-height:1.5}
 .tb{max-height:420px;border-left:3px solid var(--bad)}
 .tb .e{color:var(--bad);font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere}
 .tb .at{font-weight:650}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(380px,1fr));gap:14px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:14px}
 article{padding:14px 16px;background:var(--box);border:1px solid var(--line);border-radius:8px}
 h2,h3{margin:0;font-size:14px;font-weight:650}
 h2 i,h3 i,summary i,label i,li i{display:inline-block;width:9px;height:9px;margin-right:7px;

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm import Machine
+    from vmm.agent.process import GuestProcess
 
 HEAD, TAIL = 256 << 10, 1 << 20
 """Bytes of the console's first and last output that are kept."""
@@ -36,9 +37,10 @@ class Call:
         result: how it ended, in a few words.
         failed: it raised, or the command's status is not 0.
         output: the beginning of what a command wrote.
+        process: what `popen` gave.
     """
 
-    __slots__ = ("begun", "ended", "failed", "output", "result", "what", "words")
+    __slots__ = ("begun", "ended", "failed", "output", "process", "result", "what", "words")
 
     def __init__(self, what: str, words: str) -> None:
         self.what = what
@@ -48,6 +50,7 @@ class Call:
         self.result = ""
         self.failed = False
         self.output = ""
+        self.process: GuestProcess | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain data, `event` being `call`."""
@@ -136,6 +139,17 @@ class Recorder:
         found.append((found[-1][0], f"[... {missing} bytes are left out ...]"))
         return found + _timed(tail, len(head) + missing, list(self._writes))
 
+    def settle(self) -> None:
+        """Note how the commands of `popen` have ended, as far as the test knows; others go on."""
+        for call in list(self.calls):
+            if call.process is not None:
+                status = call.process.returncode
+                if status is None:
+                    call.ended, call.result = None, "has not ended"
+                else:
+                    call.ended = call.ended or time.monotonic()
+                    call.result, call.failed = f"status {status}", status != 0
+
     # --- calls ------------------------------------------------------------------------------------
 
     def _agent(
@@ -172,6 +186,8 @@ class Recorder:
                 call.failed = result.returncode != 0
                 call.result = f"status {result.returncode}"
                 call.output = _output(result)
+            elif what == "popen":
+                call.process = result
             elif isinstance(result, str):
                 call.result = result[:WORDS_MAX]
             return result

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from vmm.testing import identity
 from vmm.testing.identity import digest
 
 CALLS: list[int] = []
@@ -194,3 +195,13 @@ def test_the_same_in_another_process() -> None:
         for seed in ("1", "2")
     ]  # fmt: skip
     assert told[0] == told[1] != ""
+
+
+def test_what_is_a_library() -> None:
+    for path in (
+        *(os.__file__, functools.__file__, pytest.__file__, identity.__file__, "built-in"),
+        *("/usr/lib/python3/dist-packages/x.py", "/home/me/.local/lib/site-packages/x/y.py"),
+    ):
+        assert identity.of_a_library(path), path
+    for path in (__file__, "/home/me/project/tests/conftest.py", "<string>"):
+        assert not identity.of_a_library(path), path

@@ -346,7 +346,10 @@ def of_a_library(path: str) -> bool:
     """Whether code in the file `path` is vmm's, Python's, or of an installed package."""
     if path == "built-in" or path.startswith("<frozen"):
         return True
-    return os.path.realpath(path).startswith(_LIBRARIES)
+    path = os.path.realpath(path)
+    if "/site-packages/" in path or "/dist-packages/" in path:
+        return True
+    return path.startswith(_LIBRARIES)
 
 
 def _file_of(kind: type) -> str:

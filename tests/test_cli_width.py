@@ -67,3 +67,9 @@ def test_a_folded_line_goes_on_under_its_words() -> None:
     assert fit("  one two three four", 12) == "  one two\n    three\n    four"
     assert fit("usage: a bb ccc dddd", 14) == "usage: a bb\n       ccc\n       dddd"
     assert fit("short\n\nlines", 12) == "short\n\nlines"
+
+
+def test_help_of_what_is_no_command() -> None:
+    done = vmm("help", "start")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("vmm: 'start' is not a command; use one of: run, exec, ")

@@ -29,10 +29,12 @@ def test_a_tap_without_vhost_net() -> None:
     with netns.network_namespace():
         with pytest.raises(HostError) as caught:
             Net.parse("tap,vhost=on").open(0)
-        assert str(caught.value) == (
+        said = str(caught.value)
+        assert said.startswith(
             "--net tap: vhost=on: /dev/vhost-no-net: No such file or directory; "
-            "modprobe vhost_no_net, or leave vhost out"
+            "modprobe vhost_no_net"
         )
+        assert said.endswith(", or leave vhost out")
         assert netns.interfaces() == []
         nic = Net.parse("tap,vhost=auto").open(0)
         assert nic is not None and not isinstance(nic, VhostNic)

@@ -124,7 +124,9 @@ def _command(args: list[str]) -> int:
         return completion(args[1:])
     from vmm.cli.say import answer
 
-    if command == "help" and args[1:] and args[1] in COMMANDS:
+    if command == "help" and args[1:]:
+        if args[1] not in COMMANDS:
+            raise UsageError(f"{args[1]!r} is not a command; use one of: {', '.join(COMMANDS)}")
         return _command([args[1], "--help"])
     if command in ("-h", "--help", "help"):
         from vmm.cli.width import columns, fit

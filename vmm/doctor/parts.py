@@ -5,7 +5,6 @@ None of it is needed to boot a kernel. Each part says what it is for, and how to
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ import sys
 from contextlib import suppress
 from shutil import which
 
-from vmm.kvm.access import as_root
+from vmm.kvm.access import as_root, device_mend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ LIBRARIES = (
 VERSION_SECONDS = 5.0
 """How long a program may take to tell its version."""
 VERSION_BYTES = 4096
-VERSION = re.compile(r"\bv?(\d+\.\d[\w.~+-]*)")
+VERSION = re.compile(r"\bv?(\d+[._]\d[\w.~+-]*)")
 CAP_NET_ADMIN = 12
 FEW_FILES = 1024
 """A limit under this many open files is told as low: it is the kernel's own default."""
@@ -185,20 +184,8 @@ def _device(path: str, module: str, purpose: str, value: str = "opens") -> Part:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
         return Part(HOST, path, value, purpose)
     except OSError as err:
-        number, text = err.errno, os.strerror(err.errno or 0)
-    if number in (errno.EACCES, errno.EPERM):
-        from vmm.kvm.access import permission_mend
-
-        mend = permission_mend(path)
-    elif number == errno.EBUSY:
-        mend = "end the program that has it open"
-    else:
-        from vmm.kvm.host import Host
-
-        mend = as_root(f"modprobe {module}")
-        if Host().container:
-            mend += f" on the host, and start the container with --device {path}"
-    return Part(HOST, path, text, purpose, mend)
+        number, text = err.errno or 0, os.strerror(err.errno or 0)
+    return Part(HOST, path, text, purpose, device_mend(path, module, number))
 
 
 def _can_make_taps() -> str:

@@ -110,6 +110,20 @@ def _denied(path: str, host: Host) -> Problem:
     return Problem(what, permission_mend(path, GROUP))
 
 
+def device_mend(path: str, module: str, number: int) -> str:
+    """What to do where opening `path`, a device of the kernel's `module`, failed with errno."""
+    if number in (errno.EACCES, errno.EPERM):
+        return permission_mend(path)
+    if number == errno.EBUSY:
+        return "end the program that has it open"
+    from vmm.kvm.host import Host
+
+    mend = as_root(f"modprobe {module}")
+    if Host().container:
+        mend += f" on the host, and start the container with --device {path}"
+    return mend
+
+
 def permission_mend(path: str, give_to: str = "") -> str:
     """How this user gets to read and write the device `path`, which is there.
 

@@ -108,10 +108,11 @@ class TapBackend(Backend):
         for _ in range(queues):
             try:
                 port = TapPort()
-            except FileNotFoundError:
-                raise HostError(f"{self._what}: no {DEVICE} here: modprobe tun") from None
             except OSError as err:
-                raise HostError(f"{self._what}: {DEVICE}: {err.strerror}") from err
+                from vmm.kvm.access import device_mend
+
+                mend = device_mend(DEVICE, "tun", err.errno or 0)
+                raise HostError(f"{self._what}: {DEVICE}: {err.strerror}; {mend}") from err
             self._taps.append(port)
             try:
                 name = self._attach_one(port, name, queues, made)

@@ -62,9 +62,9 @@ class Vhost:
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as err:
-            hint = f"modprobe {module}"
-            if err.errno in (errno.EACCES, errno.EPERM):
-                hint = f"have root say: chmod 666 {path}"
+            from vmm.kvm.access import device_mend
+
+            hint = device_mend(path, module, err.errno or 0)
             what = f"{option}: {path}: {err.strerror}"
             raise HostError(f"{what}; {hint}, or leave vhost out") from err
         try:

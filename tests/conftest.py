@@ -87,9 +87,9 @@ def tiny_kernel(request: pytest.FixtureRequest) -> TinyKernel:
     """
     with contextlib.suppress(HostError):
         return build_tiny_kernel(build=False)
-    # A person at a terminal should see why nothing else happens for so long.
+    # Whoever watches should see why nothing else happens for so long.
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        return build_tiny_kernel()
+        return build_tiny_kernel(tell=True)
 
 
 @pytest.fixture

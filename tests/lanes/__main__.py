@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.lanes.nested import RESULTS, ROOT, LaneCrash, NestedLane
-from tests.support import host
+from tests.support import host, stranger
 from vmm.errors import HostError, UsageError
 from vmm.testing.kernels import debian_kernel
 from vmm.testing.tiny import tiny_kernel
@@ -172,6 +172,7 @@ class NestedThread:
         self.output = Output()
         self._directory = directory
         self._arguments = arguments
+        self._prepared: Path | None = None
         self._lane = self._make_lane()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -187,6 +188,9 @@ class NestedThread:
         """End the lane if it has not ended."""
         self._lane.close()
         self._thread.join(10)
+        if self._prepared is not None:
+            shutil.rmtree(self._prepared, ignore_errors=True)
+            self._prepared = None
 
     def _make_lane(self) -> NestedLane:
         return NestedLane(log=self._log)
@@ -216,7 +220,10 @@ class NestedThread:
             self.outcome.problem = str(error)
 
     def _environment(self) -> list[str]:
-        return [f"VMM_NATIVE_KVM={self._native}"] if self._native else []
+        known = [f"VMM_NATIVE_KVM={self._native}"] if self._native else []
+        if self._prepared is not None:
+            known.append(f"{stranger.VENV}={self._prepared / 'venv'}")
+        return known
 
     def _ignored(self) -> list[str]:
         """Options that leave out the files without a test for this lane: to import all of them
@@ -229,8 +236,19 @@ class NestedThread:
         wanted = set(re.findall(r"^(\S+?\.py)::", found.stdout, re.MULTILINE))
         if found.returncode or not wanted:
             return []  # the lane is to show what is wrong, or that there are none
+        self._prepare(wanted)
         files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")}
         return [f"--ignore={file}" for file in sorted(files - wanted)]
+
+    def _prepare(self, wanted: set[str]) -> None:
+        """Make here what the tests of the files `wanted` cannot: the lane has no network."""
+        if "tests/test_stranger.py" in wanted:
+            self._log("making a wheel, and a venv with it")
+            try:
+                self._prepared = stranger.make_venv()
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = getattr(error, "stderr", b"") or b""
+                self._log(f"no venv with the wheel: {error} {said!r}")
 
     def _run_once(self, done: Done, more: list[str], deadline: float) -> None:
         report = "nested.xml"
@@ -266,15 +284,12 @@ def run(arguments: list[str], serial: bool) -> int:
         nested = None
         native = host.backend() if "native" in lanes else None
         try:
+            if "nested" in lanes or not arguments:
+                _build_tiny_kernel()
             if "nested" in lanes:
                 # The nested lane has no network and a read-only cache: all is fetched here.
                 debian_kernel("cloud-amd64").vmlinux()
                 debian_kernel("amd64")
-                try:
-                    tiny_kernel(build=False)
-                except HostError:
-                    say("== building the small kernel that tests boot: once, some minutes")
-                    tiny_kernel()
                 if not serial:
                     nested = NestedThread(directory, arguments, native)
             if "native" in lanes:
@@ -286,6 +301,15 @@ def run(arguments: list[str], serial: bool) -> int:
             if nested is not None:
                 nested.close()
     return summarize(outcomes, [lane for lane in wanted if lane in skipped])
+
+
+def _build_tiny_kernel() -> None:
+    """Build the tests' own kernel before they begin, in plain view: it takes minutes, once."""
+    try:
+        tiny_kernel(build=False)
+    except HostError:
+        say("== a kernel for tests is built first: it takes minutes, once, and is kept")
+        tiny_kernel(tell=True)
 
 
 def summarize(outcomes: list[Outcome], left_out: list[str]) -> int:

@@ -128,11 +128,11 @@ class TinyKernel:
         return self.directory / "config"
 
 
-def tiny_kernel(*, build: bool = True) -> TinyKernel:
+def tiny_kernel(*, build: bool = True, tell: bool | None = None) -> TinyKernel:
     """The newest cached kernel made from CONFIG, built first if there is none.
 
-    Of several processes that need it at once one builds and the others wait. Where standard error
-    is a terminal it is told what happens.
+    Of several processes that need it at once one builds and the others wait. Standard error is told
+    what happens with `tell`, which is True by default where that is a terminal.
 
     Raises HostError if it is not there and cannot be built: which tool is missing, or how the
     build's log ends.
@@ -147,7 +147,7 @@ def tiny_kernel(*, build: bool = True) -> TinyKernel:
             f" build it with: {sys.executable} -m vmm.testing.tiny"
         )
     _check_tools()
-    say = _tell if sys.stderr.isatty() else _silence
+    say = _tell if (sys.stderr.isatty() if tell is None else tell) else _silence
     try:
         kernels.mkdir(parents=True, exist_ok=True)
         with _alone(kernels, say):

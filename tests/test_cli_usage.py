@@ -222,7 +222,7 @@ RUN = [
     ("{}/good --net tap,address=1.2.3.4", r"--net tap: address=1.2.3.4 is not ADDRESS/BITS, as in"),
     ("{}/good --net bridge=nosuch", r"--net bridge=nosuch: no such bridge; make it: ip link add"),
     ("{}/good --net socket={}/nosuch", r"--net socket={}/nosuch: No such file or directory; give"),
-    ("{}/good --net lan=x", r"--net lan=x: joins machines of one program \(docs"),
+    ("{}/good --net lan=x", r"--net lan=x: joins machines of one program, and this"),
     ("{}/good --net user,pcap={}/no/x", r"--net pcap={}/no/x: No such file or directory; give a"),
     # --- vsock
     ("{}/good --vsock=", r"--vsock : '' is not cid=, path= or vhost"),

@@ -200,7 +200,7 @@ def configure(
     for net in config.nets:
         if net.kind == "lan":
             raise UsageError(
-                f"{net.what}: joins machines of one program (docs/api.md), and this command has "
+                f"{net.what}: joins machines of one program, and this command has "
                 "one machine; machines of several commands meet on a bridge: --net bridge=NAME"
             )
     if config.vsock is not None and not config.vsock.path and not config.vsock.vhost:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import boot_files
 from tests.support import tiny as guests
 from vmm import Machine, MachineConfig
 from vmm.boot.e820 import memory_map
@@ -100,11 +101,22 @@ def test_processors_by_the_mp_table(tiny_kernel: TinyKernel, cpus: int) -> None:
         assert wrong not in text
 
 
-def test_a_person_who_waits_learns_why_from_v(tmp_path: Path) -> None:
-    """Debian's cloud kernel: 10 s to clear its BSS, 20 to sort tables, and only then a banner."""
-    done = guests.run("run", "-v", guests.kernel(tmp_path, guests.exits(0)))
+def test_a_person_who_waits_learns_why(tmp_path: Path) -> None:
+    """Debian's cloud kernel: 10 s to clear its BSS, 20 to sort tables, and only then a banner. Of a
+    guest that is not Linux, nothing is said."""
+    says = "vmm: this host's KVM is kvm_pvm, which interprets guest kernel code"
+    code = guests.exits(0)
+    linux = tmp_path / "linux"
+    notes = boot_files.LINUX_NOTE + boot_files.pvh_note(guests.ENTRY)
+    linux.write_bytes(
+        boot_files.elf(((guests.ENTRY, code, 4096),), entry=guests.ENTRY, notes=notes)
+    )
+    done = guests.run("run", str(linux), "--boot", "pvh")
     assert done.returncode == 0, done.stderr
-    assert "vmm: this host's KVM is kvm_pvm, which interprets guest kernel code" in done.stderr
+    assert says in done.stderr
+    done = guests.run("run", "-v", guests.kernel(tmp_path, code))
+    assert done.returncode == 0, done.stderr
+    assert says not in done.stderr
 
 
 def test_where_it_stops_the_host_is_named(tiny_kernel: TinyKernel) -> None:

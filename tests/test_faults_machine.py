@@ -446,7 +446,7 @@ def test_without_faults_nothing_of_them_is_loaded(disk: Path) -> None:
 
 
 def test_a_seed_that_is_none() -> None:
-    with pytest.raises(UsageError, match="fault_seed='x' is not an integer"):
+    with pytest.raises(UsageError, match="fault_seed='x' is not a whole number"):
         MachineConfig(fault_seed="x")  # type: ignore[arg-type]
 
 

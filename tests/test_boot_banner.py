@@ -127,6 +127,7 @@ def test_where_it_stops_the_host_is_named(tiny_kernel: TinyKernel) -> None:
     )
     assert done.returncode == 122, done.stderr
     assert "Linux version" in done.stdout
-    assert re.search(r"^vCPU 0: emulation failure at 0x\w+ \(64-bit mode, CPL 0\)", done.stderr)
+    says = r"^vCPU 0: emulation failure at 0x\w+ \(64-bit mode, CPL 0\)"
+    assert re.search(says, done.stderr, re.MULTILINE)
     assert "why: this host's KVM is kvm_pvm, which interprets guest kernel code" in done.stderr
     assert "what to do: stock Linux cannot run here; use a host with VT-x or AMD-V" in done.stderr

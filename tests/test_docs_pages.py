@@ -51,6 +51,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("name", ["ci.md"])
+def test_files_for_a_ci_are_what_they_claim(name: str) -> None:
+    import tomllib
+
+    import yaml
+
+    for block in BLOCKS[name]:
+        if block.language == "yaml":
+            text = str(yaml.safe_load(block.code))
+            assert "vmm doctor" in text and "--vmm-require" in text
+        elif block.language == "toml":
+            assert "/dev/kvm" in str(tomllib.loads(block.code))
+
+
 def test_most_pages_run() -> None:
     assert sum(map(len, BLOCKS.values())) > 30
     assert len(SMALL) >= 8

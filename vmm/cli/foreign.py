@@ -146,6 +146,8 @@ TABLE = (
         takes="DIR,tag=share",
     ),
     Foreign("--rodir", _root_share, takes="DIR"),
+    Foreign("--rwdir", "--rw {}", takes="DIR"),
+    Foreign("--overlay-rwdir", "--overlay {}", takes="DIR"),
     Foreign("--cwd --chdir", "--workdir {}", takes="DIR"),
     Foreign("--pwd", why="the command starts in this directory where --root / has it"),
     Foreign("-cpu --cpu-model --cpu-template --cpu_template", values.cpu, takes="host"),

@@ -100,6 +100,48 @@ def test_single_files(agent: HostAgent, source: Path, tmp_path: Path) -> None:
     assert into.getvalue().startswith(b"Name:\tvmm-agent")
 
 
+@pytest.mark.parametrize("size", [0, 1, wire.CHUNK, 1_000_000])
+def test_progress_of_a_file(agent: HostAgent, tmp_path: Path, size: int) -> None:
+    data, there = random.Random(2).randbytes(size), str(tmp_path / "there")
+    put_counts: list[int] = []
+    got_counts: list[int] = []
+    put(agent, io.BytesIO(data), there, progress=put_counts.append)
+    into = io.BytesIO()
+    get(agent, there, into, progress=got_counts.append)
+    assert into.getvalue() == data
+    for counts in (put_counts, got_counts):
+        assert counts[-1] == size
+        assert counts == sorted(set(counts))  # it only grows, and nothing is told twice
+        assert len(counts) >= size // (256 << 10)  # often enough to show
+
+
+def test_progress_of_a_tree(agent: HostAgent, source: Path, tmp_path: Path) -> None:
+    files = (path for path in source.rglob("*") if path.is_file() and not path.is_symlink())
+    data = sum(path.stat().st_size for path in files)
+    counts: list[int] = []
+    put(agent, source, str(tmp_path / "there"), progress=counts.append)
+    assert counts[-1] == data
+    counts.clear()
+    get(agent, str(tmp_path / "there"), tmp_path / "back", filter="all", progress=counts.append)
+    assert counts[-1] == data
+    (tmp_path / "nothing").mkdir()
+    put(agent, tmp_path / "nothing", str(tmp_path / "none"), progress=counts.append)
+    assert counts[-1] == 0
+
+
+def test_what_progress_raises_ends_the_copy(agent: HostAgent, tmp_path: Path) -> None:
+    def stop(size: int) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "big").write_bytes(bytes(4 << 20))
+    with pytest.raises(KeyboardInterrupt):
+        get(agent, str(tmp_path / "big"), tmp_path / "copy", progress=stop)
+    assert os.listdir(tmp_path) == ["big"]
+    with pytest.raises(KeyboardInterrupt):
+        put(agent, tmp_path / "big", str(tmp_path / "copy"), progress=stop)
+    get(agent, str(tmp_path / "big"), tmp_path / "whole")  # the agent goes on
+
+
 def test_a_running_program_is_replaced(agent: HostAgent, tmp_path: Path) -> None:
     program = tmp_path / "sleep"
     program.write_bytes(Path("/bin/sleep").read_bytes())

@@ -268,6 +268,35 @@ def test_files(guest: Guest, tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
+def test_progress_of_files(guest: Guest, tmp_path: Path) -> None:
+    """The function is called on the event loop; what it raises ends the copy."""
+    size = 4 << 20
+    seen: list[tuple[int, threading.Thread]] = []
+
+    def note(count: int) -> None:
+        seen.append((count, threading.current_thread()))
+
+    def stop(count: int) -> None:
+        raise LookupError("enough")
+
+    async def main() -> None:
+        for copy in (
+            guest.put(io.BytesIO(bytes(size)), f"{tmp_path}/file", progress=note),
+            guest.get(f"{tmp_path}/file", io.BytesIO(), progress=note),
+        ):
+            seen.clear()
+            await copy
+            counts = [count for count, _ in seen]
+            assert counts[-1] == size and counts == sorted(set(counts))
+            assert {thread for _, thread in seen} == {threading.main_thread()}
+        with pytest.raises(LookupError, match="enough"):
+            await guest.get(f"{tmp_path}/file", tmp_path / "copy", progress=stop)
+        with pytest.raises(LookupError, match="enough"):
+            await guest.put(tmp_path / "file", f"{tmp_path}/copy", progress=stop)
+
+    asyncio.run(main())
+
+
 @pytest.mark.needs_kvm
 @pytest.mark.one_lane
 def test_of_a_machine_without_an_agent_or_whose_agent_does_not_answer(tmp_path: Path) -> None:

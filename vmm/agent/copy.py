@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.agent.process import Dialer
 
     Path = str | os.PathLike[str]
+    Progress = Callable[[int], object]
 
 PATH_MAX = 4096
 FILTERS = ("data", "all")
@@ -140,47 +141,84 @@ class Transfer:
         raise OSError(number, f"{os.strerror(number)} (in the guest)", where)
 
 
+class Done:
+    """The bytes of file data that a transfer has carried, told to `progress`.
+
+    Attributes:
+        size: the bytes so far.
+    """
+
+    __slots__ = ("_progress", "_told", "size")
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.size = 0
+        self._progress = progress
+        self._told = -1
+
+    def add(self, size: int) -> None:
+        """Count `size` bytes more."""
+        self.size += size
+
+    def tell(self) -> None:
+        """Call `progress`, if there is something new to tell."""
+        if self._progress is not None and self.size != self._told:
+            self._told = self.size
+            self._progress(self.size)
+
+    def add_and_tell(self, size: int) -> None:
+        """Count `size` bytes more, and call `progress`."""
+        self.size += size
+        self.tell()
+
+
 def put(
     link: Dialer, source: Path | BinaryIO, target: str, *, timeout: float | None = None,
-    mode: int | None = None,
+    mode: int | None = None, progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """See `Machine.put`."""
+    done = Done(progress)
     stream: Iterator[bytes]
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         os.stat(path)
-        stream = pack(path)
+        stream = pack(path, done.add)
         target = _inside(target, path)
     else:
-        stream = pack_file(source, 0o644 if mode is None else mode)
+        stream = pack_file(source, 0o644 if mode is None else mode, done.add)
     _check(target)
     transfer = Transfer(link, wire.PUT, target, timeout)
     try:
         for part in _joined(stream):
             if not transfer.write(part):
                 break
+            done.tell()
         transfer.finish()
+        done.tell()
     finally:
         transfer.close()
 
 
 def get(
     link: Dialer, source: str, target: Path | BinaryIO, *, timeout: float | None = None,
-    max_bytes: int = MAX_BYTES, filter: str = "data",
+    max_bytes: int = MAX_BYTES, filter: str = "data", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """See `Machine.get`."""
     if filter not in FILTERS:
         raise ValueError(f"filter={filter!r} is not one of {', '.join(FILTERS)}")
     _check(source)
+    done = Done(progress)
     transfer = Transfer(link, wire.GET, source, timeout)
     try:
         if isinstance(target, (str, os.PathLike)):
             path = _inside(os.fspath(target), source)
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            Unpacker(transfer.read, path, max_bytes, all_kinds=filter == "all").unpack()
+            Unpacker(
+                transfer.read, path, max_bytes, all_kinds=filter == "all", count=done.add_and_tell
+            ).unpack()
         else:
-            Unpacker(transfer.read, source, max_bytes).unpack_into(target)
+            Unpacker(transfer.read, source, max_bytes, count=done.add_and_tell).unpack_into(target)
         transfer.finish()
+        done.tell()
     finally:
         transfer.close()
 

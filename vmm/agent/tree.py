@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
+    Count = Callable[[int], None]
+
 ENTRY = struct.Struct("<BBHIQqII")
 """kind, zero, name_size, mode, size, seconds, nanoseconds, zero; then the name."""
 _SIZE = struct.Struct("<I")
@@ -47,27 +49,34 @@ def entry(kind: int, name: str = "", status: os.stat_result | None = None, size:
     return head + encoded
 
 
-def pack(path: str) -> Iterator[bytes]:
+def _nobody(size: int) -> None:
+    """Nobody counts."""
+
+
+def pack(path: str, count: Count = _nobody) -> Iterator[bytes]:
     """The stream of what is at `path` on this host, which may be a link to it.
+
+    Args:
+        count: called with the size in bytes of each piece of file data in the stream.
 
     Raises:
         OSError: something cannot be read, or carried (a device in a tree).
     """
-    yield from _pack(path, "", 0)
+    yield from _pack(path, "", 0, count)
     yield entry(LAST)
 
 
-def pack_file(file: BinaryIO, mode: int = 0o644) -> Iterator[bytes]:
-    """The stream of one file whose data `file` gives, as of now."""
+def pack_file(file: BinaryIO, mode: int = 0o644, count: Count = _nobody) -> Iterator[bytes]:
+    """The stream of one file whose data `file` gives, as of now; `count` as of `pack`."""
     import time
 
     seconds, nanoseconds = divmod(time.time_ns(), NANOSECONDS)
     yield ENTRY.pack(REGULAR, 0, 0, mode, 0, seconds, nanoseconds, 0)
-    yield from _chunks(file)
+    yield from _chunks(file, count)
     yield entry(LAST)
 
 
-def _pack(path: str, name: str, depth: int) -> Iterator[bytes]:
+def _pack(path: str, name: str, depth: int, count: Count) -> Iterator[bytes]:
     try:
         status = os.lstat(path) if depth else os.stat(path)
     except FileNotFoundError:
@@ -82,7 +91,7 @@ def _pack(path: str, name: str, depth: int) -> Iterator[bytes]:
         with os.scandir(path) as found:
             names = sorted(item.name for item in found)
         for below in names:
-            yield from _pack(os.path.join(path, below), below, depth + 1)
+            yield from _pack(os.path.join(path, below), below, depth + 1, count)
         yield entry(UP)
     elif stat.S_ISLNK(mode):
         target = os.fsencode(os.readlink(path))
@@ -90,15 +99,16 @@ def _pack(path: str, name: str, depth: int) -> Iterator[bytes]:
     elif stat.S_ISREG(mode) or not depth:
         with open(path, "rb", buffering=0) as file:
             yield entry(REGULAR, name, status, status.st_size)
-            yield from _chunks(file)
+            yield from _chunks(file, count)
     elif stat.S_ISFIFO(mode):
         yield entry(FIFO, name, status)
     elif not stat.S_ISSOCK(mode):  # of sockets there is nothing to carry, as tar(1) sees it too
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
+def _chunks(file: BinaryIO, count: Count) -> Iterator[bytes]:
     while data := file.read(CHUNK):
+        count(len(data))
         yield _SIZE.pack(len(data)) + data
     yield _SIZE.pack(0)
 
@@ -111,6 +121,7 @@ class Unpacker:
         path: what the first entry becomes.
         max_bytes: of file data, at most.
         all_kinds: links that leave the tree and FIFOs are made, too.
+        count: called with the size in bytes of each piece of file data that has been written.
     """
 
     def __init__(
@@ -120,8 +131,10 @@ class Unpacker:
         max_bytes: int = MAX_BYTES,
         *,
         all_kinds: bool = False,
+        count: Count = _nobody,
     ) -> None:
         self._read = read
+        self._count = count
         self._path = path
         self._max = self._left = max_bytes
         self._entries = 0
@@ -192,6 +205,7 @@ class Unpacker:
                     "the limit"
                 )
             yield self._read(size)
+            self._count(size)
 
     # --- the host's files -------------------------------------------------------------------------
 

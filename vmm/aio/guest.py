@@ -15,13 +15,50 @@ if TYPE_CHECKING:
     import os
     import subprocess
     from collections.abc import Callable
-    from typing import Any, BinaryIO, TypeVar
+    from typing import Any, BinaryIO
 
     from vmm.agent.link import Link
     from vmm.agent.process import Args, Dialer
     from vmm.aio.process import AsyncGuestProcess
 
-    T = TypeVar("T")
+
+class OnLoop:
+    """Calls `progress` on the running event loop with counts that a thread tells.
+
+    Of counts that come faster than the loop takes them the newest is passed on. What `progress`
+    raises calls `stop`, and `close` raises it.
+    """
+
+    def __init__(self, progress: Callable[[int], object], stop: Callable[[], object]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._progress = progress
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._newest: int | None = None
+        self._error: BaseException | None = None
+
+    def tell(self, size: int) -> None:
+        """The thread has come to `size`."""
+        with self._lock:
+            waiting, self._newest = self._newest is not None, size
+        if not waiting:
+            self._loop.call_soon_threadsafe(self._pass_on)
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            size, self._newest = self._newest, None
+        if size is None or self._error is not None:
+            return
+        try:
+            self._progress(size)
+        except BaseException as err:
+            self._error = err
+            self._stop()
+
+    def close(self) -> None:
+        """Raise what `progress` has raised."""
+        if self._error is not None:
+            raise self._error
 
 
 class Line:
@@ -112,11 +149,15 @@ class AsyncGuestCalls:
         *,
         timeout: float | None = None,
         mode: int | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
-        """See `Machine.put`."""
+        """See `Machine.put`. `progress` is called on the event loop."""
         from vmm.agent.copy import put
 
-        await self._over_a_line(lambda line: put(line, source, target, timeout=timeout, mode=mode))
+        await self._over_a_line(
+            lambda line, tell: put(line, source, target, timeout=timeout, mode=mode, progress=tell),
+            progress,
+        )
 
     async def get(
         self,
@@ -126,17 +167,38 @@ class AsyncGuestCalls:
         timeout: float | None = None,
         max_bytes: int = 64 << 30,
         filter: str = "data",
+        progress: Callable[[int], object] | None = None,
     ) -> None:
-        """See `Machine.get`."""
+        """See `Machine.get`. `progress` is called on the event loop."""
         from vmm.agent.copy import get
 
         await self._over_a_line(
-            lambda line: get(
-                line, source, target, timeout=timeout, max_bytes=max_bytes, filter=filter
-            )
+            lambda line, tell: get(
+                line,
+                source,
+                target,
+                timeout=timeout,
+                max_bytes=max_bytes,
+                filter=filter,
+                progress=tell,
+            ),
+            progress,
         )
 
-    async def _over_a_line(self, function: Callable[[Line], T]) -> T:
+    async def _over_a_line(
+        self,
+        function: Callable[[Line, Callable[[int], object] | None], None],
+        progress: Callable[[int], object] | None,
+    ) -> None:
+        """Call `function` in a thread with a way to the agent, and what it is to call with its
+        progress."""
         await self.wait_for_agent()
         line = Line(self._agent())
-        return await in_thread(function, line, abort=line.cut)
+        if progress is None:
+            await in_thread(function, line, None, abort=line.cut)
+            return
+        on_loop = OnLoop(progress, line.cut)
+        try:
+            await in_thread(function, line, on_loop.tell, abort=line.cut)
+        finally:
+            on_loop.close()

@@ -6,6 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     import subprocess
+    from collections.abc import Callable
     from typing import Any, BinaryIO
 
     from vmm.agent.link import Link
@@ -70,6 +71,7 @@ class GuestCalls:
         *,
         timeout: float | None = None,
         mode: int | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         """Copy a file, or a directory with all that is in it, from the host into the guest.
 
@@ -82,6 +84,8 @@ class GuestCalls:
                 directory it goes into. Directories above it are made.
             timeout: seconds. Whatever it is, a guest that takes nothing for 60 s is given up.
             mode: of the file, where `source` is an open one (0644).
+            progress: called with the bytes of file data sent so far, after each 64 KiB or more,
+                and at the end with those of all. What it raises ends the copy.
 
         Raises:
             OSError: here or in the guest something cannot be read or written; `filename` says what.
@@ -92,7 +96,7 @@ class GuestCalls:
 
         agent = self._agent()
         agent.wait()
-        put(agent, source, target, timeout=timeout, mode=mode)
+        put(agent, source, target, timeout=timeout, mode=mode, progress=progress)
 
     def get(
         self,
@@ -102,6 +106,7 @@ class GuestCalls:
         timeout: float | None = None,
         max_bytes: int = 64 << 30,
         filter: str = "data",
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         """Copy a file, or a directory with all that is in it, from the guest to the host.
 
@@ -116,6 +121,7 @@ class GuestCalls:
             max_bytes: of file data, at most; AgentError beyond.
             filter: `data`: in a tree, links that lead out of it and FIFOs are refused, as by
                 tarfile's filter of that name; `all`: they are made, for who trusts the guest.
+            progress: as in `put`, with the bytes of file data written here so far.
 
         Raises:
             OSError: something cannot be read in the guest, or made here; or a link or FIFO is
@@ -126,4 +132,7 @@ class GuestCalls:
 
         agent = self._agent()
         agent.wait()
-        get(agent, source, target, timeout=timeout, max_bytes=max_bytes, filter=filter)
+        get(
+            agent, source, target, timeout=timeout, max_bytes=max_bytes, filter=filter,
+            progress=progress,
+        )  # fmt: skip

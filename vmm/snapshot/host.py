@@ -49,12 +49,6 @@ def facts(cpuinfo: str = CPUINFO) -> dict[str, Any]:
     return found
 
 
-def _flags() -> set[str]:
-    with open(CPUINFO, encoding="utf-8", errors="replace") as file:
-        line = next((line for line in file if line.startswith("flags")), "")
-    return set(line.partition(":")[2].split())
-
-
 def guest_features(cpuid: Sequence[Sequence[int]]) -> list[str]:
     """Names of the features a vCPU's CPUID (as saved) gives its guest for good."""
     entries = [CpuidEntry(*entry) for entry in cpuid]
@@ -84,11 +78,22 @@ def check(kvm: Kvm, made_on: dict[str, Any], names: Sequence[str], what: str) ->
     deadline = bool(kvm.check_extension(constants.CAP_TSC_DEADLINE_TIMER))
     able = policy.offered(kvm.supported_cpuid(), tsc_deadline=deadline)
     missing = [name for name in names if not able >> features.BITS.get(name, 1 << 12) & 1]
-    if here["kvm"] == "kvm_pvm":  # its guests see the host's own CPUID, whatever it supports
-        flags = _flags()
-        missing = [name for name in missing if name not in flags and name != "ht"]
+    if missing and here["kvm"] == "kvm_pvm":
+        shown = _shown_by_pvm(kvm)
+        missing = [name for name in missing if name not in shown]
     if missing:
         raise SnapshotError(
             f"{what}: its guest uses {' '.join(missing)}, which this host's KVM cannot give it; "
             "make it of a machine with a more modest --cpu, for example --cpu x86-64-v2"
         )
+
+
+def _shown_by_pvm(kvm: Kvm) -> set[str]:
+    """Features that guests of the PVM back end see on this host, whatever their CPUID table says:
+    bits of the processor that neither KVM nor /proc/cpuinfo may count as usable (rdseed, which
+    Linux turns off on processors with an erratum)."""
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid2(kvm.supported_cpuid())
+        entries = vcpu.get_cpuid2()
+    table = {(entry.function, entry.index): entry for entry in entries}
+    return set(features.names_in(features.read(table)))

@@ -116,7 +116,7 @@ def test_a_qcow2_disk_with_a_limit(qcow2: Callable[..., str]) -> None:
         assert driver.rings[0].used() == []  # they wait for minutes each
         kill("qemu-storage")
         assert statuses(driver, places[1:]) == [blk.S_IOERR] * 4
-        with pytest.raises(HostError, match="qemu-storage-daemon's monitor does not answer"):
+        with pytest.raises(HostError, match="qemu-storage-daemon: its monitor does not answer"):
             disk.limit.change(bytes=10)
     other = Drive.parse(f"{qcow2(MIB)},format=qcow2").open(0)
     with pytest.raises(StateError, match="blk0: no limit to change; start with one"):

@@ -49,7 +49,7 @@ class Qmp:
                     self._greeted = True
                 self._ask(command, arguments)
             except (OSError, ValueError) as err:
-                raise HostError(f"qemu-storage-daemon's monitor does not answer: {err}") from err
+                raise HostError(f"qemu-storage-daemon: its monitor does not answer: {err}") from err
 
     def _ask(self, command: str, arguments: dict[str, object]) -> None:
         words = {"execute": command, "arguments": arguments}

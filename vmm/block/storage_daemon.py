@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 from vmm.block import layers
 from vmm.errors import HostError, StateError, UsageError
@@ -17,7 +18,7 @@ from vmm.virtio import spec
 from vmm.virtio.blk import F_RO, S_IOERR, SECTOR
 from vmm.virtio.queue import QueueError
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
-from vmm.virtio.vhost_user_wire import BackEndGone, Connection
+from vmm.virtio.vhost_user_wire import SAYS_WITHIN, BackEndGone, Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,14 +187,20 @@ def start(
     return listener.take(), child, Qmp(ours)
 
 
-def failed(drive: Drive, said: str, err: BaseException) -> VmmError:
-    """What to say where the daemon did not come to serve an image: `said` by it, or `err`."""
+def failed(drive: Drive, child: Child, err: BaseException) -> VmmError:
+    """What to say where the daemon `child`, which is ended, did not come to serve an image."""
     name = "qemu-storage-daemon: "
+    if isinstance(err, BackEndGone):
+        said = err.reason(child)
+    else:
+        ended = not isinstance(err.__cause__, TimeoutError) and child.wait(SAYS_WITHIN)
+        said = child.said() or (f"it {child.how()}" if ended else str(err))
+    child.close()
     said = said.removeprefix(name)
     if said.startswith("--blockdev"):  # the image's fault: what could be told before, was
         reason = said.rpartition("}: ")[2]
         return UsageError(f"--drive {drive.path}: {name}{reason}")
-    return HostError(f"--drive {drive.path}: {name}{said}" if said else f"{err}")
+    return HostError(f"--drive {drive.path}: {name}{said}")
 
 
 def _top(drive: Drive) -> str:
@@ -230,10 +237,9 @@ def open_disk(drive: Drive, name: str) -> ExternalDisk:
     except BaseException as err:
         monitor.close()
         connection.close()
-        said = child.said()
-        child.close()
         if isinstance(err, BackEndGone):
-            raise failed(drive, said, err) from err
+            raise failed(drive, child, err) from err
+        child.close()
         raise
     disk.monitor, disk.drive = monitor, drive
     if drive.rate:
@@ -249,7 +255,9 @@ def open_image(drive: Drive) -> NbdImage:
     from vmm.block.nbd import NbdImage
 
     connections, child, _ = _serve(drive, None)
-    later = drive.from_directory(os.getcwd())  # the program may change to another
+    later = drive
+    with suppress(FileNotFoundError):  # this process's directory has been removed
+        later = drive.from_directory(os.getcwd())  # the program may change to another
     try:
         return NbdImage(
             drive.path,
@@ -260,10 +268,9 @@ def open_image(drive: Drive) -> NbdImage:
             again=lambda size: _serve(later, size),
         )
     except BaseException as err:
-        said = child.said()
-        child.close()
         if isinstance(err, HostError):
-            raise failed(drive, said, err) from err
+            raise failed(drive, child, err) from err
+        child.close()
         raise
 
 
@@ -296,10 +303,9 @@ def _serve(drive: Drive, size: int | None) -> tuple[list[socket.socket], Child, 
     except BaseException as err:
         for connection in connections:
             connection.close()
-        said = child.said()
-        child.close()
         if isinstance(err, HostError):
-            raise failed(drive, said, err) from err
+            raise failed(drive, child, err) from err
+        child.close()
         raise
     finally:
         monitor.close()

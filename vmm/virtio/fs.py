@@ -29,8 +29,6 @@ QUEUE_SIZE = 1024
 ROOT_TAG = "vmm-root"
 """The tag of the directory that is `--root`."""
 PACKAGE = "virtiofsd (Debian 12: qemu-system-common)"
-SAYS_WITHIN = 1.0
-"""Seconds that a virtiofsd that has hung up has to say why."""
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _CONFIG = struct.Struct("<36sI")
 _IN = struct.Struct("<IIQ")
@@ -101,7 +99,8 @@ class Share:
         program = find("virtiofsd", PACKAGE, *VIRTIOFSD)
         kind = "c" if os.path.realpath(program) == VIRTIOFSD[1] else "rust"
         access = "ro" if self.readonly else "rw"
-        path = os.path.abspath(self.path)
+        # Not abspath(), which a directory that has been removed under this process makes fail.
+        path = os.path.join(".", self.path)
         listener = Listener()
         try:
             fd = listener.sock.fileno()
@@ -118,11 +117,12 @@ class Share:
         except BaseException as err:
             if connection is not None:
                 connection.close()
-            child.wait(SAYS_WITHIN)
-            said = child.said() or child.how()
+            said = ""
+            if isinstance(err, BackEndGone):
+                said = err.reason(child)
             child.close()
             if isinstance(err, BackEndGone):
-                raise HostError(f"{self._what}: virtiofsd: {said or err}") from err
+                raise HostError(f"{self._what}: virtiofsd: {said}") from err
             raise
 
     @property

@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.child import Child
+
 GET_FEATURES = 1
 SET_FEATURES = 2
 SET_OWNER = 3
@@ -53,10 +55,26 @@ _REGION = struct.Struct("<QQQQ")
 _CONFIG = struct.Struct("<III")
 TIMEOUT = 20.0
 """Seconds a back end has to answer; one that does not is taken for dead."""
+SAYS_WITHIN = 1.0
+"""Seconds that a program that has hung up has to end, and to say why."""
 
 
 class BackEndGone(HostError):
-    """The back end closed the connection, or does not answer."""
+    """The back end closed the connection, or does not answer.
+
+    Attributes:
+        silent: it has not closed it.
+    """
+
+    silent = False
+
+    def reason(self, child: Child) -> str:
+        """Why it is gone, in the words of the program that it is, where that said something."""
+        if self.silent:
+            return child.said() or f"it does not answer within {TIMEOUT:g} s"
+        if child.wait(SAYS_WITHIN):
+            return child.said() or f"it {child.how()}"
+        return child.said() or "it has closed its connection"
 
 
 class Connection:
@@ -154,6 +172,15 @@ class Connection:
             self._send(request, VERSION, payload, ())
             return self._receive(request, size)
 
+    def _gone(self, err: OSError) -> BackEndGone:
+        if isinstance(err, ConnectionError):
+            return BackEndGone(f"{self.name} has closed its connection")
+        if not isinstance(err, TimeoutError):
+            return BackEndGone(f"{self.name}: {err}")
+        gone = BackEndGone(f"{self.name} does not answer within {TIMEOUT:g} s")
+        gone.silent = True
+        return gone
+
     def _send(self, request: int, flags: int, payload: bytes, fds: Sequence[int]) -> None:
         message = _HEADER.pack(request, flags, len(payload)) + payload
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -162,7 +189,7 @@ class Connection:
             if sent < len(message):
                 self.sock.sendall(message[sent:])
         except OSError as err:
-            raise BackEndGone(f"{self.name}: {err}") from err
+            raise self._gone(err) from err
 
     def _receive(self, request: int, size: int, fds: list[int] | None = None) -> bytes:
         number, flags, length = _HEADER.unpack(self._exactly(_HEADER.size, fds))
@@ -183,7 +210,7 @@ class Connection:
                     piece, found, _, _ = socket.recv_fds(self.sock, size - len(data), 4)
                     fds += found
             except OSError as err:
-                raise BackEndGone(f"{self.name}: {err}") from err
+                raise self._gone(err) from err
             if not piece:
                 raise BackEndGone(f"{self.name} has closed its connection")
             data += piece

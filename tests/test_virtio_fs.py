@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import boot_files
 from tests.support.external import OPEN, ROOT, Fuse
 from tests.support.ordinary_user import User, group, ordinary_user
 from tests.test_virtio_vhost_user import leftovers
@@ -204,6 +205,21 @@ def test_a_directory_that_the_user_may_not_read(user: User) -> None:
     done = user.run([user.python, "-c", ASK, str(closed), "ro", "file"])
     assert done.stdout == f"--fs {closed}: virtiofsd: this user may not read it\n"
     assert (done.returncode, done.stderr) == (69, "")
+
+
+@pytest.mark.needs_kvm
+def test_a_person_in_a_directory_that_they_may_not_enter(user: User) -> None:
+    """As after `sudo -u USER` of root's, in /root: the command begins in /."""
+    closed = user.home / "root"
+    closed.mkdir(mode=0o700)
+    kernel = user.home / "kernel"
+    kernel.write_bytes(boot_files.elf())
+    words = ["exec", str(kernel), "--root", "/", "--timeout", "60", "--", "true"]
+    done = user.run([user.python, "-m", "vmm", *words], cwd=closed)
+    assert done.stderr.splitlines()[0] == (
+        f"vmm: this user may not enter {closed}: the command begins in /"
+    )
+    assert done.returncode == 42, done.stderr
 
 
 @pytest.mark.parametrize("access", ["ro", "rw"])

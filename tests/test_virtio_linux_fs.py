@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,57 @@ def test_an_ordinary_user(cloud_kernel: Kernel) -> None:
         made = mine / "made"
         assert (made.read_text(), made.owner()) == ("made\n", user.name)
         assert os.stat(made).st_gid == os.stat(mine).st_gid
+
+
+def test_an_ordinary_users_day(cloud_kernel: Kernel) -> None:
+    """--rw, --overlay and -u: names of every kind, who owns what is made, what else is in a
+    directory than files."""
+    with ordinary_user() as user:
+        home = os.fsencode(user.home)
+        names = [b"plain", b"sp ace", b"a,b:c\\d", b"n\xff\xc3", b"'$(q)\""]
+        for name in [*names, b"over"]:
+            os.mkdir(home + b"/" + name)
+            os.chown(home + b"/" + name, os.stat(home).st_uid, os.stat(home).st_gid)
+        plain = user.home / "plain"
+        shutil.copy("/usr/bin/id", plain / "roots-id")
+        (plain / "roots-id").chmod(0o4755)
+        (plain / "out").symlink_to("/proc/version")
+        (plain / "secret").write_text("not for them\n")
+        (plain / "secret").chmod(0o600)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(plain / "socket"))
+        (user.home / "script").write_text(
+            "id -un; pwd; cd plain; ./roots-id -u; grep -c Linux out; cat secret; ls -F socket\n"
+            "echo text > file; mkdir dir; mkfifo fifo; (echo piped > fifo & cat fifo)\n"
+            "ln file hard; ln -s /nowhere link; mv dir moved; truncate -s 1G sparse\n"
+            "cp roots-id own-id; chmod 4755 own-id; touch over-it; rm over-it\n"
+            'cd ..; for each in sp* a* n* \\\'*; do echo there > "$each/new" && echo in; done\n'
+            "touch here; echo kept > over/new; cat over/new; chown root over/new; echo end\n"
+        )
+        options = [b"--rw=" + home + b"/" + name for name in names]
+        done = user.run(
+            [user.python, "-m", "vmm", "exec", user.see(cloud_kernel.vmlinuz), *OPTIONS,
+             "--root", "/", *map(os.fsdecode, options), "--overlay", "over", "-u", user.name,
+             "--", "sh", "script"],
+            timeout=350,
+        )  # fmt: skip
+        uid = os.stat(home).st_uid
+        lines = done.stdout.splitlines()
+        assert lines == [
+            user.name, str(user.home), str(uid), "1", "socket=", "piped", *["in"] * 4, "kept",
+            "end",
+        ], done.stdout + done.stderr  # fmt: skip
+        complaints = done.stderr.splitlines()
+        assert len(complaints) == 2, complaints
+        assert "Permission denied" in complaints[0]
+        assert "Operation not permitted" in complaints[1]
+        made = [plain / each for each in ("file", "moved", "fifo", "hard", "sparse", "own-id")]
+        assert {os.lstat(path).st_uid for path in [*made, plain / "link"]} == {uid}
+        assert (plain / "file").read_text() == "text\n"
+        assert (plain / "file").stat().st_nlink == 2
+        assert (plain / "sparse").stat().st_blocks == 0
+        assert os.readlink(plain / "link") == "/nowhere"
+        for name in names[1:]:
+            assert os.stat(home + b"/" + name + b"/new").st_uid == uid
+        assert os.listdir(user.home / "over") == []
+        assert not (user.home / "here").exists()

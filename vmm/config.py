@@ -401,6 +401,9 @@ class MachineConfig:
             share.check_host()
         if self.root is not None:
             _ = self.root_parts
+            from vmm.agent.root import check_names
+
+            check_names(self.shares, self.drives)
         if self.modules is not None and self.agent:
             from vmm.agent.modules import check_tree
 

@@ -32,6 +32,15 @@ _SOCKET_MAX = 96
 stays relative, as the person had to say it."""
 
 
+def here() -> str:
+    """The directory that this process is in; empty where it has been removed: relative paths stay
+    relative then."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
 def is_relative(config: MachineConfig) -> bool:
     """Whether it may name files by paths that are not absolute, beside what is read at once."""
     return bool(
@@ -43,7 +52,7 @@ def is_relative(config: MachineConfig) -> bool:
 
 def absolute(config: MachineConfig) -> MachineConfig:
     """A copy of `config` in which those paths are absolute, but for the console's."""
-    directory = os.getcwd()
+    directory = here()
     made = _copy(config)
     for key in PATHS:
         value = getattr(config, key)

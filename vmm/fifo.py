@@ -13,6 +13,10 @@ import stat
 
 from vmm.forked import drop_in_child
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from io import FileIO
+
 FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -30,6 +34,23 @@ def open_output(path: str, mode: int = 0o666) -> int:
         with _Reader(path):
             return os.open(path, os.O_WRONLY | FLAGS)
     return fd
+
+
+def open_stored(path: str) -> FileIO:
+    """Open a regular file or a block device to be read, without a buffer.
+
+    Never waits, as open(2) of a FIFO does until it has a writer. Raises OSError, also for what has
+    no end: a FIFO, a character device.
+    """
+    file = open(os.open(path, os.O_RDONLY | FLAGS), "rb", buffering=0)  # noqa: SIM115 (returned)
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    what = "FIFO" if stat.S_ISFIFO(mode) else "character device"
+    raise OSError(errno.EINVAL, f"it is a {what}, not a file", path)
 
 
 def is_fifo(path: str) -> bool:

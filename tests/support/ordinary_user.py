@@ -61,14 +61,19 @@ class User:
         return str(self.home / "kernels" / Path(path).relative_to(cache_directory()))
 
     def run(
-        self, words: Sequence[str], *, timeout: float = 120, env: dict[str, str] | None = None
+        self,
+        words: Sequence[str],
+        *,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as the user, in their home directory."""
+        """Run a command as the user, in their home directory or another."""
         binds = [word for pair in self._binds for word in pair]
         command = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", ENTER]
         return subprocess.run(
             [*command, self.name, *binds, "--", *words],
-            cwd=self.home, capture_output=True, text=True, check=False, timeout=timeout,
+            cwd=cwd or self.home, capture_output=True, text=True, check=False, timeout=timeout,
             env={
                 "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": str(self.home),
                 "USER": self.name, "LANG": "C.UTF-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 from vmm.errors import UsageError
@@ -50,7 +51,7 @@ def build(config: MachineConfig) -> bytes:
     lines += networks(config, init)
     if init is not None:
         lines.append(f"init {init}")
-    ram.file(".vmm/config", data="".join(f"{line}\n" for line in lines))
+    ram.file(".vmm/config", data=b"".join(os.fsencode(f"{line}\n") for line in lines))
     return ram.bytes()
 
 

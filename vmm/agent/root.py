@@ -14,12 +14,15 @@ from vmm.errors import UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
     from vmm.block.drive import Drive
     from vmm.virtio.fs import Share
 
 NAME = "vmm-root"
 """The directory's tag, the disk's serial number."""
+DIRECTORY = "vmm-dir-"
+"""How the tags of the other directories begin."""
 _MAGIC = (
     (0x438, b"\x53\xef", "ext4"),
     (0, b"XFSB", "xfs"),
@@ -33,6 +36,11 @@ KERNELS = ("proc", "sys", "dev")
 """Directories that are the guest's kernel's; GUESTS: that are in its memory besides."""
 GUESTS = ("run", "tmp")
 DIRECTORIES_MAX = 64
+LINES_MAX = 48 << 10
+"""Bytes of the lines for the agent, which takes 64 KiB with those for modules and networks."""
+SECTOR = 512
+HEAD = 0x10100
+"""Bytes of an image that are looked at."""
 _READ_ONLY = ("squashfs", "erofs", "iso9660")
 _MODULES = {"iso9660": "isofs"}
 
@@ -63,9 +71,14 @@ class Root:
         from vmm.virtio.fs import Share
 
         for number, (path, mode) in enumerate(sorted(found.items())):
-            tag = f"vmm-dir-{number}"
+            tag = f"{DIRECTORY}{number}"
             self.shares += (Share(path, tag=tag, readonly=mode == "overlay"),)
             self.lines.append(f"mount {tag} {mode} {path}")
+            size = sum(len(os.fsencode(line)) + 1 for line in self.lines)
+            if size > LINES_MAX:
+                raise UsageError(
+                    f"--rw and --overlay: their paths have more than {LINES_MAX} bytes together"
+                )
         self.wanted.append("virtiofs")
         if "overlay" in found.values():
             self.wanted.append("overlay")
@@ -83,6 +96,7 @@ class Root:
         from vmm.block.drive import Drive
 
         kind = file_system(path)
+        _check_size(path, kind)
         self.drive = Drive(path, format="raw", snapshot=True, serial=NAME)
         self.lines = [f"root {NAME} {kind}"]
         self.wanted = ["virtio_blk", _MODULES.get(kind, kind)]
@@ -91,11 +105,22 @@ class Root:
             self.wanted.append("overlay")
 
 
+def check_names(shares: Sequence[Share], drives: Sequence[Drive]) -> None:
+    """UsageError: one has a name that the agent looks for: it would be taken for the root."""
+    for share in shares:
+        if share.tag == NAME or share.tag.startswith(DIRECTORY):
+            raise UsageError(f"--fs {share.path}: tag={share.tag} is the agent's; say another")
+    for drive in drives:
+        if drive.serial == NAME:
+            raise UsageError(f"--drive {drive.path}: serial={NAME} is the agent's; say another")
+
+
 def image_format(path: str) -> str:
     """The format of an image, by its mark."""
     from vmm.block.probe import detect
+    from vmm.fifo import open_stored
 
-    with open(path, "rb", buffering=0) as file:
+    with open_stored(path) as file:
         return detect(file.fileno(), os.fstat(file.fileno()).st_size)
 
 
@@ -105,6 +130,8 @@ def directories(rw: Sequence[str], overlay: Sequence[str]) -> dict[str, str]:
     for mode, paths in (("rw", rw), ("overlay", overlay)):
         for path in paths:
             option, real = f"--{mode} {path}", os.path.realpath(path)
+            if not path:
+                raise UsageError(f"--{mode}: no directory; --{mode} . is the one you are in")
             if not os.path.isdir(real):
                 raise UsageError(f"{option}: no such directory")
             if real in found:
@@ -155,10 +182,46 @@ def file_system(path: str) -> str:
     raise UsageError(f"--root {path} is no image of a file system known here: {known}")
 
 
+def _check_size(path: str, name: str) -> None:
+    """UsageError: the image is shorter than the file system in it, or no disk can be so long."""
+    from vmm.fifo import open_stored
+
+    with open_stored(path) as file:
+        needed = size_told(name, file.read(HEAD))
+        size = file.seek(0, os.SEEK_END)
+    if size < needed:
+        raise UsageError(
+            f"--root {path} is cut short: it has {size} bytes, and the {name} in it {needed}"
+        )
+    if size % SECTOR:
+        raise UsageError(
+            f"--root {path} has {size} bytes, which is not whole sectors of {SECTOR}; add zeroes: "
+            f"truncate -s %{SECTOR} {shlex.quote(path)}"
+        )
+
+
+def size_told(name: str, head: bytes) -> int:
+    """Bytes that a file system says it has, by the beginning of its image; 0: it is not known."""
+
+    def field(offset: int, size: int, order: Literal["little", "big"] = "little") -> int:
+        return int.from_bytes(head[offset : offset + size], order)
+
+    if name == "ext4":  # s_blocks_count, s_log_block_size; INCOMPAT_64BIT: s_blocks_count_hi
+        high = field(0x550, 4) << 32 if field(0x460, 4) & 0x80 else 0
+        return (high | field(0x404, 4)) << 10 + min(field(0x418, 4), 6)
+    if name == "xfs":  # sb_dblocks, sb_blocksize
+        return field(8, 8, "big") * field(4, 4, "big")
+    if name == "squashfs":  # bytes_used
+        return field(40, 8)
+    return 0
+
+
 def read_head(path: str) -> bytes:
     """As much of an image as `told_from` looks at. Raises OSError."""
-    with open(path, "rb") as file:
-        return file.read(0x10100)
+    from vmm.fifo import open_stored
+
+    with open_stored(path) as file:
+        return file.read(HEAD)
 
 
 def told_from(head: bytes) -> str | None:

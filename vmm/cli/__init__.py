@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit status."""
     try:
         _hold_standard_descriptors()
-        from vmm.errors import EXIT_HOST, EXIT_INTERNAL, EXIT_INTERRUPTED, VmmError
+        from vmm.errors import EXIT_HOST, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, VmmError
 
         try:
             return _command(list(sys.argv[1:] if argv is None else argv))
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(str(err))
             return err.exit_status
         except OSError as err:
+            if err.errno == errno.ENOENT and _is_nowhere():
+                _say("the directory you are in has been removed; cd to another")
+                return EXIT_USAGE
             if err.errno not in EXHAUSTED:
                 raise
             _say(f"the host has run out of something: {err}; see `ulimit -a`")
@@ -146,6 +149,15 @@ def _command(args: list[str]) -> int:
         if hint:
             raise UsageError(f"{what}; {hint} (see vmm --help)")
     raise UsageError(f"{what}; use one of: {', '.join(COMMANDS)} (see vmm --help)")
+
+
+def _is_nowhere() -> bool:
+    """Whether this process's directory has been removed: relative paths lead nowhere."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _say(message: str) -> None:

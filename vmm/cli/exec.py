@@ -149,6 +149,8 @@ def _directory(args: Arguments, config: MachineConfig) -> tuple[str, str]:
     except OSError:  # it has been removed
         return "", ""
     if config.root is not None and keeps(config.root, config.rw + config.overlay, here):
+        if not os.access(here, os.X_OK):
+            return "", f"this user may not enter {here}: the command begins in /"
         return here, ""
     if config.root is not None and os.path.realpath(config.root) == "/":
         top = here.split("/", 2)[1]

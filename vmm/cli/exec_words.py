@@ -25,6 +25,8 @@ def parse(
     Raises:
         UsageError: in a line that says what would work.
     """
+    from vmm.config_paths import here
+
     places = operands(parser, words)
     if not dashes and len(places) > 1:
         at = places[1]
@@ -35,11 +37,11 @@ def parse(
     asks = any(word in ("-h", HELP) for word in words)
     tree = None
     if not places and not asks:
-        tree = tree_above(os.getcwd())
+        tree = tree_above(here())
         # First: an option at the end that has no value is to be complained of.
         words = [image(tree), *words] if tree is not None else words
         if tree is None and command:
-            raise UsageError(missing(os.getcwd()))
+            raise UsageError(missing(here()))
     elif len(places) == 1 and os.path.isdir(words[places[0]]):
         path = words[places[0]]
         from vmm.initramfs.modules import is_build_tree
@@ -54,7 +56,7 @@ def parse(
     elif len(places) == 1 and not dashes:
         # `vmm exec uname` where the kernel may be left out.
         word = words[places[0]]
-        if not os.path.exists(word) and tree_above(os.getcwd()) is not None:
+        if not os.path.exists(word) and tree_above(here()) is not None:
             raise UsageError(f"{word!r}: the command comes after --: vmm exec -- {word}")
     return parser.parse(words), tree
 

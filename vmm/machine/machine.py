@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
@@ -79,7 +78,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
         config.check_host()
-        self.directory = os.getcwd()
+        self.directory = config_paths.here()
         relative = config_paths.is_relative(config)
         self.config = config_paths.absolute(config) if relative else config
         self.origin = origin

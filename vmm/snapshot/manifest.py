@@ -7,6 +7,7 @@ import json
 import os
 
 from vmm.errors import SnapshotError
+from vmm.fifo import open_stored
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def read(directory: str) -> dict[str, Any]:
     """The manifest of a snapshot, checked. Raises SnapshotError."""
     path = os.path.join(directory, NAME)
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             raw = file.read(SIZE_MAX)
     except OSError as err:
         if not os.path.isdir(directory):
@@ -118,8 +119,8 @@ def read_file(directory: str, name: str, files: dict[str, dict[str, Any]]) -> by
     """A file that has a SHA-256, checked. Raises SnapshotError."""
     path = os.path.join(directory, name)
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        with open_stored(path) as file:
+            data = file.readall()
     except OSError as err:
         raise SnapshotError(f"{path}: {err.strerror}; the snapshot is not complete") from None
     if hashlib.sha256(data).hexdigest() != files[name].get("sha256"):

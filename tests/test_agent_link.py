@@ -58,6 +58,13 @@ def call(guest: Guest, hello: bytes = HELLO, port: int = HELLO_PORT) -> None:
     guest.send(vp.OP_RW, port, PORT, hello)
 
 
+def seed(guest: Guest) -> bytes:
+    """What the host answers the first call with, before anything else."""
+    packet = guest.expect(vp.OP_RW)
+    assert (packet.dst_port, len(packet.data)) == (HELLO_PORT, wire.SEED)
+    return packet.data
+
+
 def test_the_agent_calls(guest: Guest, link: Link) -> None:
     assert not link.ready
     told = threading.Event()
@@ -82,6 +89,7 @@ def test_connections(guest: Guest, link: Link) -> None:
     call(guest)
     link.wait(30)
     with link.connect() as sock:
+        seed(guest)
         sock.settimeout(30)
         sock.sendall(b"before it is accepted")
         request = guest.expect(vp.OP_REQUEST)
@@ -135,6 +143,7 @@ def test_greetings_that_are_none(guest: Guest, link: Link, hello: bytes, said: s
 
 def test_the_agent_goes_and_comes_back(guest: Guest, link: Link) -> None:
     call(guest)
+    seed(guest)
     link.wait(30)
     guest.send(vp.OP_RST, HELLO_PORT, PORT)
     limit = time.monotonic() + 30
@@ -193,6 +202,7 @@ def test_power_off(guest: Guest, link: Link) -> None:
     call(guest)
     link.wait(30)
     link.power_off()
+    seed(guest)
     request = guest.expect(vp.OP_REQUEST)
     guest.send(vp.OP_RESPONSE, PORT, request.src_port)
     assert guest.expect(vp.OP_RW).data == wire.request(wire.POWER_OFF, ["/"])

@@ -91,3 +91,26 @@ def _each_is_its_own(m: Machine, copies: list[Machine]) -> None:
     ]
     assert len({answer[3] for answer in answers}) == COPIES
     assert len({card(each) for each in [m, *copies]}) == COPIES + 1
+
+
+def test_copies_draw_random_numbers_of_their_own(
+    cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where nothing but the seed differs: one processor, and the same first command."""
+    loop = "while true; do sleep 1; done"
+    initrd = make_initrd(loop, kernel=cloud_kernel, modules=["virtio_mmio"])
+    config = MachineConfig(
+        str(cloud_kernel.vmlinuz), initrds=[str(initrd)], append="quiet", memory=192 << 20,
+        agent=True,
+    )  # fmt: skip
+    with Machine(config) as m:
+        m.start()
+        shell(m, "true")
+        m.snapshot(str(tmp_path / "snapshot"))
+        with m.clone(2) as copies:
+            drawn = [each.run(["head", "-c", "16", "/dev/urandom"]).stdout for each in copies]
+    for _ in range(2):
+        with Machine.restore(str(tmp_path / "snapshot")) as each:
+            each.start()
+            drawn.append(each.run(["head", "-c", "16", "/dev/urandom"]).stdout)
+    assert len(set(drawn)) == len(drawn)

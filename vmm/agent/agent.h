@@ -67,6 +67,9 @@ struct hello {
     u32 magic;
     u16 version, zero;
 };
+/* The host's answer to the first hello of a machine: bytes for the kernel's random numbers, so that
+ * copies of one machine do not draw the same ones, whether its kernel knows VMGenID or not. */
+#define SEED 32
 
 /* Serve one connection, in a process of its own; `root` is what to chroot to, or -1. */
 _Noreturn void session(int connection, int root);

@@ -38,6 +38,7 @@ def build(config: MachineConfig) -> bytes:
     ram.dir(".vmm", 0o700)
     ram.file(RDINIT, source=binary.program(), mode=0o755)
     ram.node(".vmm/null", "c", 1, 3, mode=0o666)
+    ram.node(".vmm/random", "c", 1, 8, mode=0o600)
     lines = []
     root = config.root_parts
     for number, module in enumerate(drivers(config, root)):

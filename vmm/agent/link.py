@@ -7,6 +7,7 @@ below 1024: in the guest only root can pretend to be the agent.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -46,6 +47,7 @@ class Link:
         self._changed = threading.Condition()
         self._hello: socket.socket | None = None
         self._ready = False
+        self._seeded = False
         self._wrong: AgentError | None = None
         self._ended = ""
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -84,6 +86,20 @@ class Link:
             wire.check_hello(data)
         except AgentError as err:
             self._hang_up(err)
+            return
+        if not self._seeded:
+            # Before the first connection, so that copies of one machine draw numbers of their own;
+            # not after a rollback, which is the same machine. 32 bytes fit an empty socket.
+            self._seeded = True
+            with suppress(OSError):
+                sock.send(os.urandom(wire.SEED))
+        # The loop passes the seed on before a timer that is due: the agent has it before the
+        # connections of whoever waits here.
+        if not self._device.later(0, self._answered):
+            self._answered()
+
+    def _answered(self) -> None:
+        if self._hello is None:
             return
         with self._changed:
             self._ready = True

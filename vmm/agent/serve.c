@@ -84,9 +84,35 @@ static void quiet_streams(void)
         sys_close(fd);
 }
 
+/* Take the host's seed from the hello connection into the kernel's random number generator; less
+ * than 0 once the connection has ended. */
+static int reseed(int hello, int device)
+{
+    struct {
+        int entropy_count, buf_size; /* bits, bytes: struct rand_pool_info of <linux/random.h> */
+        char buf[SEED];
+    } seed = {0};
+    long size = sys_read(hello, seed.buf, sizeof seed.buf);
+
+    if (size <= 0)
+        return -1;
+    seed.buf_size = (int)size;
+    seed.entropy_count = (int)size * 8;
+    if (device >= 0 && !sys_ioctl(device, 0x40085203 /* RNDADDENTROPY */, &seed))
+        sys_ioctl(device, 0x5207 /* RNDRESEEDCRNG, since Linux 4.17 */, 0);
+    return 0;
+}
+
+static int open_random(void)
+{
+    int fd = sys_open("/dev/random", O_RDWR | O_CLOEXEC);
+
+    return fd >= 0 ? fd : sys_open("/.vmm/random", O_RDWR | O_CLOEXEC);
+}
+
 _Noreturn void daemon(int inherited)
 {
-    int listener = vsock(0, PORT, 0), hello = -1, fd;
+    int listener = vsock(0, PORT, 0), hello = -1, random = open_random(), fd;
 
     if (listener < 0) {
         say("cannot listen on a vsock; the kernel needs CONFIG_VSOCKETS and "
@@ -109,6 +135,16 @@ _Noreturn void daemon(int inherited)
         struct pollfd ready[] = {{listener, POLLIN, 0}, {hello, POLLIN, 0}};
         if (sys_poll(ready, 2, hello < 0 ? RETRY : -1) <= 0)
             continue;
+        /* Before the connections: what they run is to draw new numbers. */
+        if (ready[1].revents) {
+            if (random < 0)
+                random = open_random();
+            if (reseed(hello, random) < 0) {
+                sys_close(hello);
+                hello = -1;
+                sys_sleep(1);
+            }
+        }
         if (ready[0].revents & POLLIN) {
             struct sockaddr_vm peer = {0};
             int size = sizeof peer;
@@ -117,14 +153,6 @@ _Noreturn void daemon(int inherited)
                 if (peer.svm_cid == HOST)
                     serve(fd, listener, hello);
                 sys_close(fd);
-            }
-        }
-        if (ready[1].revents) {
-            char byte;
-            if (sys_read(hello, &byte, 1) <= 0) {
-                sys_close(hello);
-                hello = -1;
-                sys_sleep(1);
             }
         }
     }

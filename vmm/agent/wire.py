@@ -21,6 +21,8 @@ VERSION = 1
 MAGIC = 0x414D4D56
 FRAME = struct.Struct("<BBHI")
 HELLO = struct.Struct("<IHH")
+SEED = 32
+"""Bytes that the host answers a machine's first hello with, for the guest's random numbers."""
 _REQUEST = struct.Struct("<IHBBHHII")
 _U32 = struct.Struct("<I")
 _PAIR = struct.Struct("<II")

@@ -6,6 +6,7 @@ and make a configuration.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import Counter
@@ -15,8 +16,9 @@ import pytest
 
 from tests.support import boot_files
 from vmm import UsageError
+from vmm.block.drive import Drive
 from vmm.cli import _command, exec, run
-from vmm.cli.foreign import COMMANDS, TABLE
+from vmm.cli.foreign import COMMANDS, NO_COMMANDS, TABLE
 from vmm.cli.foreign_values import VALUES
 
 PAGE = Path(__file__).parents[1] / "docs/other-tools.md"
@@ -90,6 +92,34 @@ RUN = [
     ("--rng rate=64K", "--rng rate=64K: its value follows a '='; say --rng=rate=64K"),
     ("--drvie d.img", "'--drvie' is no option; --drive is one"),
     ("--xyzzy", "'--xyzzy' is no option"),
+    ("-b path=d.img,ro=true", "'-b' is no option; say --drive d.img,readonly"),
+    ("--block path=d.img,root=true", "'--block' is no option; say --drive d.img"),
+    ("--disk x=d.img", "'--disk' is no option; say --drive d.img"),
+    ("-blockdev driver=file,node-name=f,filename=d.img", "'-blockdev' is no option; say "
+     "--drive d.img"),
+    ("--shared-dir DIR:t:type=fs:cache=always", "'--shared-dir' is no option; say --fs DIR,tag=t"),
+    ("--filesystem DIR,t,driver.type=virtiofs", "'--filesystem' is no option; say --fs DIR,tag=t"),
+    ("-smp sockets=1,cores=2,threads=2", "'-smp' is no option; say --cpus 4"),
+    ("-cpu host,avx2=off", "'-cpu' is no option; say --cpu host,-avx2"),
+    ("-cpu help", "'-cpu' is no option; --cpu is, as in --cpu host"),
+    ("-netdev vhost-user,id=n,chardev=c", "'-netdev' is no option; --net is, as in --net user"),
+    ("-device isa-debug-exit,iobase=0xf4", "'-device' is no option; leave out -device "
+     "isa-debug-exit,iobase=0xf4: the machine has it, or another option makes it"),
+    ("-device help", "'-device' is no option; --drive, --net, --fs, --rng, --balloon, --vsock and "
+     "--port make devices"),
+    ("-net nic", "'-net' is no option; leave it out: a card and its other end are one --net user"),
+    ("-serial tcp::4444,server", "'-serial' is no option; --console auto, none, pty and file:PATH "
+     "are the places of a console; --port name=N,socket=PATH is a socket for a program"),
+    ("-k en-us", "'-k' is no option; leave it out: there is no keyboard"),
+    ("-d --xyzzy", "'-d' is no option; a machine stays in the foreground; a shell's & puts it "
+     "behind"),
+    ("--version", "'--version' is no option; vmm version says it"),
+    ("--qemu-opts=-s", "'--qemu-opts' is no option; leave it out: there is no QEMU beneath; vmm "
+     "has options of its own for what it can"),
+    ("--json", "'--json' is no option of vmm run; it is one of vmm doctor, vmm version"),
+    ("--rng on", "--rng on: say --rng"),
+    ("--balloon 100%", "only one KERNEL can be given, not 'K' and '100%'; a command is run by vmm "
+     "exec KERNEL -- CMD, words for the kernel's command line follow --append"),
     ("ls", "only one KERNEL can be given, not 'K' and 'ls'; a command is run by vmm exec KERNEL "
      "-- CMD, words for the kernel's command line follow --append"),
 ]  # fmt: skip
@@ -144,6 +174,21 @@ VALUE = [
     ("--transport virtio-pci", "--transport pci"),
     ("--rng=/dev/urandom", "--rng"),
     ("--balloon=size=64M", "--balloon=64M"),
+    ("--rng=on", "--rng"),
+    ("--cpu host,avx2=off,sse=on", "--cpu host,-avx2,+sse"),
+    ("--cpus cores=2,threads=2", "--cpus 4"),
+    ("--console log.txt", "--console file:log.txt"),
+    ("--console ./log", "--console file:./log"),
+    ("--console /dev/null", "--console none"),
+    ("--console pty,target_type=serial", "--console pty"),
+    ("--console type=file,path=log", "--console file:log"),
+    ("--net tap-name=foo", "--net tap=foo"),
+    ("--net tap=foo,mac=,ip=,mask=,num_queues=2", "--net tap=foo"),
+    ("--fs DIR:t:type=fs", "--fs DIR,tag=t"),
+    ("--fs DIR,tag=t,cache=always", "--fs DIR,tag=t"),
+    ("--port 8080:80", "--net user,forward=tcp:8080:80"),
+    ("--grace 5s", "--grace 5"),
+    ("--vhost-user-blk vhost_user=on,socket=S,num_queues=2", "--vhost-user-blk S,queues=2"),
 ]  # fmt: skip
 
 
@@ -207,6 +252,121 @@ def test_a_whole_command_line() -> None:
     )
 
 
+def test_what_is_left_out_makes_no_other_machine() -> None:
+    """-snapshot protects all disks, and -loadvm is not a start."""
+    hint = complaint("run", *shlex.split("-snapshot -hda disk.img -drive file=d.img,readonly=on K"))
+    assert hint == "'-snapshot' is no option; say " + (
+        "vmm run K --drive disk.img,snapshot --drive d.img,readonly"
+    )
+    follow(hint)
+    hint = complaint("run", *shlex.split("-m 64 -smp 2 -loadvm x K"))
+    assert hint == "'-m' is no option; say --memory 64"
+
+
+def test_a_kernels_option_alone_brings_the_rest_of_the_line() -> None:
+    hint = complaint("run", "--kernel", "vmlinuz", "--memory", "size=64M", "--drive", "d.img:ro")
+    assert hint == (
+        "'--kernel' is no option; say vmm run vmlinuz --memory 64M --drive d.img,readonly"
+    )
+    follow(hint)
+    assert complaint("run", "-r") == "'-r' is no option; the file follows without one: vmm run FILE"
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("-r K --root DIR -- uname -r", "'-r' is no option; say vmm exec K --root DIR -- uname -r"),
+    ("--rm -it K --root DIR sh -c id",
+     "'--rm' is no option; say vmm exec K --tty --root DIR -- sh -c id"),
+    ("K --exec 'uname -r'", "'--exec' is no option; vmm exec KERNEL -- CMD runs a command"),
+    ("uname -r", "'uname': the command comes after --: vmm exec KERNEL -- uname -r"),
+    ("ls", "'ls': the command comes after --: vmm exec KERNEL -- ls"),
+    ("K --root DIR --memory size=64M -- ls", "--memory size=64M: say --memory 64M"),
+    ("K --root DIR --grace 5m -- ls", "--grace 5m: say --grace 300"),
+    ("K --root DIR --drive d.img,if=virtio -- ls", "--drive d.img,if=virtio: say --drive d.img"),
+])  # fmt: skip
+def test_words_of_exec(line: str, says: str) -> None:
+    assert complaint("exec", *shlex.split(line)) == says
+
+
+def test_words_of_other_commands(place: Path) -> None:
+    assert complaint("restore", "DIR", "--timeout", "5m") == "--timeout 5m: say --timeout 300"
+    assert complaint("restore", "DIR", "--drive", "d.img,if=virtio").endswith("say --drive d.img")
+    assert complaint("resize", "blk0", "20G") == (
+        "only one DISK can be given; its size is told by --size 20G"
+    )
+    assert complaint("doctor", "-v").startswith("'-v' is no option of vmm doctor; it is one of vmm")
+    assert complaint("snapshot", "new", "--control", "d.img") == (
+        "--control d.img is no socket; give the path that the machine was started with"
+    )
+
+
+def test_a_tilde_and_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for value in ("~/d.img", "path=~/d.img"):
+        hint = complaint("run", "K", "--drive", value)
+        assert hint.startswith(f"--drive {value}: the shell expands ~ only where a word begins")
+        assert hint.endswith(f"say --drive {value.replace('~', '/home/me')}")
+    for words, option in ((["https://x/K"], ""), (["K", "--drive", "http://x/d.img"], "--drive ")):
+        assert complaint("run", *words) == (
+            f"{option}{words[-1]}: vmm opens files; fetch it first: curl -LO {words[-1]}"
+        )
+    assert complaint("run", "K", "--drive", "nbd://localhost").endswith("copy it into a file first")
+    # The guest's words are nobody's file.
+    args = run.PARSER.parse(["K", "--append", "ds=nocloud;s=http://x/ init=~/x"])
+    run.configure(args)
+
+
+def test_firecrackers_configuration(place: Path) -> None:
+    (place / "vm.json").write_text(json.dumps({
+        "boot-source": {"kernel_image_path": "K", "boot_args": "a b", "initrd_path": "initrd.img"},
+        "drives": [
+            {"drive_id": "r", "path_on_host": "d.img", "is_root_device": True,
+             "is_read_only": False},
+            {"drive_id": "s", "path_on_host": "disk.img", "is_read_only": True},
+        ],
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 64},
+        "network-interfaces": [{"iface_id": "e", "host_dev_name": "t0"}],
+        "vsock": {"guest_cid": 3, "uds_path": "v.sock"}, "entropy": {},
+        "balloon": {"amount_mib": 8},
+    }))  # fmt: skip
+    for command in ("run", "config"):
+        hint = complaint(command, "vm.json")
+        assert hint == (
+            "vm.json is Firecracker's; in place of it, say K --initrd initrd.img --memory 64M "
+            "--cpus 2 --drive d.img --drive disk.img,readonly --net tap=t0 --vsock "
+            "cid=3,path=v.sock --rng --balloon=8M --append 'a b root=/dev/vda rw'"
+        )
+    run.configure(run.PARSER.parse(shlex.split(hint.partition("say ")[2])))
+    hint = complaint("run", "--config-file", "vm.json", "--id", "x")
+    assert hint == "'--config-file' is no option; say vmm run vm.json"
+    for text in ("", "[]", "{}", '{"boot-source": 1}', '{"boot-source": {}, "drives": 3}'):
+        (place / "vm.json").write_text(text)
+        assert "Firecracker" not in complaint("run", "vm.json")
+
+
+@pytest.mark.parametrize("value", [
+    "--drive d.img,cache=none,cache=unsafe", "--fs DIR,tag=a,tag=b,readonly",
+    "--net user,mtu=1500,mtu=1400", "--vsock cid=3,path=a,path=b", "--port name=a,file=x,file=y",
+])  # fmt: skip
+def test_a_key_with_two_values(value: str) -> None:
+    hint = complaint("run", "K", *value.split())
+    assert hint.startswith(f"{value}: ")
+    assert hint.endswith("= is given twice; leave one of the two out")
+
+
+def test_a_missing_disk_is_made_in_its_format() -> None:
+    """What is made is what the name says; nothing is made in /dev."""
+    for name, made in (
+        ("x.img", "truncate -s 1G x.img"),
+        ("x.qcow2", "qemu-img create -f qcow2 x.qcow2 1G"),
+        ("x.VMDK", "qemu-img create -f vmdk x.VMDK 1G"),
+        ("x.vhd", "qemu-img create -f vpc x.vhd 1G"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"no such file; make one: {made}") + "$"):
+            Drive(name).open(0)
+    with pytest.raises(UsageError, match=r"no such device; lsblk lists those there are$"):
+        Drive("/dev/nosuch").open(0)
+
+
 def test_a_line_that_is_not_wholly_understood_is_answered_by_option() -> None:
     assert complaint("run", "K", "-m", "64", "--xyzzy").startswith("'-m' is no option; say --mem")
 
@@ -237,6 +397,25 @@ def test_a_subcommand_of_another_program(name: str) -> None:
         r"a command, as in vmm run KERNEL) \(see vmm --help\)$",
         complaint(name),
     )
+
+
+@pytest.mark.parametrize("name", [n for names in NO_COMMANDS for n in names.split()])
+def test_a_subcommand_that_nothing_is_like(name: str) -> None:
+    assert not re.search(r"use one of: run", complaint(name))
+
+
+def test_options_in_place_of_a_command() -> None:
+    assert complaint("-kernel", "vmlinuz", "-m", "64") == (
+        "'-kernel' is not a command; say vmm run vmlinuz --memory 64 (see vmm --help)"
+    )
+    assert complaint("-version") == (
+        "'-version' is not a command; vmm version says it (see vmm --help)"
+    )
+    assert complaint("-m", "64") == (
+        "'-m' is not a command; options follow a command, as in vmm run KERNEL (see vmm --help)"
+    )
+    for name, near in (("RUN", "run"), ("runn", "run"), ("restor", "restore")):
+        assert complaint(name) == f"{name!r} is not a command; {near} is one (see vmm --help)"
 
 
 def test_a_kernel_in_place_of_a_command() -> None:

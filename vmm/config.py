@@ -358,6 +358,11 @@ class MachineConfig:
             )
         if self.kernel == "":
             raise UsageError("KERNEL is an empty name; give the path of a bzImage or vmlinux")
+        if "" in self.initrds:
+            raise UsageError("--initrd is an empty name; give a file, or leave it out")
+        for key in ("root", "modules"):
+            if getattr(self, key) == "":
+                raise UsageError(f"--{key} is an empty name; give a path, or leave it out")
         if self.initrds and self.kernel is None:
             raise UsageError("--initrd needs a kernel")
         if self.agent and self.kernel is None:

@@ -33,6 +33,23 @@ def parse_size(text: str, option: str, default_suffix: str = "M") -> int:
     return int(value * _SUFFIXES[suffix])
 
 
+def parse_seconds(text: str) -> float:
+    """A number of seconds, in ASCII and without underscores: `30`, `0.5`. Raises ValueError."""
+    if not text.isascii() or "_" in text or text != text.strip():
+        raise ValueError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
+def put_once(values: dict[str, str], key: str, value: str, what: str) -> None:
+    """Set a key of an option's value, `what` as it was given.
+
+    Raises:
+        UsageError: it has been given with another value.
+    """
+    if values.setdefault(key, value) != value:
+        raise UsageError(f"{what}: {key}= is given twice; leave one of the two out")
+
+
 def format_size(size: int) -> str:
     """`256 MiB`, `5 GiB`, `12 KiB`: the largest unit that loses at most a tenth of one."""
     for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):

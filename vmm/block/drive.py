@@ -7,6 +7,7 @@ from os import PathLike
 from vmm import config_types as types
 from vmm.block.probe import FORMATS, LAYERED
 from vmm.errors import UsageError
+from vmm.units import put_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -231,9 +232,12 @@ class Drive:
                     f"--drive {text}: {word!r} is not one of {', '.join(FLAGS)}, "
                     f"{'=, '.join(KEYS + LIMITS)}="
                 )
-            values[key] = value
+            if key in FLAGS:
+                values[key] = value
+            else:
+                put_once(values, key, value, f"--drive {text}")
         queues = values.get("queues", "1")
-        if not queues.isdecimal() or len(queues) > 4:
+        if not (queues.isascii() and queues.isdecimal()) or len(queues) > 4:
             raise UsageError(f"--drive {text}: queues={queues} is not from 1 to {QUEUES_MAX}")
         sizes = []
         for key, default in (("logical-block-size", "512"), ("physical-block-size", "0")):

@@ -101,14 +101,18 @@ class HostFile:
         """What to do about a file that is not there."""
         path = os.path.realpath(self.path)
         directory = os.path.dirname(path)
+        if path.startswith("/dev/"):
+            return "no such device; lsblk lists those there are"
         if not os.path.isdir(directory):
             return f"no such file, and no directory {directory}"
         import shlex
 
         name = shlex.quote(path if self.path.startswith("-") else self.path)
-        if self._format in ("", "raw"):
+        ending = path.rpartition(".")[2].lower()
+        made = self._format or {"vhd": "vpc"}.get(ending, ending)
+        if made not in probe.FORMATS or made == "raw":
             return f"no such file; make one: truncate -s 1G {name}"
-        return f"no such file; make one: qemu-img create -f {self._format} {name} 1G"
+        return f"no such file; make one: qemu-img create -f {made} {name} 1G"
 
     def _words(self, more: str) -> str:
         """The option's value, with `more`."""

@@ -72,6 +72,10 @@ class Arguments:
         """The last value given, or the default."""
         return self._given[name][-1] if name in self._given else self._options[name].default
 
+    def everything(self) -> list[tuple[str, str]]:
+        """Each option with each value given for it."""
+        return [(name, value) for name, values in self._given.items() for value in values]
+
     def values(self, name: str) -> list[str]:
         """Every value given, in order."""
         return self._given.get(name, [])
@@ -109,8 +113,11 @@ class Parser:
         self.after = after
         self.epilog = epilog
 
-    def parse(self, argv: Sequence[str]) -> Arguments:
-        """The arguments; UsageError says what is wrong. With --help, nothing is missed."""
+    def parse(self, argv: Sequence[str], after: Sequence[str] = ()) -> Arguments:
+        """The arguments; UsageError says what is wrong. With --help, nothing is missed.
+
+        `after` is what followed `--` and is not in `argv`; a complaint may name it.
+        """
         found = Arguments(self.options)
         by_name = {name: option for option in self.options for name in option.names}
         rest = list(argv)
@@ -127,7 +134,7 @@ class Parser:
             name, has_value, value = word.partition("=")
             option = by_name.get(name)
             if option is None:
-                raise self._wrong(self._unknown(argv, word, name, by_name))
+                raise self._wrong(self._unknown(argv, word, name, by_name, after))
             if not option.metavar:
                 if has_value:
                     raise self._wrong(f"{name} takes no value, not even {value!r}")
@@ -188,15 +195,24 @@ class Parser:
                 raise self._wrong(f"{operands[0]!r} is one argument too many")
         elif not operands:
             raise self._wrong(f"no {operand} given")
+        elif not operands[0] and operand != "KERNEL":
+            raise self._wrong(f"{operand} is an empty name")
         elif len(operands) > 1:
             raise self._wrong(
                 f"only one {operand} can be given, not {operands[0]!r} and {operands[1]!r}"
             )
 
-    def _unknown(self, argv: Sequence[str], word: str, name: str, known: dict[str, Option]) -> str:
+    def _unknown(
+        self,
+        argv: Sequence[str],
+        word: str,
+        name: str,
+        known: dict[str, Option],
+        after: Sequence[str],
+    ) -> str:
         from vmm.cli.foreign import complaint
 
-        hint = complaint(self.command, argv, name, known)
+        hint = complaint(self.command, argv, name, known, after)
         if hint:
             return hint
         if len(word) > 2 and word[1] != "-" and word[:2] in known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.arguments import HELP, Option, Parser, Spelled
 from vmm.cli.say import answer
 from vmm.errors import EXIT_OK
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
     from vmm.config import MachineConfig
 
-    config = MachineConfig.load(args.operands[0])
+    with Spelled(args):
+        config = MachineConfig.load(args.operands[0])
     answer(json.dumps(config.to_dict(defaults=args.given(ALL)), indent=2) + "\n")
     return EXIT_OK

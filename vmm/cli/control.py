@@ -13,6 +13,7 @@ import json
 import os
 import select
 import socket
+import stat
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -273,6 +274,10 @@ def ask(path: str, request: dict[str, object]) -> dict[str, object]:
         try:
             unix.connect(sock, path)
         except OSError as err:
+            if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise UsageError(
+                    f"{OPTION} {path} is no socket; give the path that the machine was started with"
+                ) from None
             raise HostError(
                 f"{OPTION} {path}: {err.strerror}; start the machine with {OPTION} {path}"
             ) from None

@@ -6,7 +6,7 @@ import _signal  # type: ignore[import-not-found]
 import os
 
 from vmm.cli import run
-from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.arguments import HELP, Option, Parser, Spelled
 from vmm.cli.say import answer, say, write_error
 from vmm.errors import EXIT_AGENT, EXIT_OK, AgentError, UsageError
 
@@ -116,11 +116,17 @@ def main(argv: Sequence[str]) -> int:
         after = " after --" if dashes else "; it comes after --"
         raise UsageError(f"no command{after}: vmm exec KERNEL [option ...] -- CMD [ARG ...]")
     environment = _environment(args)
+    from vmm.cli.supervise import parse_grace
+
     tty = args.given("--tty")
     if tty and not os.isatty(0):
         raise UsageError("--tty: standard input is no terminal; leave --tty out")
-    config = configure(args, tree)
+    with Spelled(args):
+        parse_grace(args.value("--grace"))
+        config = configure(args, tree)
     directory, note = _directory(args, config)
+    if args.given("--workdir") and not args.value("--workdir"):
+        raise UsageError("--workdir is an empty name; give a directory, or leave it out")
     user = args.value("--user")
     if args.given("--user") and not user.partition(":")[0]:
         raise UsageError(f"--user {user!r} has no name; say USER or USER:GROUP, as in 1000:1000")
@@ -135,7 +141,8 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
     except (OSError, ValueError) as err:
         raise UsageError(f"the command cannot be: {err}") from None
-    return _run(config, command, directory, first, tty, user, args.value("--grace"), note)
+    with Spelled(args):
+        return _run(config, command, directory, first, tty, user, args.value("--grace"), note)
 
 
 def _directory(args: Arguments, config: MachineConfig) -> tuple[str, str]:

@@ -30,6 +30,7 @@ def parse(
     places = operands(parser, words)
     if not dashes and len(places) > 1:
         at = places[1]
+        parser.parse(words[:at], words[at:])  # complains of an option that there is not
         raise UsageError(
             f"{words[at]!r}: the command comes after --: vmm exec {shlex.join(words[:at])} -- "
             f"{shlex.join(words[at:])}"
@@ -54,11 +55,17 @@ def parse(
         tree = path
         words = [*words[: places[0]], image(path), *words[places[0] + 1 :]]
     elif len(places) == 1 and not dashes:
-        # `vmm exec uname` where the kernel may be left out.
-        word = words[places[0]]
-        if not os.path.exists(word) and tree_above(here()) is not None:
-            raise UsageError(f"{word!r}: the command comes after --: vmm exec -- {word}")
-    return parser.parse(words), tree
+        # `vmm exec uname -r`: the kernel was left out.
+        at = places[0]
+        known = {name for option in parser.options for name in option.names}
+        options = {word.partition("=")[0] for word in words[at + 1 :]}
+        if not asks and not os.path.exists(words[at]) and not (options and options <= known):
+            kernel = "" if tree_above(here()) is not None else "KERNEL "
+            raise UsageError(
+                f"{words[at]!r}: the command comes after --: "
+                f"vmm exec {kernel}{shlex.join([*words[:at], '--', *words[at:]])}"
+            )
+    return parser.parse(words, command), tree
 
 
 def operands(parser: Parser, words: list[str]) -> list[int]:

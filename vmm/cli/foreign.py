@@ -65,12 +65,27 @@ def _device(value: str) -> list[str] | None:
         cid = keys.get("guest-cid", "3")
         return ["--vsock", f"cid={cid},vhost"]
     if model.startswith(("virtio-net", "e1000", "rtl8139", "vmxnet3")):
-        return [] if "netdev" in keys else ["--net", "user"]
+        return [] if "netdev" in keys or "vlan" in keys else ["--net", "user"]
     if "drive" in keys or model.startswith(("virtio-serial", "virtio-scsi", "ahci", "pcie-root")):
         return []
     if model.startswith(("isa-debug-exit", "pvpanic", "isa-serial", "virtconsole")):
         return []
     return None
+
+
+def _old_net(value: str) -> list[str] | None:
+    """QEMU's `-net nic` and `-net user`, the two halves of a card."""
+    return [] if value.startswith("nic") else values.net(value)
+
+
+def _block(value: str) -> list[str] | None:
+    """crosvm's `-b path=IMAGE`; virtme-ng's `-b` builds a kernel."""
+    return values.drive(value) if value else None
+
+
+def _kernel(value: str) -> list[str]:
+    """kvmtool's `-k KERNEL`; QEMU's `-k` is a keyboard's layout."""
+    return [value] if not value or "/" in value or os.path.exists(value) else []
 
 
 def _device_or_image(value: str) -> list[str] | None:
@@ -104,16 +119,24 @@ def _root_share(value: str) -> list[str] | None:
 _LEAVE_ACCEL = "KVM is what there is"
 _LEAVE_SCREEN = "there is no screen; the serial console is on this terminal"
 
+_OTHER_CONSOLE = (
+    "--console auto, none, pty and file:PATH are the places of a console; "
+    "--port name=N,socket=PATH is a socket for a program"
+)
+SNAPSHOT = "-snapshot"
+"""QEMU's option that protects the images of all disks."""
+
 TABLE = (
     Foreign(
         "-m -mem --mem --ram --mem-size --mem_size_mib --memory-mb", values.memory, takes="512M"
     ),
     Foreign("-smp --smp -c --vcpus --vcpu-count --vcpu_count --nr-cpus", values.cpus, takes="2"),
     Foreign(
-        "-kernel --kernel -k --kimg --run -r --kernel-image --kernel_image_path",
+        "-kernel --kernel --kimg --run -r --kernel-image --kernel_image_path",
         "{}",
         takes="vmlinuz",
     ),
+    Foreign("-k", _kernel, takes="vmlinuz", why="there is no keyboard"),
     Foreign("-initrd --initramfs --initrd_path", "--initrd {}", takes="initrd.img"),
     Foreign(
         "-append --cmdline --params --extra-args --boot-args --kernel-cmdline --boot_args -a",
@@ -121,14 +144,20 @@ TABLE = (
         takes="root=/dev/vda",
     ),
     Foreign(
-        "-drive --disk --block --rwdisk --root-drive --rwroot -hda -hdb -hdc -hdd -sda",
+        "-drive --disk --block --rwdisk --root-drive --rwroot -blockdev -hda -hdb -hdc -hdd -sda",
         values.drive,
         takes="disk.img",
     ),
     Foreign(
-        "-cdrom --cdrom --rodisk --iso -fda -blockdev-ro",
+        "-cdrom --cdrom --rodisk --iso -fda",
         lambda v: ["--drive", f"{v},readonly"],
         takes="image.iso",
+    ),
+    Foreign(
+        "-b --build",
+        _block,
+        takes="path=disk.img",
+        instead="make builds a kernel, and vmm exec in its tree takes it",
     ),
     Foreign(
         "-d",
@@ -136,7 +165,8 @@ TABLE = (
         takes="disk.img",
         instead="a machine stays in the foreground; a shell's & puts it behind",
     ),
-    Foreign("-netdev -nic --network --nic --nics --tap -net -n", values.net, takes="user"),
+    Foreign("-netdev -nic --network --nic --nics --tap -n", values.net, takes="user"),
+    Foreign("-net", _old_net, takes="user", why="a card and its other end are one --net user"),
     Foreign("--tap-name --tap_name", "--net tap={}", takes="tap0"),
     Foreign("--publish --port-forward", values.forward, takes="8080:80"),
     Foreign("-p", _p, takes="8080:80"),
@@ -151,12 +181,19 @@ TABLE = (
     Foreign("--cwd --chdir", "--workdir {}", takes="DIR"),
     Foreign("--pwd", why="the command starts in this directory where --root / has it"),
     Foreign("-cpu --cpu-model --cpu-template --cpu_template", values.cpu, takes="host"),
-    Foreign("-device", _device, takes="virtio-rng-pci"),
+    Foreign(
+        "-device",
+        _device,
+        takes="virtio-rng-pci",
+        instead="--drive, --net, --fs, --rng, --balloon, --vsock and --port make devices",
+    ),
     Foreign("-i", _i, takes="initrd.img", why="standard input goes to the guest anyway"),
     Foreign("-it -ti --interactive", "--tty"),
-    Foreign("-serial --serial", _serial, takes="stdio", why=_LEAVE_SCREEN),
-    Foreign("-console --consoles -chardev", _console, takes="stdio"),
-    Foreign("-snapshot", instead="a disk has it: --drive disk.img,snapshot"),
+    Foreign(
+        "-serial --serial", _serial, takes="stdio", why=_LEAVE_SCREEN, instead=_OTHER_CONSOLE
+    ),
+    Foreign("-console --consoles -chardev", _console, takes="stdio", instead=_OTHER_CONSOLE),
+    Foreign(SNAPSHOT, instead="a disk has it: --drive disk.img,snapshot"),
     Foreign("--vsock-cid --guest-cid --cid", "--vsock cid={},path=/tmp/vm.vsock", takes="3"),
     Foreign(
         "-loadvm -incoming --restore --from-snapshot --load",
@@ -164,9 +201,19 @@ TABLE = (
         instead="vmm restore DIR goes on with a snapshot",
     ),
     Foreign(
-        "--api-sock --api-socket --api-socket-path -qmp --qmp -monitor -mon",
+        "--api-sock --api-socket --api-socket-path --socket -qmp --qmp -monitor -mon",
         takes="PATH",
         instead="--control PATH makes a socket for vmm snapshot; a program uses the Python API",
+    ),
+    Foreign("--version -version -V", instead="vmm version says it"),
+    Foreign(
+        "--dry-run --show-command --print-xml",
+        instead="--verbose says the kernel's command line and the devices",
+    ),
+    Foreign(
+        "--qemu-opts --qemu --qemu-bin -o",
+        takes="OPTIONS",
+        why="there is no QEMU beneath; vmm has options of its own for what it can",
     ),
     Foreign("--config-file --config --spec", "{}", takes="machine.toml"),
     Foreign(
@@ -178,7 +225,9 @@ TABLE = (
         takes="none",
         why=_LEAVE_SCREEN,
     ),
-    Foreign("-curses -sdl --noautoconsole --nographic --no-graphics", why=_LEAVE_SCREEN),
+    Foreign(
+        "-curses -sdl -full-screen --noautoconsole --nographic --no-graphics", why=_LEAVE_SCREEN
+    ),
     Foreign("-enable-kvm --enable-kvm -kvm --kvm --hvm --import --force-kvm", why=_LEAVE_ACCEL),
     Foreign(
         "-accel -machine -M --machine --virt-type --hypervisor --accel",
@@ -186,7 +235,7 @@ TABLE = (
         why=_LEAVE_ACCEL + "; --transport pci puts the devices on PCI",
     ),
     Foreign(
-        "--os-variant --osinfo --metadata --arch",
+        "--os-variant --osinfo --metadata --arch --wait",
         takes="generic",
         why="nothing depends on the guest's system",
     ),
@@ -209,7 +258,7 @@ TABLE = (
     ),
     Foreign("-pidfile --pid-file", takes="PATH", why="the process of vmm is the machine's"),
     Foreign(
-        "-bios -pflash --firmware --loader -L -option-rom",
+        "-bios -pflash --firmware --loader -L -option-rom -dtb",
         takes="FILE",
         why="there is no firmware: KERNEL is loaded directly",
     ),
@@ -267,7 +316,7 @@ TABLE = (
 )
 
 COMMANDS = {
-    "run": "boot start launch create up qemu vm new define install virt-install --kernel",
+    "run": "boot start launch create up qemu vm new define install virt-install",
     "exec": "shell sh ssh enter attach bash run-command execute",
     "snapshot": "save savevm checkpoint suspend dump pause",
     "restore": "load loadvm resume restore-snapshot thaw",
@@ -275,6 +324,20 @@ COMMANDS = {
     "config": "validate convert show dumpxml lint inspect",
 }
 """Subcommands of other programs, by what does their work here."""
+NO_COMMANDS = {
+    "stop kill destroy shutdown reboot reset poweroff": (
+        "a machine is a process: kill PID presses its power button, Ctrl-A x on its console ends it"
+    ),
+    "ps ls list top stats domstate": "a machine is a process: pgrep -af 'vmm run' lists them",
+    "rm delete undefine remove prune": "nothing of a machine stays behind",
+    "pull push images build import rmi": (
+        "there are no images of its own: --root takes a directory, or an image of a file system"
+    ),
+    "console logs monitor": "a machine's console is the terminal it was started on, or --console",
+    "cp copy": "a program's Machine.put and Machine.get do that, or --fs",
+    "migrate send": "vmm snapshot here, and vmm restore there, with the directory copied, do that",
+}
+"""Subcommands of other programs that nothing here is called like, and what there is instead."""
 
 
 def row(name: str) -> Foreign | None:
@@ -282,26 +345,48 @@ def row(name: str) -> Foreign | None:
     return next((each for each in TABLE if name in each.names), None)
 
 
-def complaint(command: str, argv: Sequence[str], name: str, known: dict[str, Option]) -> str:
-    """What to say of `name`, an option in `argv` that `command` does not have; empty: nothing."""
-    whole = _whole(command, argv, known)
+_MADE_ANYWAY = "the machine has it, or another option makes it"
+
+
+def complaint(
+    command: str,
+    argv: Sequence[str],
+    name: str,
+    known: dict[str, Option],
+    after: Sequence[str] = (),
+) -> str:
+    """What to say of `name`, an option in `argv` that `command` does not have; empty: nothing.
+
+    `after` is the command of `vmm exec`, which follows `--`.
+    """
+    whole = _whole(command, argv, known, after)
     if whole:
         return f"{name!r} is no option; say {whole}"
     value = _value_of(argv, name)
     found = row(name)
+    if name == "-v" and ":" not in value:  # it is --verbose, which this command does not have
+        found = None
     if found is not None:
-        words = found.words(value or found.takes) if found.ours else None
+        example = "" if found.ours is _device_or_image else found.takes
+        words = found.words(value or example) if found.ours else None
         if words and all(word in known for word in _options(words)):
             if not words[0].startswith("-"):
-                words = [*command.split(), *words]
+                if not value:
+                    return f"{name!r} is no option; the file follows without one: {command} FILE"
+                words = [*command.split(), *words, *(["--", *after] if after else [])]
             return f"{name!r} is no option; say {_shown(words)}"
+        if found.why and (words == [] or not found.ours):
+            return f"{name!r} is no option; leave it out: {found.why}"
+        if words == []:
+            return f"{name!r} is no option; leave out {_given(name, value)}: {_MADE_ANYWAY}"
         if found.instead:
             return f"{name!r} is no option; {found.instead}"
-        if found.why:
-            return f"{name!r} is no option; leave it out: {found.why}"
         owner = next((other for other in _options(words or []) for other in _owners(other)), "")
         if words and owner:
             return f"{name!r} is no option; {owner} has one: {_shown(words)}"
+        shown = found.words(found.takes) if found.ours and words is None else None
+        if shown and _options(shown) and all(word in known for word in _options(shown)):
+            return f"{name!r} is no option; {shown[0]} is, as in {_shown(shown)}"
     double = f"-{name}"
     if len(name) > 2 and name[:2] != "--" and double in known:
         return f"{name!r} is no option; say {_shown([double, value or known[double].metavar])}"
@@ -316,6 +401,10 @@ def complaint(command: str, argv: Sequence[str], name: str, known: dict[str, Opt
     return f"{name!r} is no option; {near[0]} is one" if near else ""
 
 
+def _given(name: str, value: str) -> str:
+    return f"{name} {value}" if value else name
+
+
 def surplus(
     command: str, operand: str, operands: Sequence[tuple[str, str]], known: dict[str, Option]
 ) -> str:
@@ -326,13 +415,17 @@ def surplus(
     for word, before in operands:
         option = known.get(before)
         if option is not None and option.optional:
-            words = values.VALUES[before](word) if before in values.VALUES else None
-            ours = _shown(words or [f"{before}={word}"])
-            return f"{before} {word}: its value follows a '='; say {ours}"
+            words = values.VALUES[before](word)
+            if words is None:
+                continue
+            why = "its value follows a '='; " if "=" in words[0] else ""
+            return f"{before} {word}: {why}say {_shown(words)}"
         if before == "-v" and ":" in word:
             words = values.fs(word)
             if words and "--fs" in known:
                 return f"-v {word}: -v is --verbose; say {_shown(words)}"
+    if command == "vmm resize":
+        return f"only one DISK can be given; its size is told by --size {operands[1][0]}"
     if operand == "KERNEL" and command == "vmm run":
         first, second = operands[0][0], operands[1][0]
         return (
@@ -344,6 +437,22 @@ def surplus(
 
 def spelling(args: Arguments) -> str:
     """What to say of values in `args` that other programs spell so; empty: there is none."""
+    for option, value in (*(("", word) for word in args.operands), *args.everything()):
+        what = f"{option} {value}".lstrip()
+        expanded = _expanded(value)
+        if expanded != value:
+            return (
+                f"{what}: the shell expands ~ only where a word begins with it; say "
+                f"{_shown([option, expanded])}"
+            )
+        if option not in TEXTS and _is_url(value):
+            if value.startswith("http"):
+                return f"{what}: vmm opens files; fetch it first: {_shown(['curl', '-LO', value])}"
+            return f"{what}: vmm opens files and block devices, no URLs; copy it into a file first"
+    path = args.operands[0] if args.operands else ""
+    words = values.firecracker(path) if path.endswith(".json") else None
+    if words:
+        return f"{path} is Firecracker's; in place of it, say {_shown(words)}"
     for option, ours in values.VALUES.items():
         for value in args.values(option):
             words = ours(value) if value else None
@@ -352,23 +461,63 @@ def spelling(args: Arguments) -> str:
     return ""
 
 
+TEXTS = ("--append", "--env")
+"""Options whose values are the guest's words."""
+
+
+def _expanded(text: str) -> str:
+    """`text` with `~/` at its beginning, or after a `=`, expanded."""
+    home = os.path.expanduser("~")
+    if text.startswith("~/"):
+        text = home + text[1:]
+    return text.replace("=~/", f"={home}/")
+
+
+def _is_url(text: str) -> bool:
+    """Whether `text` is a URL, or has one after a `=`."""
+    scheme, colon, _ = text.rpartition("=")[2].partition("://")
+    return bool(colon) and scheme.isalnum() and not os.path.exists(text)
+
+
 def subcommand(name: str, arguments: Sequence[str]) -> str:
     """What to say of a subcommand `name` that there is not; empty: nothing."""
     for ours, theirs in COMMANDS.items():
         if name in theirs.split():
             return f"vmm {ours} does that"
+    for verbs, instead in NO_COMMANDS.items():
+        if name in verbs.split():
+            return instead
     if os.path.isfile(name):
         return f"to boot it, say {_shown(['vmm', 'run', name, *arguments])}"
-    return "options follow a command, as in vmm run KERNEL" if row(name) else ""
+    found = row(name)
+    if found is None:
+        from difflib import get_close_matches
+
+        from vmm.cli import COMMANDS as NAMES
+
+        near = get_close_matches(name.lower(), NAMES, 1, NEAR)
+        return f"{near[0]} is one" if near else ""
+    from vmm.cli.run import PARSER
+
+    known = {name: option for option in PARSER.options for name in option.names}
+    whole = _whole(PARSER.command, [name, *arguments], known, ())
+    if whole:
+        return f"say {whole}"
+    if not found.ours and not found.takes and found.instead:
+        return found.instead
+    return "options follow a command, as in vmm run KERNEL"
 
 
-def _whole(command: str, argv: Sequence[str], known: dict[str, Option]) -> str:
+def _whole(
+    command: str, argv: Sequence[str], known: dict[str, Option], after: Sequence[str]
+) -> str:
     """The command line in our words, if each of its words is understood and KERNEL is among them;
-    empty: it is not."""
+    empty: it is not. `after` is what stood after its `--`."""
     ours: list[str] = []
     operands: list[str] = []
     rest = list(argv)
     changed = 0
+    protected = foreign_kernel = False
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -387,6 +536,11 @@ def _whole(command: str, argv: Sequence[str], known: dict[str, Option]) -> str:
         if found is None:
             return ""
         changed += 1
+        if name == SNAPSHOT:
+            protected = True
+            continue
+        if found.instead and not found.ours:
+            return ""  # leaving it out would make another machine of it
         if found.takes and not equals and rest and rest[0][:1] != "-":
             value = rest.pop(0)
         words = found.words(value or found.takes) if found.ours else []
@@ -394,13 +548,20 @@ def _whole(command: str, argv: Sequence[str], known: dict[str, Option]) -> str:
             return ""
         if words and words[0][:1] != "-":
             operands.append(words[0])
+            foreign_kernel = True
         elif all(each in known for each in _options(words)):
             ours += words
         else:
             return ""
-    if len(operands) != 1 or changed < 2:
+    if len(operands) != 1 or (changed < 2 and not foreign_kernel):
         return ""
-    return _shown([*command.split(), operands[0], *ours])
+    if protected:
+        disks = [number + 1 for number, word in enumerate(ours[:-1]) if word == "--drive"]
+        for number in disks:
+            if not {"snapshot", "readonly"} & set(ours[number].split(",")):
+                ours[number] += ",snapshot"
+    end = ["--", *after] if after else []
+    return _shown([*command.split(), operands[0], *ours, *end])
 
 
 def _respelled(option: str, word: str, value: str) -> list[str]:
@@ -418,9 +579,10 @@ def _options(words: list[str]) -> list[str]:
 
 def _owners(name: str) -> list[str]:
     """The commands that have an option `name`."""
-    from vmm.cli import exec, restore, run, snapshot
+    from vmm.cli import config, doctor, exec, resize, restore, run, snapshot, version
 
-    parsers = (run.PARSER, exec.PARSER, restore.PARSER, snapshot.PARSER)
+    commands = (run, exec, restore, snapshot, resize, config, doctor, version)
+    parsers = [each.PARSER for each in commands]
     return [p.command for p in parsers if any(name in option.names for option in p.options)]
 
 

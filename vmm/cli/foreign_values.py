@@ -28,10 +28,13 @@ DRIVE_LEFT_OUT = (
     *("if", "id", "index", "media", "bus", "unit", "aio", "node-name", "detect-zeroes", "direct"),
     *("iommu", "pci_segment", "image_type", "boot", "bootindex", "size", "target", "o_direct"),
     *("block_size", "lock", "sparse", "file.driver", "file.locking", "cache.direct", "device"),
+    "root",
 )
 """Keys of a disk that have no counterpart here, and can be left out."""
+DRIVE_WORDS = (*PATH_KEYS, "format", "driver", "image_type", "type", "cache", "serial")
 NET_LEFT_OUT = (
     *("id", "model", "script", "downscript", "netdev", "addr", "iommu", "trans", "guest_ip", "net"),
+    *("ip", "mask", "queue_size", "num_queues", "vhost_mode", "host_mac", "vhost_user"),
     *("ipv4", "ipv6", "hostname", "vlan", "virtualport.type", "addr.type", "server", "iface_id"),
 )
 """Keys of a card that have no counterpart here, and can be left out."""
@@ -70,8 +73,10 @@ def drive(text: str) -> Words | None:
         elif number == 0 and not os.path.exists(key) and key.endswith((":ro", ":rw")):
             path = key[:-3]
             rest += ["readonly"] * key.endswith(":ro")
-        elif number == 0 and value is None:
-            path = key
+        elif number == 0 and (value is None or os.path.exists(value)) and key not in DRIVE_WORDS:
+            path = key if value is None else value  # virtme-ng's NAME=PATH
+        elif key == "driver" and value in ("file", "host_device"):
+            pass
         elif (key in READONLY and (value or "") in TRUE) or (key == "media" and value == "cdrom"):
             rest.append("readonly")
         elif key in ("format", "driver", "image_type", "type") and value:
@@ -103,7 +108,7 @@ def net(text: str) -> Words | None:
             kind, name = key, value or ""
         elif key in ("type", "mode") and value:
             kind = value
-        elif key in ("ifname", "tapif", "host_dev_name", "tap"):
+        elif key in ("ifname", "tapif", "host_dev_name", "tap", "tap-name"):
             kind, name = "tap", value or ""
         elif key == "br" and value:
             name = value
@@ -112,6 +117,8 @@ def net(text: str) -> Words | None:
         elif key == "hostfwd" and value:
             rest.append(_hostfwd(value))
         elif key in ("mac", "macaddr", "guest_mac", "mac_address"):
+            if not value:  # cloud-hypervisor's way to have one chosen
+                continue
             rest.append(f"mac={value}")
         elif key in KINDS.get(kind, ()) and value:
             rest.append(f"{key}={value}")
@@ -164,10 +171,21 @@ def memory(text: str) -> Words | None:
     return ["--memory", size]
 
 
+TOPOLOGY = ("sockets", "dies", "clusters", "cores", "threads")
+
+
 def cpus(text: str) -> Words | None:
     """vCPUs: `4,sockets=1,cores=4`, `cpus=4` of QEMU, `boot=4,max=8` of cloud-hypervisor."""
     found = dict(parts(text))
     count = found.get("cpus") or found.get("boot") or next(iter(found))
+    if count in TOPOLOGY:
+        numbers = [found.get(key) or "1" for key in TOPOLOGY]
+        if not all(number.isdecimal() and len(number) < 5 for number in numbers):
+            return None
+        product = 1
+        for number in numbers:
+            product *= int(number)
+        count = str(product)
     return ["--cpus", count] if count.isdecimal() else None
 
 
@@ -178,8 +196,22 @@ def cpu(text: str) -> Words | None:
         return None
     if not all(word[:1] in ("+", "-") or "=" in word for word in rest):
         return None
-    kept = [word for word in rest if base in ("host", "max") and word[:1] in ("+", "-")]
+    switches = {"off": "-", "no": "-", "false": "-", "on": "+", "yes": "+", "true": "+"}
+    kept = []
+    for word in rest if base in ("host", "max") else ():
+        name, _, switch = word.partition("=")
+        if word[:1] in ("+", "-"):
+            kept.append(word)
+        elif switch in switches:
+            kept.append(switches[switch] + name)
     return ["--cpu", ",".join([base if base in ("host", "max") else "host", *kept])]
+
+
+FS_LEFT_OUT = (
+    *("type", "security_model", "id", "fsdev", "accessmode", "mode", "bind", "local", "rw", "z"),
+    *("cache", "consistency", "writeout", "multidevs", "fmode", "dmode"),
+)
+"""Keys of a shared directory that have no counterpart here, and can be left out."""
 
 
 def fs(text: str) -> Words | None:
@@ -191,16 +223,19 @@ def fs(text: str) -> Words | None:
         if key in ("path", "source", "src", "dir", "shared-dir", "source.dir") and value:
             path = value
         elif key in ("tag", "mount_tag", "target", "dst", "destination", "target.dir") and value:
+            if tag:
+                return None
             tag = value
         elif key in READONLY and (value or "") in TRUE:
             readonly = True
-        elif value is None and number == 0 and key != "local":
-            path, *more = key.split(":") if not os.path.exists(key) else [key]
+        elif number == 0 and key != "local" and (value is None or ":" in key):
+            whole = key if value is None else f"{key}={value}"
+            path, *more = whole.split(":") if not os.path.exists(whole) else [whole]
             tag = more[0] if more else tag
             readonly = "ro" in more[1:]
         elif value is None and number == 1 and not tag:
             tag = key
-        elif key not in ("type", "security_model", "id", "fsdev", "accessmode", "bind", "local"):
+        elif "." not in key and key not in FS_LEFT_OUT:
             return None
     if not path:
         return None
@@ -210,6 +245,15 @@ def fs(text: str) -> Words | None:
 
 def console(text: str) -> Words | None:
     """Where the console goes: QEMU's `stdio`, `file:F`, cloud-hypervisor's `tty`, `off`."""
+    if text == "/dev/null":
+        return ["--console", "none"]
+    keys = dict(parts(text))
+    if "=" not in text and ":" not in text and ("/" in text or "." in text):
+        return ["--console", f"file:{text}"]
+    if "type" in keys:  # crosvm's type=file,path=P,hardware=serial
+        text = f"{keys['type']}:{keys['path']}" if keys.get("path") else keys["type"] or ""
+    elif text.startswith(("pty,", "stdio,", "file,path=")):  # virt-install's pty,target.type=serial
+        text = text.replace(",path=", ":").partition(",")[0]
     kind, _, path = text.replace("=", ":", 1).partition(":")
     if path and kind not in ("file", "mon"):
         return None
@@ -228,6 +272,15 @@ def console(text: str) -> Words | None:
 
 def timeout(text: str) -> Words | None:
     """A time with units, as `timeout(1)` and systemd take: `90s`, `5m`, `1h30m`."""
+    return _seconds("--timeout", text)
+
+
+def grace(text: str) -> Words | None:
+    """As `timeout`."""
+    return _seconds("--grace", text)
+
+
+def _seconds(option: str, text: str) -> Words | None:
     seconds, number = 0.0, ""
     for char in text:
         if char in "0123456789.":
@@ -237,7 +290,22 @@ def timeout(text: str) -> Words | None:
             number = ""
         else:
             return None
-    return ["--timeout", f"{seconds:g}"] if seconds and not number else None
+    return [option, f"{seconds:g}"] if seconds and not number else None
+
+
+def port(text: str) -> Words | None:
+    """Docker's `-p HOST:GUEST`: a port of the network, and none of a virtio console."""
+    return forward(text)
+
+
+def vhost_user_blk(text: str) -> Words | None:
+    """cloud-hypervisor's `vhost_user=on,socket=PATH,num_queues=N`."""
+    keys = dict(parts(text))
+    path = keys.get("socket") or keys.get("path")
+    if not path:
+        return None
+    queues = keys.get("queues") or keys.get("num_queues")
+    return ["--vhost-user-blk", joined([path, *[f"queues={queues}"] * bool(queues)])]
 
 
 def vsock(text: str) -> Words | None:
@@ -260,7 +328,10 @@ def vsock(text: str) -> Words | None:
 
 def rng(text: str) -> Words | None:
     """A source of entropy (`src=/dev/urandom`): the host's getrandom(2) is always the source."""
-    return ["--rng"] if "/dev/" in text or "rng-" in text else None
+    if text.startswith("rate="):
+        return [f"--rng={text}"]
+    known = "/dev/" in text or "rng-" in text or text in ("on", "yes", "true", "auto", "virtio")
+    return ["--rng"] if known else None
 
 
 def balloon(text: str) -> Words | None:
@@ -290,6 +361,46 @@ def on_panic(text: str) -> Words | None:
     return ["--on-panic", "pause"] if text in ("preserve", "stop") else None
 
 
+def firecracker(path: str) -> Words | None:
+    """The words for Firecracker's `--config-file`; None where `path` is no such file."""
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(CONFIG_MAX))
+        source, machine = found["boot-source"], found.get("machine-config", {})
+        words = [str(source["kernel_image_path"])]
+        append = [str(source.get("boot_args") or "")]
+        if source.get("initrd_path"):
+            words += ["--initrd", str(source["initrd_path"])]
+        if machine.get("mem_size_mib"):
+            words += ["--memory", f"{machine['mem_size_mib']}M"]
+        if machine.get("vcpu_count"):
+            words += ["--cpus", str(machine["vcpu_count"])]
+        for disk in found.get("drives", ()):
+            readonly = ["readonly"] * bool(disk.get("is_read_only"))
+            words += ["--drive", joined([str(disk["path_on_host"]), *readonly])]
+            if disk.get("is_root_device"):
+                append.append(f"root=/dev/vda {'ro' if readonly else 'rw'}")
+        for card in found.get("network-interfaces", ()):
+            mac = [f"mac={card['guest_mac']}"] if card.get("guest_mac") else []
+            words += ["--net", joined([f"tap={card['host_dev_name']}", *mac])]
+        if found.get("vsock"):
+            cid, prefix = found["vsock"]["guest_cid"], found["vsock"]["uds_path"]
+            words += ["--vsock", joined([f"cid={cid}", f"path={prefix}"])]
+        if "entropy" in found:
+            words.append("--rng")
+        if found.get("balloon"):
+            words.append(f"--balloon={found['balloon']['amount_mib']}M")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    line = " ".join(filter(None, append))
+    return [*words, *(["--append", line] if line else [])]
+
+
+CONFIG_MAX = 1 << 20
+"""Bytes of a configuration that are looked at."""
+
 VALUES: dict[str, Callable[[str], Words | None]] = {
     "--balloon": balloon,
     "--console": console,
@@ -297,12 +408,15 @@ VALUES: dict[str, Callable[[str], Words | None]] = {
     "--cpus": cpus,
     "--drive": drive,
     "--fs": fs,
+    "--grace": grace,
     "--memory": memory,
     "--net": net,
     "--on-panic": on_panic,
+    "--port": port,
     "--rng": rng,
     "--timeout": timeout,
     "--transport": transport,
+    "--vhost-user-blk": vhost_user_blk,
     "--vsock": vsock,
 }
 """Options of this command whose values others write in other ways."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.cli.arguments import HELP, Option, Parser
+from vmm.cli.arguments import HELP, Option, Parser, Spelled
 from vmm.cli.run import EPILOG, keywords, see_through
 from vmm.cli.run import PARSER as RUN
 from vmm.cli.say import answer
@@ -60,8 +60,6 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     from vmm.machine import Machine
 
-    values: dict[str, object] = {"console": "auto", **keywords(args)}
-
     def make() -> Machine:
         return Machine.restore(
             args.operands[0],
@@ -72,4 +70,6 @@ def main(argv: Sequence[str]) -> int:
             **values,
         )
 
-    return see_through(make, args)
+    with Spelled(args):
+        values: dict[str, object] = {"console": "auto", **keywords(args)}
+        return see_through(make, args)

@@ -9,7 +9,7 @@ from vmm.cli.arguments import HELP, Option, Parser, Spelled
 from vmm.cli.say import answer, end_guests_line, say, write_error
 from vmm.config import BOOT_MODES, ON_PANIC, TRANSPORTS, MachineConfig
 from vmm.errors import EXIT_OK, UsageError
-from vmm.units import format_size, parse_size
+from vmm.units import format_size, parse_seconds, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ PARSER = Parser(
         Option(
             "--grace",
             metavar="S",
+            default="30",
             help="end it S seconds after SIGTERM, if it goes on (default 30)",
         ),
         Option(
@@ -231,7 +232,7 @@ def keywords(args: Arguments) -> dict[str, object]:
         values["cpus"] = int(cpus)
     if args.given("--timeout"):
         try:
-            values["timeout"] = float(args.value("--timeout"))
+            values["timeout"] = parse_seconds(args.value("--timeout"))
         except ValueError:
             raise UsageError(
                 f"--timeout {args.value('--timeout')!r} is not a number of seconds; say for "
@@ -282,6 +283,10 @@ def see_through(make: Callable[[], Machine], args: Arguments) -> int:
     from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals, parse_grace
 
+    if args.given("--control"):
+        from vmm.virtio import unix
+
+        unix.check_path(f"--control {args.value('--control')}", args.value("--control"))
     grace = parse_grace(args.value("--grace"))
     with (
         Signals() as signals,

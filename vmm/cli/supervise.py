@@ -283,10 +283,10 @@ def supervise(
 
 def parse_grace(text: str) -> float:
     """The value of `--grace`, in seconds. Raises UsageError."""
-    if not text:
-        return GRACE
+    from vmm.units import parse_seconds
+
     try:
-        seconds = float(text)
+        seconds = parse_seconds(text)
     except ValueError:
         seconds = -1.0
     if not seconds >= 0:  # nor "nan"

@@ -9,6 +9,7 @@ import os
 
 from vmm import config_types as types
 from vmm.errors import HostError, UsageError
+from vmm.units import put_once
 from vmm.virtio.net_spec import MTU_MAX, MTU_MIN, PAIRS_MAX
 
 TYPE_CHECKING = False
@@ -295,7 +296,7 @@ class Net:
             elif not value:
                 raise UsageError(f"--net {text}: nothing after {key}=")
             else:
-                values[key] = value
+                put_once(values, key, value, f"--net {text}")
         numbers = {}
         for key in ("mtu", "queues"):
             if key in values:

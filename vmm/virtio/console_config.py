@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmm import config_types as types
 from vmm.errors import UsageError
+from vmm.units import put_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class PortConfig:
             key, equals, value = word.replace("\0", ",").partition("=")
             if key not in cls.__slots__ or not equals:
                 raise UsageError(f"--port {text}: {key!r} is not name=, socket= or file=")
-            values[key] = value
+            put_once(values, key, value, f"--port {text}")
         return cls(
             values.get("name", ""), socket=values.get("socket", ""), file=values.get("file", "")
         )

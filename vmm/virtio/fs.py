@@ -12,6 +12,7 @@ import struct
 
 from vmm import config_types as types
 from vmm.errors import HostError, UsageError
+from vmm.units import put_once
 from vmm.virtio import spec
 from vmm.virtio.vhost_user import Listener, VhostUserDevice
 from vmm.virtio.vhost_user_wire import BackEndGone
@@ -53,7 +54,11 @@ class Share:
         self.path = str(path)
         self.tag = tag
         self.readonly = readonly
+        if not self.path:
+            raise UsageError(f"--fs: no directory; say --fs DIR,tag={tag or 'NAME'}")
         if not tag:
+            if self.path.startswith("tag="):
+                raise UsageError(f"--fs {path}: no directory; say --fs DIR,{path}")
             raise UsageError(f"--fs {path}: no tag; say --fs {path},tag=NAME")
         if len(tag.encode()) > TAG_BYTES:
             raise UsageError(f"--fs {path}: tag={tag} is longer than {TAG_BYTES} bytes")
@@ -78,16 +83,17 @@ class Share:
     def parse(cls, text: str) -> Self:
         """From the command line. A comma in the path is written twice."""
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
-        tag, readonly = "", False
+        values: dict[str, str] = {}
+        readonly = False
         for word in words[1:]:
             key, _, value = word.partition("=")
             if key == "readonly" and value in ("", "on", "off"):
                 readonly = value != "off"
             elif key == "tag":
-                tag = value
+                put_once(values, key, value, f"--fs {text}")
             else:
                 raise UsageError(f"--fs {text}: {word!r} is not tag=NAME or readonly")
-        return cls(words[0], tag=tag, readonly=readonly)
+        return cls(words[0], tag=values.get("tag", ""), readonly=readonly)
 
     def open(self) -> VirtioFs:
         """The device, with its virtiofsd running. Raises HostError."""

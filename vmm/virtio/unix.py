@@ -30,6 +30,8 @@ def check_path(option: str, path: str, more: int = 0) -> None:
     size, limit = len(os.fsencode(path)), PATH_MAX - more
     if 0 < size <= limit:
         return
+    if not size:
+        raise UsageError(f"{option.rstrip()}: no path; give one, as /tmp/vm.sock")
     name = len(os.fsencode(os.path.basename(path)))
     if not 0 < name <= LAST_MAX - more:
         raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmm import config_types as types
 from vmm.errors import UsageError
+from vmm.units import put_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class VsockConfig:
                 raise UsageError(f"--vsock {text}: {word!r} is not cid=, path= or vhost")
             if not value:
                 raise UsageError(f"--vsock {text}: nothing after {key}=")
-            values[key] = value
+            put_once(values, key, value, f"--vsock {text}")
         cid = values.get("cid", "")
         if not (cid.isascii() and cid.isdecimal() and len(cid) <= 10):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import threading
 import time
@@ -40,6 +41,7 @@ def config(tmp_path: Path) -> Config:
 
 def run(coroutine: Awaitable[object]) -> None:
     """To its end in a loop of its own; nothing may be left of it."""
+    gc.collect()  # what tests before this one have left
     before = tiny.descriptors(), threading.active_count()
 
     async def main() -> None:

@@ -53,6 +53,10 @@ def test_images_that_qemu_makes(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image"
     options = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]
     command = ["qemu-img", "create", "-q", "-f", kind, *(options if kind == "luks" else [])]
-    subprocess.run([*command, str(path), "8M"], check=True, capture_output=True)
+    for _ in range(5):  # qemu-img measures the processor for LUKS, and gives up on a busy one
+        done = subprocess.run([*command, str(path), "8M"], check=False, capture_output=True)
+        if not done.returncode:
+            break
+    assert done.returncode == 0, done.stderr
     with GuestMemory(16 * MIB) as memory, pytest.raises(BootError, match="give it with --drive"):
         load(memory, str(path), [], "")

@@ -35,7 +35,10 @@ PARTS: dict[type, dict[str, Any]] = {
 KEYWORDS = [
     (part, name) for part in PARTS for name in list(inspect.signature(part).parameters)
 ]  # fmt: skip
-LISTS = ("drives", "initrds", "nets", "ports", "shares", "vhost_user_blks", "devices", "forward")
+LISTS = (
+    "drives", "initrds", "nets", "ports", "shares", "vhost_user_blks", "devices", "forward", "rw",
+    "overlay", "dns",
+)  # fmt: skip
 
 
 def make(part: Callable[..., object], **more: object) -> object:
@@ -74,7 +77,7 @@ def test_truth_is_no_number_and_a_number_no_truth(part: type, name: str) -> None
 @pytest.mark.parametrize("value", ["user", Path("x.img"), b"x", {"path": "x"}, 3, None], ids=repr)
 def test_a_list_is_a_list(name: str, value: object) -> None:
     """Text is a sequence too: drives="disk.img" made eight disks."""
-    part = Net if name == "forward" else MachineConfig
+    part = Net if name in ("forward", "dns") else MachineConfig
     with pytest.raises(UsageError, match=f"^[-a-z :]*{name}=.* is not a list"):
         make(part, **{name: value})
 

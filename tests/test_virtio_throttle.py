@@ -246,7 +246,7 @@ def test_a_disk_without_a_limit_has_none(path: Path) -> None:
 
 @pytest.mark.parametrize(("values", "says"), [
     ({"bps": -1}, "bps=-1 is no number"), ({"iops": 1 << 60}, "is no number above 0"),
-    ({"bps": ""}, "bps= is no number"), ({"iops": 1.5}, "iops=1.5 is no number"),
+    ({"bps": ""}, "bps= is no number"), ({"iops": 1.5}, "iops=1.5 is not a whole number"),
     ({"burst": 5}, "burst= goes with bps="), ({"iops_burst": 5}, "iops-burst= goes with iops="),
 ])  # fmt: skip
 def test_rates_that_cannot_be(values: dict[str, int], says: str) -> None:

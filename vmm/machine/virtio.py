@@ -140,7 +140,8 @@ class VirtioDevices:
     def end(self) -> None:
         """Have the threads that serve queues end, without waiting for that."""
         for transport in self.transports:
-            transport.device.quiet = True  # its thread goes no further than the next request
+            device = transport.device
+            device.over = device.quiet = True  # its thread goes no further than the next request
         for thread in self._threads:
             thread.end()
         if self._loop is not None:

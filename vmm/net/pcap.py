@@ -11,12 +11,12 @@ import time
 from _thread import allocate_lock
 
 from vmm.errors import UsageError
-from vmm.net.port import Port
+from vmm.net.port import Port, collect
 from vmm.virtio.net_spec import HEADER_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 MAGIC_NANOSECONDS = 0xA1B23C4D
 FILE_HEADER = struct.Struct("<IHHiIII")
@@ -48,7 +48,7 @@ class Capture:
         self._file.write(FILE_HEADER.pack(MAGIC_NANOSECONDS, 2, 4, 0, 0, SNAP_LENGTH, ETHERNET))
         self.flush()
 
-    def record(self, views: Iterable[memoryview], size: int) -> None:
+    def record(self, views: Sequence[memoryview], size: int) -> None:
         """Write one frame: `size` bytes of `views`, of which the first 12 are left out."""
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         with self._lock:
@@ -120,9 +120,9 @@ class FifoCapture(Capture):
         self.error = ""
         self._records.send(FILE_HEADER.pack(MAGIC_NANOSECONDS, 2, 4, 0, 0, SNAP_LENGTH, ETHERNET))
 
-    def record(self, views: Iterable[memoryview], size: int) -> None:
+    def record(self, views: Sequence[memoryview], size: int) -> None:
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        frame = b"".join(views)[HEADER_SIZE:size]
+        frame = bytes(collect(views, size)[HEADER_SIZE:])
         record = RECORD.pack(seconds, nanoseconds, len(frame), len(frame)) + frame
         with self._lock:
             if not self.error:

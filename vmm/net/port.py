@@ -103,3 +103,13 @@ def scatter(views: Sequence[memoryview], data: memoryview) -> None:
         at += part
         if at == size:
             return
+
+
+def collect(views: Sequence[memoryview], size: int) -> bytearray:
+    """The first `size` bytes of `views`, which may name much more memory than there is."""
+    data = bytearray()
+    for view in views:
+        data += view[: size - len(data)]
+        if len(data) == size:
+            break
+    return data

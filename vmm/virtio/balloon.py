@@ -14,7 +14,7 @@ from vmm.errors import StateError, UsageError
 from vmm.kvm.ffi import address_of
 from vmm.layout import PAGE_SIZE
 from vmm.virtio import spec
-from vmm.virtio.device import VirtioDevice
+from vmm.virtio.device import Interrupted, VirtioDevice
 from vmm.virtio.queue import QueueError
 
 TYPE_CHECKING = False
@@ -32,6 +32,8 @@ ACTUAL = 4
 PFNS_MAX = 1 << 18
 """Page numbers in one request: 1 GiB; Linux sends 256."""
 STATS_MAX = 64
+SLICE = 256 << 20
+"""Bytes given back by one system call: some 50 ms where all of them are in use."""
 INFLATE, DEFLATE, STATS, REPORTING = "inflate", "deflate", "stats", "reporting"
 TAGS = (
     "swap_in", "swap_out", "major_faults", "minor_faults", "free_memory", "total_memory",
@@ -154,6 +156,16 @@ class Balloon(VirtioDevice):
                 self._give(region, low - region.gpa, high - low)
 
     def _give(self, region: Region, offset: int, size: int) -> None:
+        """Give it back, SLICE bytes at once. Raises Interrupted."""
+        end = offset + size
+        while offset < end:
+            if self.quiet:  # what was given back may be given back again
+                raise Interrupted
+            part = min(SLICE - offset % SLICE, end - offset)
+            self._give_slice(region, offset, part)
+            offset += part
+
+    def _give_slice(self, region: Region, offset: int, size: int) -> None:
         try:
             self.given_back += region.discard(offset, size)
         except OSError as err:  # locked pages, for one: they stay, which the guest need not know

@@ -4,6 +4,10 @@ Requests are handled in the thread that serves their queue, straight between the
 memory: reads the page cache holds, and buffered writes. What would block (reads from the disk,
 O_DIRECT, flushes, discards) goes to a few worker threads, so that one slow request does not hold up
 those behind it. A flush is answered after fdatasync has returned, never before.
+
+Whoever waits for the device (a pause, a checkpoint, a reset, the end) shall not wait for long,
+whatever the guest asks for: what workers have before them is bounded, and a large request is
+carried out in slices by its queue's thread, which puts it back into the queue when it is told to.
 """
 
 from __future__ import annotations
@@ -15,12 +19,12 @@ from _thread import allocate_lock
 
 from vmm.errors import HostError, StateError
 from vmm.virtio import spec
-from vmm.virtio.device import VirtioDevice
+from vmm.virtio.device import Interrupted, VirtioDevice
 from vmm.virtio.queue import QueueError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from vmm.block.nbd import NbdImage
     from vmm.block.overlay import Overlay
@@ -58,6 +62,14 @@ ID_BYTES = 20
 REQUEST_MAX = 1 << 30
 """Bytes in one read or write. Linux asks for far less; a guest that names its whole memory a
 thousand times over in one request shall not keep a thread for hours."""
+LARGE = 16 << 20
+"""Bytes of a request that is carried out in slices. (Linux asks for 4 MiB at most by itself.)"""
+SLICE = 4 << 20
+"""Bytes read or written between two looks at `quiet`."""
+RANGE_SLICE = 64 << 20
+"""Bytes discarded or zeroed between two looks."""
+BACKLOG = 64 << 20
+"""Bytes of requests that workers have before them; more wait in the queue."""
 WORKERS = 8
 
 _HEADER = struct.Struct("<IIQ")
@@ -117,6 +129,9 @@ class Block(VirtioDevice):
         self._workers: list[object] = []
         self._parked: list[tuple[int, Callable[[], None]]] = []
         """(queue, job) of writes there was no space for."""
+        self._backlog = self._stalled = 0
+        """Bytes of requests that workers have; a bit for each queue that waits for there to be
+        fewer."""
         self._pending = 0
         self._pending_lock = allocate_lock()
         self._idle = allocate_lock()
@@ -190,18 +205,25 @@ class Block(VirtioDevice):
             if not self._in_range(sector, size) or size > REQUEST_MAX:
                 status[0] = S_IOERR
                 return 1
+            if size > LARGE and self.faults is None:
+                try:
+                    self._sliced(self.image.read, into, offset)
+                except OSError as err:
+                    return self._failed(status, "read", offset, err)
+                status[0] = S_OK
+                return size + 1
             try:
                 if not self.image.direct and self.image.read_cached(into, offset, size):
                     status[0] = S_OK
                     return size + 1
             except OSError as err:
                 return self._failed(status, "read", offset, err)
-            return self._later(index, chain, status, "read", offset, size + 1,
+            return self._later(index, chain, status, "read", offset, size, size + 1,
                                lambda: self.image.read(into, offset))  # fmt: skip
         if kind == T_OUT:
             return self._out(index, chain, status, sector, out)
         if kind == T_FLUSH:
-            return self._later(index, chain, status, "flush", 0, 1, self.image.flush)
+            return self._later(index, chain, status, "flush", 0, 0, 1, self.image.flush)
         if kind == T_GET_ID:
             written = min(size, ID_BYTES)
             chain.write(self.serial[:written])
@@ -241,9 +263,15 @@ class Block(VirtioDevice):
             status[0] = S_IOERR
             return 1
         offset = sector * SECTOR
-        if self._writeback and not image.direct:
+        large = size > LARGE and self.faults is None
+        if large or (self._writeback and not image.direct):
             try:
-                image.write(out, offset)
+                if large:
+                    self._sliced(image.write, out, offset)
+                else:
+                    image.write(out, offset)
+                if not self._writeback:
+                    image.flush()
                 status[0] = S_OK
                 return 1
             except OSError as err:
@@ -255,7 +283,20 @@ class Block(VirtioDevice):
             if not self._writeback:
                 image.flush()
 
-        return self._later(index, chain, status, "write", offset, 1, write)
+        return self._later(index, chain, status, "write", offset, size, 1, write)
+
+    def _sliced(
+        self,
+        carry_out: Callable[[Sequence[memoryview], int], None],
+        views: list[memoryview],
+        offset: int,
+    ) -> None:
+        """Read or write a large request. Raises Interrupted: it is to be carried out again."""
+        for part, size in slices(views, SLICE):
+            if self.quiet:
+                raise Interrupted
+            carry_out(part, offset)
+            offset += size
 
     def _ranges(
         self, index: int, chain: Chain, status: memoryview, kind: int, out: list[memoryview]
@@ -277,21 +318,43 @@ class Block(VirtioDevice):
             ranges.append((sector * SECTOR, count * SECTOR, bool(flags)))
         image = self.image
 
+        def carry_out(offset: int, size: int, unmap: bool) -> None:
+            if kind == T_DISCARD:
+                try:
+                    image.discard(offset, size)
+                except OSError as err:
+                    if err.errno != errno.EOPNOTSUPP:  # a discard is advice
+                        raise
+            else:
+                image.write_zeroes(offset, size, unmap=unmap)
+
         def work() -> None:
-            for offset, size, unmap in ranges:
-                if kind == T_DISCARD:
-                    try:
-                        image.discard(offset, size)
-                    except OSError as err:
-                        if err.errno != errno.EOPNOTSUPP:  # a discard is advice
-                            raise
-                else:
-                    image.write_zeroes(offset, size, unmap=unmap)
+            for each in ranges:
+                carry_out(*each)
             if kind == T_WRITE_ZEROES and not self._writeback:
                 image.flush()
 
-        name = "discard" if kind == T_DISCARD else "write zeroes"
-        return self._later(index, chain, status, name, ranges[0][0], 1, work)
+        name, total = "discard" if kind == T_DISCARD else "write zeroes", 0
+        for _, size, _ in ranges:
+            total += size
+        if total > LARGE and self.faults is None:
+            try:
+                for offset, size, unmap in ranges:
+                    end = offset + size
+                    while offset < end:  # at multiples: a format's blocks stay whole
+                        if self.quiet:
+                            raise Interrupted
+                        part = min(RANGE_SLICE - offset % RANGE_SLICE, end - offset)
+                        carry_out(offset, part, unmap)
+                        offset += part
+                if kind == T_WRITE_ZEROES and not self._writeback:
+                    image.flush()
+                status[0] = S_OK
+                return 1
+            except OSError as err:
+                if not self._is_full(err):
+                    return self._failed(status, name, ranges[0][0], err)
+        return self._later(index, chain, status, name, ranges[0][0], total, 1, work)
 
     def _failed(self, status: memoryview, what: str, offset: int, err: OSError) -> int:
         if getattr(err, "injected", False):
@@ -310,10 +373,14 @@ class Block(VirtioDevice):
         status: memoryview,
         what: str,
         offset: int,
+        size: int,
         written: int,
         work: Callable[[], None],
     ) -> int | None:
-        """Have a worker do it and give the chain back; None, as `request` answers then."""
+        """Have a worker do it and give the chain back; None, as `request` answers then.
+
+        Raises Interrupted: they have enough to do; the queue is looked at again later.
+        """
         queue = self.slots[index].queue
         assert queue is not None
         hold = None
@@ -321,6 +388,7 @@ class Block(VirtioDevice):
             work, hold = self.faults.plan(what, offset, chain, work)
 
         def job() -> None:
+            nonlocal size
             try:
                 work()
                 status[0] = S_OK
@@ -330,11 +398,29 @@ class Block(VirtioDevice):
                     self._park(index, job, f"{what}: {err.strerror}")
                     return
                 count = self._failed(status, what, offset, err)
+            finally:
+                self._done(size)
+                size = 0  # a job that was parked is begun once more
             self.finish(index, queue, chain, count)
 
         with self._pending_lock:
+            if self._backlog and self._backlog + size > BACKLOG and hold is None:
+                self._stalled |= 1 << index
+                raise Interrupted
+            self._backlog += size
             self._put([job], hold)
         return None
+
+    def _done(self, size: int) -> None:
+        """A worker has done a request of `size` bytes."""
+        with self._pending_lock:
+            self._backlog -= size
+            if not self._stalled or self._backlog > BACKLOG // 2:
+                return
+            stalled, self._stalled = self._stalled, 0
+        for index in range(len(self.slots)):
+            if stalled >> index & 1:
+                self.wake(index)
 
     def _put(
         self,
@@ -483,6 +569,24 @@ class Block(VirtioDevice):
             thread.join()  # type: ignore[attr-defined]
         self._workers = []
         self.image.close()
+
+
+def slices(views: Sequence[memoryview], size: int) -> Iterator[tuple[list[memoryview], int]]:
+    """`views` in pieces of `size` bytes, the last one of what is left; and the bytes of each."""
+    piece: list[memoryview] = []
+    room = size
+    for view in views:
+        at = 0
+        while at < len(view):
+            part = view[at : at + room]
+            piece.append(part)
+            at += len(part)
+            room -= len(part)
+            if not room:
+                yield piece, size
+                piece, room = [], size
+    if piece:
+        yield piece, size - room
 
 
 def _payload(chain: Chain) -> int:

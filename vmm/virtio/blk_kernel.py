@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmm.block.raw import RawImage
 from vmm.virtio import kernel, spec
+from vmm.virtio.device import Interrupted
 from vmm.virtio.queue import QueueError
 
 TYPE_CHECKING = False
@@ -45,6 +46,9 @@ class DiskKernel:
             self._disk.readable = True
             try:
                 self._go_on(index, slot, queue)
+            except Interrupted:
+                if queue.publish():
+                    device.interrupt(index)
             except QueueError as err:
                 if queue.publish():
                     device.interrupt(index)

@@ -33,7 +33,13 @@ CONTROL_RX, CONTROL_TX = 2, 3
 MESSAGES_MAX = 256
 """Control messages that wait for the guest's buffers; the oldest go first, more are dropped."""
 TURN = 64
-"""Chains of one port's output before others of the loop have their turn."""
+"""Chains of one port before others of the loop have their turn."""
+TURN_BYTES = 256 << 10
+"""Bytes of one port's output before that: a chain may name all of memory a thousand times."""
+CONTROL_TURN = 4
+"""Batches of control messages before that."""
+DONE, FULL, LATER = range(3)
+"""What `_put_out` says: all of a chain is out; the port takes no more; the turn is over."""
 
 
 class VirtioConsole(LoopDevice):
@@ -108,12 +114,21 @@ class VirtioConsole(LoopDevice):
         return first, first + 1
 
     def transmit(self, port: Port) -> None:
-        """Carry output from the guest to `port`, until either has no more."""
+        """Carry output from the guest to `port`, until either has no more. The loop does a turn,
+        then others, and goes on."""
         index = self.queues(port)[1]
+        while self._transmit(port, index) and not self.quiet:
+            if self._loop is not None:
+                self._loop.call_soon(self.notify, index)
+                return
+
+    def _transmit(self, port: Port, index: int) -> bool:
+        """A turn of it; whether there may be more to do."""
         queue = self.slots[index].queue
         if queue is None:
-            return
+            return False
         port.waits = False
+        left = TURN_BYTES
         try:
             for _ in range(TURN):
                 if port.chain is None:
@@ -121,35 +136,40 @@ class VirtioConsole(LoopDevice):
                     if not chains:
                         if queue.rearm():
                             continue
-                        return
+                        return False
                     port.chain = chains[0]
-                if not self._put_out(port, port.chain):
+                before = port.done
+                how = self._put_out(port, port.chain, before + left)
+                left -= port.done - before
+                if how == LATER:
+                    break
+                if how == FULL:
                     port.waits = True
                     port.wait_to_write()
-                    return
+                    return False
                 queue.push(port.chain, 0)
                 port.chain, port.done = None, 0
         finally:
             if queue.publish():
                 self.interrupt(index)
-        if self._loop is not None:
-            self._loop.call_soon(self.notify, index)
-        else:
-            self.transmit(port)
+        return True
 
-    def _put_out(self, port: Port, chain: Chain) -> bool:
-        """Output what is left of `chain`; False where the port takes no more now."""
+    def _put_out(self, port: Port, chain: Chain, end: int) -> int:
+        """Output of `chain` up to byte `end`, from where it is: DONE, FULL or LATER."""
         skip = port.done
         for view in chain.readable:
             size = len(view)
             while skip < size:
-                taken = port.write(view[skip:])
+                most = end - port.done
+                if most <= 0:
+                    return LATER
+                taken = port.write(view[skip : skip + most])
                 if not taken:
-                    return False
+                    return FULL
                 skip += taken
                 port.done += taken
             skip -= size
-        return True
+        return DONE
 
     def receive(self, port: Port) -> None:
         """Carry input from `port` to the guest, until either has no more."""
@@ -157,22 +177,34 @@ class VirtioConsole(LoopDevice):
         queue = self.slots[index].queue
         if queue is None:
             return
-        while port.has_input():
+        for _ in range(TURN):
+            if not port.has_input():
+                break
             chains = queue.pop_batch(1)
             if not chains:
                 if queue.rearm():
                     continue
                 break
             queue.push(chains[0], port.read_into(chains[0]))
+        else:
+            self.call_soon(index)
         if queue.publish():
             self.interrupt(index)
         port.drained()
+
+    def call_soon(self, index: int) -> None:
+        """Have queue `index` served after others of the loop; at once where there is no loop."""
+        loop = self._loop
+        if loop is None:
+            self.notify(index)
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(self.notify, index)
 
     # --- control ----------------------------------------------------------------------------------
 
     def _control(self, queue: VirtQueue) -> None:
         """The driver's control messages."""
-        for _ in range(TURN):
+        for _ in range(CONTROL_TURN):
             chains = queue.pop_batch()
             if not chains:
                 if queue.rearm():
@@ -185,8 +217,7 @@ class VirtioConsole(LoopDevice):
                     self._controlled(*CONTROL.unpack_from(data))
             if queue.publish():
                 self.interrupt(CONTROL_TX)
-        if self._loop is not None:
-            self._loop.call_soon(self.notify, CONTROL_TX)
+        self.call_soon(CONTROL_TX)
 
     def _controlled(self, number: int, event: int, value: int) -> None:
         if event == DEVICE_READY:

@@ -38,6 +38,11 @@ RING_FEATURES = spec.bits(
 COMPLAINTS = 10
 
 
+class Interrupted(Exception):
+    """A request is not carried out, or not wholly, and goes back into its queue: `quiet` was set
+    meanwhile, or enough is under way. Raised by `request`, which can carry it out once more."""
+
+
 class QueueSlot:
     """A queue as the driver configures it.
 
@@ -74,6 +79,7 @@ class VirtioDevice:
         status: the device status field (2.1).
         driver_features: what the driver accepted.
         interrupt: set by the transport: `interrupt(index)` tells of used buffers.
+        kick: set by the transport: what the driver's notify of a queue does; see `wake`.
         config_interrupt: set by the transport.
         on_error: told in one line of what the driver did wrong, or the host; see `complain`.
         complaints: how many lines more it is told: a guest must not fill a person's terminal.
@@ -83,6 +89,7 @@ class VirtioDevice:
             any thread when it has hung up: the guest may have no driver yet.
         quiet: no new requests are taken (a reset is under way, or it was restored and the machine
             has not gone on yet).
+        over: the machine ends: `quiet` stays set.
         control: held by what changes status, features or queues; transports hold it where a
             register write is more than one step. Taken before a slot's lock, never after.
     """
@@ -111,13 +118,14 @@ class VirtioDevice:
         self.status = 0
         self.driver_features = 0
         self.interrupt: Callable[[int], None] = _nobody
+        self.kick: Callable[[int], None] = self.notify
         self.config_interrupt: Callable[[], None] = _nothing
         self.on_error: Callable[[str], None] | None = None
         self.complaints = COMPLAINTS
         self.on_bug: Callable[[BaseException], object] = _raise
         self.on_stop: Callable[[str], None] = _nobody
         self.peers: list[tuple[int, Callable[[], object]]] = []
-        self.quiet = False
+        self.quiet = self.over = False
         self.control = RLock()
         self._lock = allocate_lock()
         self._restored = False
@@ -129,19 +137,31 @@ class VirtioDevice:
     # --- for devices to override ------------------------------------------------------------------
 
     def request(self, index: int, chain: Chain) -> int | None:
-        """Answer a request of queue `index`: the bytes written; None keeps it, see `finish`."""
+        """Answer a request of queue `index`: the bytes written; None keeps it, see `finish`.
+
+        It takes a fraction of a second at most: one that may take longer looks at `quiet` now and
+        then, and raises `Interrupted`.
+        """
         return 0
 
     def requests(self, index: int, queue: VirtQueue, chains: list[Chain]) -> None:
-        """Answer a batch; a device overrides this where a batch is cheaper than its parts."""
-        for number, chain in enumerate(chains):
-            if self.quiet:  # who waits for us has waited long enough
-                for later in reversed(chains[number:]):
-                    queue.unpop(later)
-                return
-            written = self.request(index, chain)
-            if written is not None:
-                queue.push(chain, written)
+        """Answer a batch; a device overrides this where a batch is cheaper than its parts.
+
+        Raises Interrupted: the rest of it is in the queue again.
+        """
+        done = 0
+        try:
+            for chain in chains:
+                if self.quiet:  # who waits for us has waited long enough
+                    raise Interrupted
+                written = self.request(index, chain)
+                done += 1
+                if written is not None:
+                    queue.push(chain, written)
+        except Interrupted:
+            for later in reversed(chains[done:]):
+                queue.unpop(later)
+            raise
 
     def started(self) -> None:
         """DRIVER_OK: features and queues are final."""
@@ -193,10 +213,21 @@ class VirtioDevice:
                             self.interrupt(index)
                     elif not queue.rearm():
                         return
+            except Interrupted:
+                if queue.publish():
+                    self.interrupt(index)
             except QueueError as err:
                 if queue.publish():
                     self.interrupt(index)
                 self.needs_reset(f"queue {index}: {err}")
+
+    def wake(self, index: int) -> None:
+        """Have queue `index` looked at by the thread that serves it; from any thread, which does
+        not serve the queue itself: a guest could keep it busy for ever."""
+        if self.ON_LOOP or self.EXTERNAL or index in self.external:
+            self.notify(index)
+        else:
+            self.kick(index)
 
     def finish(self, index: int, queue: VirtQueue, chain: Chain, written: int) -> None:
         """Give back a chain that `request` kept; from any thread."""
@@ -278,10 +309,10 @@ class VirtioDevice:
     def enable_queue(self, index: int) -> bool:
         """The driver enables queue `index` with the addresses in its slot; whether it could be."""
         slot = self.slots[index]
-        with self.control, slot.lock:
+        with self.control:
             if not self.status & spec.FEATURES_OK:
                 return False
-            if slot.queue is not None:
+            if slot.queue is not None:  # its lock may be held for as long as the driver likes
                 return True
             try:
                 slot.queue = self._ring(slot)
@@ -315,9 +346,9 @@ class VirtioDevice:
             with slot.lock:
                 slot.clear()
                 self.queue_stopped(index)
-            self.quiet = False
+            self.quiet = self.over
         for other in range(len(self.slots)):  # what they were notified of meanwhile
-            self.notify(other)
+            self.wake(other)
 
     def queue_stopped(self, index: int) -> None:
         """Queue `index` was reset by itself; forget what was under way in it."""
@@ -336,7 +367,7 @@ class VirtioDevice:
                 self.driver_features = 0
                 self.stopped()
             finally:
-                self.quiet = self._restored = False
+                self.quiet, self._restored = self.over, False
                 for slot in self.slots:
                     slot.lock.release()
 
@@ -380,7 +411,7 @@ class VirtioDevice:
             self._silence()
         for slot in self.slots:
             slot.lock.acquire()
-        self.quiet = quiet
+        self.quiet = quiet or self.over
 
     def release(self) -> None:
         """The end of `hold`."""
@@ -391,7 +422,7 @@ class VirtioDevice:
         self.control.release()
         if not self._held:  # who was turned away is served, and what was given back
             for index in range(len(self.slots)):
-                self.notify(index)
+                self.wake(index)
 
     def save(self) -> dict[str, object]:
         """Negotiation and queues as plain data; while vCPUs are parked. The device goes on."""
@@ -458,7 +489,7 @@ class VirtioDevice:
     def resume(self) -> None:
         """The machine goes on: after a pause, or for the first time after `restore`."""
         if self._restored:
-            self._restored = self.quiet = False
+            self._restored, self.quiet = False, self.over
             if self.ON_LOOP and self.status & spec.DRIVER_OK:
                 self.started()
         self.resumed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from vmm.net.port import collect
 from vmm.virtio import net_spec as n
 from vmm.virtio import spec
 from vmm.virtio.queue import CHAIN_MAX, QueueError
@@ -199,14 +200,14 @@ class Receiver:
     def _overflow(self, size: int) -> None:
         """The frame did not fit: wait for more buffers, or drop it where one must do."""
         if self._device.mergeable:
-            self._held = b"".join([*self._views, self._spill])[:size]
+            self._held = bytes(collect([*self._views, self._spill], size))
         else:
             self.dropped += 1
 
     def _deliver_slowly(self, queue: VirtQueue, size: int) -> None:
         """As `_deliver`, for buffers cut into unusual pieces: by way of a copy."""
         device = self._device
-        frame = memoryview(bytearray(b"".join([*self._views[:VIEWS_MAX], self._spill])[:size]))
+        frame = memoryview(collect([*self._views[:VIEWS_MAX], self._spill], size))
         if size > self._size:
             if device.mergeable:
                 self._held = bytes(frame)

@@ -6,7 +6,7 @@ timer of the loop sets off is serialized with the queues.
 
 from __future__ import annotations
 
-from _thread import RLock, get_ident
+from _thread import RLock, allocate_lock, get_ident
 
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
@@ -28,6 +28,8 @@ class LoopDevice(VirtioDevice):
         self._mutex = RLock()
         for slot in self.slots:
             slot.lock = self._mutex
+        self._gate = allocate_lock()
+        self._wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
@@ -75,6 +77,9 @@ class LoopDevice(VirtioDevice):
 
     def locked(self, function: Callable[..., object], *args: object) -> None:
         """Call `function` with the lock, unless the device is being reset; then `flush`."""
+        if self._wanted and not self._mutex._is_owned():  # type: ignore[attr-defined]
+            with self._gate:  # who has the lock most of the time lets others in
+                pass
         with self._mutex:
             if self.quiet or not self.status & spec.DRIVER_OK:
                 return
@@ -83,6 +88,18 @@ class LoopDevice(VirtioDevice):
                 self.flush()
             except QueueError as err:
                 self.needs_reset(str(err))
+
+    def hold(self) -> None:
+        with self.control:
+            if self._mutex._is_owned():  # type: ignore[attr-defined]
+                super().hold()
+                return
+            with self._gate:
+                self._wanted = True
+                try:
+                    super().hold()
+                finally:
+                    self._wanted = False
 
     def notify(self, index: int) -> None:
         if self._loop is not None and get_ident() != self._thread:

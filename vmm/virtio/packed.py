@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import struct
 
-from vmm.virtio.queue import CHAIN_MAX, DESC, Chain, QueueError, VirtQueue, fence, need_event
+from vmm.virtio.queue import (
+    BATCH_MAX,
+    CHAIN_MAX,
+    DESC,
+    Chain,
+    QueueError,
+    VirtQueue,
+    fence,
+    need_event,
+)
 from vmm.virtio.spec import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -64,7 +73,7 @@ class PackedQueue(VirtQueue):
         self._old = 0
         """Where the ring of used entries stood at the last `publish`, as position | wrap << 15."""
 
-    def pop_batch(self, limit: int = 256) -> list[Chain]:
+    def pop_batch(self, limit: int = BATCH_MAX) -> list[Chain]:
         if self.broken:
             return []
         chains: list[Chain] = []

@@ -24,6 +24,8 @@ DESC = struct.Struct("<QIHH")
 """addr, len, flags, next (split); addr, len, id, flags (packed)."""
 CHAIN_MAX = 1024
 """Descriptors in one chain: IOV_MAX, so that a chain is always one preadv(2)."""
+BATCH_MAX = 64
+"""Chains taken from a queue at once: some 50 ms where each is as long as it may be."""
 
 _fence_lock = allocate_lock()
 
@@ -111,7 +113,7 @@ class VirtQueue:
         self._low = low.data
         self._low_size = low.size
 
-    def pop_batch(self, limit: int = 256) -> list[Chain]:
+    def pop_batch(self, limit: int = BATCH_MAX) -> list[Chain]:
         """Up to `limit` chains the driver has made available; raises `QueueError`."""
         raise NotImplementedError
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from vmm.virtio.queue import CHAIN_MAX, DESC, Chain, QueueError, VirtQueue, fence, need_event
+from vmm.virtio.queue import (
+    BATCH_MAX,
+    CHAIN_MAX,
+    DESC,
+    Chain,
+    QueueError,
+    VirtQueue,
+    fence,
+    need_event,
+)
 from vmm.virtio.spec import (
     AVAIL_F_NO_INTERRUPT,
     DESC_F_INDIRECT,
@@ -53,7 +62,7 @@ class SplitQueue(VirtQueue):
         self._next_used = 0
         self._published = 0
 
-    def pop_batch(self, limit: int = 256) -> list[Chain]:
+    def pop_batch(self, limit: int = BATCH_MAX) -> list[Chain]:
         if self.broken:
             return []
         avail = self._avail

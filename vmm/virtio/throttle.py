@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vmm.virtio import spec
 from vmm.virtio.alarm import Alarm
+from vmm.virtio.device import Interrupted
 from vmm.virtio.limit import Limit
 from vmm.virtio.queue import QueueError
 
@@ -85,6 +86,9 @@ class Throttle:
                             return
                     elif not queue.rearm():
                         return
+            except Interrupted:
+                if queue.publish():
+                    device.interrupt(index)
             except QueueError as err:
                 if queue.publish():
                     device.interrupt(index)

@@ -46,6 +46,7 @@ class Transport(Device):
         self._features_sel = self._driver_sel = self._queue_sel = 0
         self._driver_features = 0
         device.interrupt = self._interrupt
+        device.kick = self.notify
         device.config_interrupt = self._config_interrupt
 
     def close(self) -> None:

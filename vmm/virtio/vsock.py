@@ -41,6 +41,8 @@ RX, TX, EVENT = 0, 1, 2
 REPLIES_MAX = 256
 """Packets for the guest that wait for its buffers; beyond, nothing more is taken from it."""
 BATCH = 32
+HUNGRY = 64
+"""Connections that are given a burst when the guest gives buffers, before that."""
 TURN = 8
 """Batches of the guest's packets before others of the loop have their turn."""
 STREAMS_MAX = 1024
@@ -150,9 +152,11 @@ class Vsock(LoopDevice):
         elif index == EVENT:
             self._send_event()
         elif self._hungry:
-            hungry, self._hungry = self._hungry, {}
-            for stream in hungry:
+            for stream in list(self._hungry)[:HUNGRY]:
+                self._hungry.pop(stream, None)
                 stream.pull()
+            if self._hungry and self._buffers and self._loop is not None:
+                self._loop.call_soon(self.notify, RX)
 
     def _transmit(self, queue: VirtQueue) -> None:
         """Take the guest's packets."""

@@ -6,7 +6,7 @@
 #define T_OUT 1
 #define T_GET_ID 8
 #define SECTOR 512
-#define REQUEST_MAX (1ull << 30)
+#define REQUEST_MAX (16u << 20) /* as LARGE there: larger ones are carried out in slices */
 #define BATCH 64          /* requests before others get the lock */
 #define BATCH_BYTES (4u << 20)
 #define PUBLISH 8         /* requests, or */

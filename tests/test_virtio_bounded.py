@@ -1,0 +1,227 @@
+"""Whatever its guest asks a device for, a machine pauses, is kept and ends without waiting for it.
+
+Each request here would take minutes: all of memory a thousand times over, or as many system calls
+as a request can name.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.bare import DriverOn, bare_machine, until
+from tests.support.virtio_driver import table
+from vmm import Machine
+from vmm.layout import GIB, MIB
+from vmm.net.pcap import FifoCapture
+from vmm.virtio import blk, mmio
+from vmm.virtio.vsock_packet import HEADER
+
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane]
+
+MEMORY = 2 * GIB
+WITHIN = 15.0
+"""Seconds that a call has here: it takes milliseconds, or minutes."""
+NUMBERS = 48 * MIB
+"""Where page numbers for the balloon are; every second page from 64 MiB on."""
+
+
+class Greedy(DriverOn):
+    """A driver whose queues are full of requests without end."""
+
+    def __init__(self, machine: Machine, number: int) -> None:
+        self.area = number * MIB
+        self.table = self.area + 0xC0000
+        super().__init__(machine, number, size=256)  # type: ignore[arg-type]
+
+    def fill(self, queue: int, buffers: list[tuple[int, int, bool]]) -> None:
+        """Make as many chains of `buffers` available as the queue has entries."""
+        ring, memory = self.rings[queue], self.memory
+        rows = table(buffers)
+        memory.write(self.table, rows)
+        size = min(self.size, len(ring.free))  # type: ignore[attr-defined]
+        for slot in range(size):
+            memory.write(ring.desc + 16 * slot, struct.pack("<QIHH", self.table, len(rows), 4, 0))
+            memory.write_u16(ring.driver + 4 + 2 * slot, slot)
+        memory.write_u16(ring.driver + 2, size)
+        self.kick(queue)
+
+
+def console(driver: Greedy) -> None:
+    driver.fill(1, [(64 * MIB, 1 * GIB, False)] * 1023)
+
+
+def port(driver: Greedy) -> None:
+    driver.memory.write(driver.area + 0xB0000, struct.pack("<IHH", 1, 3, 1))
+    driver.rings[3].add([(driver.area + 0xB0000, 8, False)])
+    driver.kick(3)
+    driver.fill(5, [(64 * MIB, 1 * GIB, False)] * 1023)
+
+
+def disk(kind: int) -> Callable[[Greedy], None]:
+    def ask(driver: Greedy) -> None:
+        header = driver.area + 0xB0000
+        driver.memory.write(header, struct.pack("<IIQ", kind, 0, 0))
+        data = [(64 * MIB, MIB, kind == blk.T_IN)] * 1022
+        driver.fill(0, [(header, 16, False), *data, (header + 64, 1, True)])
+
+    return ask
+
+
+def zeroes(driver: Greedy) -> None:
+    header = driver.area + 0xB0000
+    ranges = struct.pack("<QII", 0, GIB // 512, 0) * blk.RANGES
+    driver.memory.write(header, struct.pack("<IIQ", blk.T_WRITE_ZEROES, 0, 0) + ranges)
+    driver.fill(0, [(header, 16, False), (header + 16, len(ranges), False), (header - 1, 1, True)])
+
+
+def balloon(driver: Greedy) -> None:
+    count = 1 << 18
+    pages = struct.pack(f"<{count}I", *range(0x4000, 0x4000 + 2 * count, 2))
+    driver.memory.write(NUMBERS, pages)
+    driver.fill(0, [(NUMBERS, len(pages), False)])
+
+
+def reported(driver: Greedy) -> None:
+    driver.fill(3, [(64 * MIB, 1 * GIB, True)] * 1023)
+
+
+def entropy(driver: Greedy) -> None:
+    driver.fill(0, [(64 * MIB, 1 * GIB, True)] * 1023)
+
+
+def socket(driver: Greedy) -> None:
+    driver.memory.write(driver.area + 0xB0000, HEADER.pack(9, 2, 1, 1, 0, 1, 5, 0, 0, 0))
+    driver.fill(1, [(driver.area + 0xB0000, HEADER.size, False), (64 * MIB, GIB, False)])
+
+
+def card(driver: Greedy) -> None:
+    driver.fill(0, [(64 * MIB, 1, True), *[(64 * MIB, 1 * GIB, True)] * 1022])
+    driver.fill(1, [(64 * MIB, 1, False)] * 1023)
+
+
+CASES: dict[str, tuple[str, Callable[[Greedy], None]]] = {
+    "console": ("console", console),
+    "port": ("console", port),
+    "blk-in": ("blk0", disk(blk.T_IN)),
+    "blk-out": ("blk0", disk(blk.T_OUT)),
+    "blk-zeroes": ("blk0", zeroes),
+    "balloon": ("balloon", balloon),
+    "reported": ("balloon", reported),
+    "rng": ("rng", entropy),
+    "vsock": ("vsock", socket),
+    "net": ("net0", card),
+}
+ALL = ("console", "blk-in", "balloon", "rng", "vsock", "net")
+
+
+def within(what: str, function: Callable[[], object]) -> None:
+    """Call `function`, which must return."""
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as err:
+            failures.append(err)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(WITHIN)
+    assert not thread.is_alive(), f"{what} waits for the guest's requests"
+    assert not failures, f"{what}: {failures}"
+
+
+def machine_with_all(path: Path) -> Machine:
+    image = path / "disk.img"
+    image.touch()
+    with image.open("r+b") as file:
+        file.truncate(GIB)
+    return bare_machine(
+        "1: jmp 1b",
+        memory=MEMORY,
+        console="hvc,none",
+        ports=[f"name=log,file={path}/log"],
+        drives=[f"{image},snapshot"],
+        nets=["lan=bounded"],
+        rng=True,
+        balloon=0,
+        vsock=f"cid=9,path={path}/vsock",
+    )
+
+
+def number_of(machine: Machine, name: str) -> int:
+    virtio = machine.platform.virtio
+    assert virtio is not None
+    names = [transport.device.name for transport in virtio.transports]
+    return next(number for number, each in enumerate(names) if each.startswith(name))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("cases", [*((name,) for name in CASES), ALL], ids="+".join)
+def test_nobody_waits_for_the_guest(cases: tuple[str, ...], tmp_path: Path) -> None:
+    machine = machine_with_all(tmp_path)
+    drivers: list[Greedy] = []
+    try:
+        machine.start()
+        for case in cases:
+            name, ask = CASES[case]
+            drivers.append(Greedy(machine, number_of(machine, name)))
+            ask(drivers[-1])
+        for _ in range(2):
+            within("pause", machine.pause)
+            within("checkpoint", machine.checkpoint)
+            within("resume", machine.resume)
+        within("rollback", machine.rollback)
+        within("checkpoint of a running machine", machine.checkpoint)
+        for driver in drivers:
+            within("queue enabled again", lambda driver=driver: driver.write(mmio.QUEUE_READY, 1))
+            within("reset", lambda driver=driver: driver.write(mmio.STATUS, 0))
+        for driver, case in zip(drivers, cases, strict=True):
+            driver.start()
+            CASES[case][1](driver)
+        resets = [
+            threading.Thread(target=driver.write, args=(mmio.STATUS, 0)) for driver in drivers
+        ]
+        for reset in resets:
+            reset.start()
+        within("stop", machine.stop)
+        within("close", machine.close)
+        for reset in resets:
+            reset.join(WITHIN)
+            assert not reset.is_alive()
+        assert machine.exit is not None
+        assert machine.exit.kind == "stopped"
+    finally:
+        within("close", machine.close)
+
+
+def test_output_goes_on_after_a_turn(tmp_path: Path) -> None:
+    """A long chain is put out to its end, a turn after the other."""
+    machine = machine_with_all(tmp_path)
+    try:
+        machine.start()
+        driver = Greedy(machine, number_of(machine, "console"))
+        driver.memory.write(64 * MIB, b"0123456789abcdef" * (MIB // 16))
+        driver.rings[1].add([(64 * MIB, MIB, False)] * 3)
+        driver.kick(1)
+        until(lambda: machine.console.position == 3 * MIB)
+        until(lambda: len(driver.rings[1].used()) == 1)
+    finally:
+        machine.close()
+
+
+def test_a_capture_copies_a_frame_and_not_its_buffers(tmp_path: Path) -> None:
+    import mmap
+    import os
+
+    os.mkfifo(tmp_path / "fifo")
+    capture = FifoCapture(str(tmp_path / "fifo"))
+    with mmap.mmap(-1, GIB) as memory, memoryview(memory) as view:
+        capture.record([view] * 1000, 80)
+    capture.close()
+    assert "1 frames" not in capture.error

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
@@ -115,13 +116,15 @@ def test_the_kernels_root_and_ctrl_c(cloud_kernel: Kernel, root: Path, tmp_path:
 def test_in_a_build_tree(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> None:
     """A kernel developer's day: no KERNEL, this directory, oneself, a terminal, what is built."""
     tree = build_tree.make(tmp_path / "linux", cloud_kernel)
-    results, scratch = tree / "results", tmp_path / "scratch"
+    results, scratch = tree / "results", Path(tempfile.mkdtemp(dir="/var/tmp"))
+    results.mkdir()
     for directory in (results, scratch):
-        directory.mkdir()
         os.chown(directory, 1000, 1000)
+    (root / "data").mkdir()
+    (root / "var").symlink_to("/data")  # in the guest, not where the agent begins
     script = (
         "uname -r; pwd; id -u; echo $TERM; tty; hostname; cat ../.config | md5sum; echo kept > it; "
-        f"echo $(touch {scratch}/x && ls {scratch})"
+        f"echo $(touch {scratch}/x && ls /data/tmp/{scratch.name})"
     )
     words = [
         sys.executable, "-m", "vmm", "exec", "-v", "--append", "quiet hostname=box", "--timeout",
@@ -142,3 +145,20 @@ def test_in_a_build_tree(cloud_kernel: Kernel, root: Path, tmp_path: Path) -> No
     assert (results / "it").read_text() == "kept\n"
     assert (results / "it").stat().st_uid == 1000
     assert list(scratch.iterdir()) == []
+    scratch.rmdir()
+
+
+def test_in_a_build_tree_with_nothing_else_said(cloud_kernel: Kernel) -> None:
+    """Its kernel, this host's root, the directory one is in."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as top:
+        tree = build_tree.make(Path(top) / "linux", cloud_kernel)
+        done = subprocess.run(
+            [sys.executable, "-m", "vmm", "exec", "--", "sh", "-c",
+             "uname -r; pwd; echo gone > here; cat here; stat -c %U:%G ../../../Makefile"],
+            cwd=tree / "tools/testing/selftests", capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=350,
+        )  # fmt: skip
+        assert (done.stderr, done.returncode) == ("", 0)
+        directory = str(tree / "tools/testing/selftests")
+        assert done.stdout.splitlines() == [cloud_kernel.release, directory, "gone", "root:root"]
+        assert os.listdir(directory) == []

@@ -20,11 +20,14 @@
 
 #define CONFIG_MAX (64 << 10)
 #define LINES 300 /* of mount and net */
+#define MOVE_FROM_DESCRIPTOR 4 /* MOVE_MOUNT_F_EMPTY_PATH, linux/mount.h */
+#define MOVE_TO_FOLLOWS 0x10   /* MOVE_MOUNT_T_SYMLINKS */
 #define PATIENCE 10000 /* milliseconds for a disk to appear */
 
 static int proc = -1;
 static const char *guest_init, *root_kind, *root_name, *hostname;
 static char *mounts[LINES], *nets[LINES];
+static int mounted[LINES]; /* descriptors of what `mounts` says, before it is at its path */
 static int mount_count, net_count;
 static int overlay;
 static unsigned long root_flags;
@@ -194,28 +197,29 @@ static void make_upper(const char *lower, const char *upper)
     SYS3(fchmodat, AT_FDCWD, upper, found.st_mode & 07777);
 }
 
-/* The directory at `path` (absolute) below this one, and those above it. */
+/* The directory at `path` (absolute), and those above it. */
 static void make_directories(char *path)
 {
     for (char *at = path + 1; *at; at++)
         if (*at == '/') {
             *at = 0;
-            sys_mkdir(path + 1, 0755);
+            sys_mkdir(path, 0755);
             *at = '/';
         }
-    sys_mkdir(path + 1, 0755);
+    sys_mkdir(path, 0755);
 }
 
-/* Mount a directory of the host's at its path in the guest's root, which is this directory. */
-static void mount_directory(char *line, int number)
+/* Mount a directory of the host's below /.vmm, and have the line be its path. */
+static void mount_directory(int number)
 {
-    char *tag = line, name[21], lower[64], upper[64], work[64], options[256];
+    char *tag = mounts[number], name[21], place[64], lower[64], upper[64], work[64], options[256];
     char *mode = part(tag), *path = part(mode);
+    const char *digits = decimal(name, number);
     int error;
 
-    make_directories(path);
+    join(place, sizeof place, "/.vmm/directory-", digits, (char *)0);
+    sys_mkdir(place, 0755);
     if (!strcmp(mode, "overlay")) {
-        const char *digits = decimal(name, number);
         join(lower, sizeof lower, "/.vmm/lower-", digits, (char *)0);
         join(upper, sizeof upper, "/.vmm/over-", digits, "/upper", (char *)0);
         join(work, sizeof work, "/.vmm/over-", digits, (char *)0);
@@ -230,12 +234,28 @@ static void mount_directory(char *line, int number)
         join(options, sizeof options, "lowerdir=", lower, ",upperdir=", upper, ",workdir=", work,
              (char *)0);
         if (!error)
-            error = sys_mount("overlay", path + 1, "overlay", root_flags, options);
+            error = sys_mount("overlay", place, "overlay", root_flags, options);
     } else {
-        error = sys_mount(tag, path + 1, "virtiofs", root_flags, 0);
+        error = sys_mount(tag, place, "virtiofs", root_flags, 0);
     }
+    mounts[number] = path;
+    mounted[number] = error ? error : sys_open(place, O_PATH);
+    if (mounted[number] < 0)
+        give_up("cannot mount", path, mounted[number]);
+}
+
+/* Move such a mount to its path, in the guest's root: a link there leads to places in it. */
+static void move_directory(int number)
+{
+    char *path = mounts[number];
+    int error;
+
+    make_directories(path);
+    error = (int)SYS5(move_mount, mounted[number], "", AT_FDCWD, path,
+                      MOVE_FROM_DESCRIPTOR | MOVE_TO_FOLLOWS);
     if (error)
         give_up("cannot mount", path, error);
+    sys_close(mounted[number]);
 }
 
 /* Mount it at /.vmm/root and make it this directory. */
@@ -267,7 +287,7 @@ static void mount_asked_root(void)
     sys_chdir("/.vmm/root");
     furnish();
     for (int n = 0; n < mount_count; n++)
-        mount_directory(mounts[n], n);
+        mount_directory(n);
 }
 
 /* --- the root file system the kernel would have mounted --- */
@@ -414,6 +434,8 @@ _Noreturn void init(char **argv, char **envp)
         sys_chroot(".");
         sys_chdir("/");
     }
+    for (int n = 0; root_kind && n < mount_count; n++)
+        move_directory(n);
     if (hostname)
         name_host(hostname);
     for (int n = 0; n < net_count; n++)

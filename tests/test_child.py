@@ -39,6 +39,25 @@ def test_close_ends_it(tmp_path: Path) -> None:
     child.close()
 
 
+def test_descriptors_beyond_the_limit_are_kept_from_it(tmp_path: Path) -> None:
+    """A shell's own descriptor 250, then `ulimit -n 64`."""
+    code = (
+        "import os, resource, time; from vmm.child import Child\n"
+        "os.dup2(1, 250)\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        f"c = Child(['/bin/sh', '-c', 'ls /proc/self/fd > {tmp_path}/list; echo $$ > "
+        f"{tmp_path}/pid; exec sleep 1000'])\n"
+        f"while not os.path.exists('{tmp_path}/pid'): time.sleep(0.01)\n"
+        "c.close(); print(os.get_inheritable(250))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert "250" not in (tmp_path / "list").read_text().split()
+
+
 def test_one_that_does_not_listen_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from itertools import pairwise
 
 import pytest
 
@@ -36,6 +37,16 @@ def test_help_fits_and_loses_no_word(command: str, width: int) -> None:
     if command:
         assert done.stdout.startswith(f"usage: vmm {command}") and "--help" in done.stdout
         assert vmm("help", command, COLUMNS=str(width)).stdout == done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "exec", "restore", "snapshot", "resize"])
+@pytest.mark.parametrize("width", [50, 80])
+def test_a_paragraph_of_help_is_filled(command: str, width: int) -> None:
+    """No line ends early, but a paragraph's last and a list's."""
+    lines = vmm(command, "--help", COLUMNS=str(width)).stdout.splitlines()
+    for line, after in pairwise(lines):
+        if line and after and not line[0].isspace() and not after[0].isspace():
+            assert len(line) + 1 + len(after.split()[0]) > width or line.endswith((".", ":")), line
 
 
 def test_without_a_terminal_it_is_the_usual_width() -> None:

@@ -12,6 +12,7 @@ it is given, no signal blocked or ignored, and a bounded place for what it says.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -100,7 +101,10 @@ class Child:
         except BaseException as err:
             self.close()
             if isinstance(err, OSError):
-                raise HostError(f"{self.name} cannot be started: {err.strerror}") from err
+                reason = err.strerror
+                if err.errno == errno.EMFILE:
+                    reason = f"{reason}; see `ulimit -n`"
+                raise HostError(f"{self.name} cannot be started: {reason}") from err
             raise
         drop_in_child(self)
 
@@ -217,12 +221,18 @@ def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequen
     standard_now = [new if new >= 0 else fd for new, fd in zip(moved, standard, strict=True)]
     actions: list[tuple[int, ...]] = []
     given = set(pass_fds)
+    limit = os.sysconf("SC_OPEN_MAX")
+    beyond: list[int] = []  # opened before the limit was lowered: posix_spawn refuses to name them
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         if fd > 2 and fd not in given:
             with suppress(OSError):  # listdir's own has gone
                 if os.get_inheritable(fd):
-                    actions.append((os.POSIX_SPAWN_CLOSE, fd))
+                    if fd < limit:
+                        actions.append((os.POSIX_SPAWN_CLOSE, fd))
+                    else:
+                        os.set_inheritable(fd, False)
+                        beyond.append(fd)
     actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(standard_now)]
     # A descriptor that is made a copy of itself is inherited (posix_spawn(3)).
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
@@ -237,6 +247,9 @@ def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequen
             setsigdef=_DEFAULT,
         )
     finally:
+        for fd in beyond:
+            with suppress(OSError):
+                os.set_inheritable(fd, True)
         for fd in moved:
             if fd >= 0:
                 os.close(fd)

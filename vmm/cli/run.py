@@ -27,7 +27,8 @@ exit status:
   2    wrong usage                      120  guest panic (pvpanic)
   69   the host cannot run it           121  triple fault
   70   the monitor failed               122  emulation failure, failed entry
-  124  --timeout passed                 130  ended by Ctrl-A x or SIGINT; 129 SIGHUP, 143 SIGTERM
+  124  --timeout passed                 130  ended by Ctrl-A x or SIGINT
+  129  ended by SIGHUP                  143  ended by SIGTERM
   141  the reader of standard output has gone (vmm run ... | head -1)
 
 on a terminal: Ctrl-A x ends the machine, Ctrl-A h helps, Ctrl-A c sends a break.

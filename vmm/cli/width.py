@@ -23,11 +23,12 @@ def columns() -> int:
 
 
 def fit(text: str, width: int) -> str:
-    """`text` with its longer lines folded at spaces to `width`, continued under their words."""
+    """`text` with its longer lines folded at spaces to `width`, continued under their words. A
+    paragraph without indents in which a line is longer is filled anew."""
     from textwrap import wrap
 
     lines: list[str] = []
-    for line in text.split("\n"):
+    for line in _filled(text.split("\n"), width):
         if len(line) <= width:
             lines.append(line)
             continue
@@ -39,3 +40,20 @@ def fit(text: str, width: int) -> str:
             break_on_hyphens=False,
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _filled(lines: list[str], width: int) -> list[str]:
+    """`lines`, where those of a paragraph that does not fit are one."""
+    found: list[str] = []
+    paragraph: list[str] = []
+    for line in [*lines, ""]:
+        plain = line and not line[0].isspace() and not line.startswith("usage: ")
+        if plain and not line.endswith(":"):
+            paragraph.append(line)
+            continue
+        if paragraph:
+            whole = max(map(len, paragraph)) <= width
+            found += paragraph if whole else [" ".join(paragraph)]
+            paragraph = []
+        found.append(line)
+    return found[:-1]

@@ -345,7 +345,9 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                 self._watch()
             except RuntimeError as err:
                 self.monitor_failed(err)
-                raise HostError(f"--cpus {self.config.cpus}: {err}; see `ulimit -u`") from err
+                raise HostError(
+                    f"--cpus {self.config.cpus}: {err}; see `ulimit -u` and `ulimit -v`"
+                ) from err
             if self.restored:
                 for thread in self._threads:
                     thread.resumed()

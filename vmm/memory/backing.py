@@ -103,6 +103,8 @@ def _refuse(kind: str, size: int, err: Exception) -> NoReturn:
     if kind == "hugetlbfs":
         hint = "reserve huge pages: sysctl vm.nr_hugepages=" + str(size // (2 * MIB))
     number = err.errno if isinstance(err, OSError) and err.errno else errno.ENOMEM
+    if number in (errno.EMFILE, errno.ENFILE):
+        hint = "see `ulimit -n`"
     raise HostError(
         f"memory: cannot map {size // MIB} MiB ({kind}): {os.strerror(number)}; {hint}"
     ) from err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -92,3 +93,21 @@ def test_files_that_are_not_there_or_too_short(tmp_path: Path) -> None:
     short.write_bytes(bytes(4096 + 4095))
     with pytest.raises(UsageError, match=rf"{short} is shorter than 8192 bytes"):
         map_backing("file-private", 4096, path=str(short), offset=4096)
+
+
+def test_a_peer_cannot_cut_shared_memory_short() -> None:
+    """A vhost-user back end has the descriptor; pages beyond the end would be SIGBUS."""
+    mapping = map_backing("memfd", MIB)
+    fd = os.dup(mapping.fd)  # type: ignore[attr-defined]
+    try:
+        for size in (0, MIB - PAGE_SIZE, 2 * MIB):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, 1033, 8)  # F_ADD_SEALS, F_SEAL_WRITE: not another seal either
+        mapping[:4] = b"here"
+        mapping.madvise(mmap.MADV_REMOVE, 0, PAGE_SIZE)  # what a balloon does
+        assert mapping[:4] == bytes(4)
+    finally:
+        os.close(fd)
+        mapping.close()

@@ -179,3 +179,16 @@ def test_few_descriptors(tmp_path: Path) -> None:
             assert done.stderr.startswith("vmm: "), (most, done.stderr)
         assert not list(tmp_path.glob("vmm-*")), most
     assert told
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o777])
+def test_a_socket_is_for_its_user_only(tmp_path: Path, mask: int) -> None:
+    """From the moment there is one; whatever the umask."""
+    before = os.umask(mask)
+    try:
+        listener, identity = unix.listen(str(tmp_path / "x"), "--vsock path=x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600 & ~mask
+    listener.close()
+    unix.remove(str(tmp_path / "x"), identity)

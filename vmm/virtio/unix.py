@@ -61,7 +61,8 @@ def connect(sock: socket.socket | _socket.socket, path: str) -> None:
 
 
 def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
-    """A socket that does not block, and what `remove` wants. UsageError begins with `option`."""
+    """A socket that does not block and that only this user can connect to, and what `remove` wants.
+    UsageError begins with `option`."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         # Two monitors that find one stale socket must not remove each other's new one.
@@ -69,6 +70,8 @@ def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)
             _make_way(path, option)
+            # What bind(2) gives the name, whatever the umask: it is for this user's programs only.
+            os.fchmod(listener.fileno(), 0o600)
             with reachable(path) as name:
                 listener.bind(name)
             listener.listen(128)

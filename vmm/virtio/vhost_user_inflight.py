@@ -7,11 +7,11 @@ I/O tracking"; split rings.)
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 
 from vmm.errors import HostError
+from vmm.virtio.queue import QueueError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,19 +46,31 @@ class Inflight:
             raise HostError("the back end's record of requests is not as long as it says")
 
     def heads(self, index: int, used: int) -> list[int]:
-        """The heads of chains queue `index` has taken, in that order; `used` is its used index."""
+        """The heads of chains queue `index` has taken, in that order; `used` is its used index.
+
+        The record is read, not mapped: the back end may have cut its file short, and an access
+        beyond the end would be SIGBUS. Raises QueueError: it cannot be read.
+        """
         share = self.size // self.queues
-        with mmap.mmap(self.fd, self.offset + self.size) as memory:
-            at = self.offset + index * share
-            _, _, count, last, recorded = _QUEUE.unpack_from(memory, at)
-            count = min(count, (share - _QUEUE.size) // _DESC.size)
-            found = []
-            for head in range(count):
-                taken, _, counter = _DESC.unpack_from(memory, at + _QUEUE.size + head * _DESC.size)
-                # It died after it gave the last one back, and before it had noted that.
-                if taken and not (head == last and recorded != used):
-                    found.append((counter, head))
+        at = self.offset + index * share
+        _, _, count, last, recorded = _QUEUE.unpack(self._read(at, _QUEUE.size))
+        count = max(min(count, (share - _QUEUE.size) // _DESC.size), 0)
+        entries = self._read(at + _QUEUE.size, count * _DESC.size)
+        found = []
+        for head, (taken, _, counter) in enumerate(_DESC.iter_unpack(entries)):
+            # It died after it gave the last one back, and before it had noted that.
+            if taken and not (head == last and recorded != used):
+                found.append((counter, head))
         return [head for _, head in sorted(found)]
+
+    def _read(self, at: int, size: int) -> bytes:
+        try:
+            data = os.pread(self.fd, size, at)
+        except (OSError, OverflowError):
+            data = b""
+        if len(data) < size:
+            raise QueueError("the back end's record of requests has been cut short")
+        return data
 
     def close(self) -> None:
         """Harmless twice."""

@@ -174,12 +174,9 @@ def file_system(path: str) -> str:
             f"qemu-img convert -O raw {shlex.quote(path)} root.img"
         )
     known = ", ".join(name for _, _, name in _MAGIC)
-    if head[510:512] == b"\x55\xaa":
-        raise UsageError(
-            f"--root {path} is a disk with partitions; give an image of the file system alone "
-            f"({known})"
-        )
-    raise UsageError(f"--root {path} is no image of a file system known here: {known}")
+    from vmm.agent import root_kinds
+
+    raise UsageError(f"--root {path} {root_kinds.told(path, head, known)}")
 
 
 def _check_size(path: str, name: str) -> None:

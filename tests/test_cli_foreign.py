@@ -277,6 +277,11 @@ def test_a_kernels_option_alone_brings_the_rest_of_the_line() -> None:
     ("--rm -it K --root DIR sh -c id",
      "'--rm' is no option; say vmm exec K --tty --root DIR -- sh -c id"),
     ("K --exec 'uname -r'", "'--exec' is no option; vmm exec KERNEL -- CMD runs a command"),
+    ("K --root DIR --rwdir /mnt/a=DIR -- ls", "'--rwdir' is no option; say --fs DIR,tag=a"),
+    ("K --root DIR --rwdir DIR -- ls", "'--rwdir' is no option; say --rw DIR"),
+    ("K --root DIR --rwdir DIR --pwd -- ls", "'--rwdir' is no option; say vmm exec K --root DIR "
+     "--rw DIR -- ls"),
+    ("K --rodir /x=DIR -- ls", "'--rodir' is no option; say --fs DIR,tag=x,readonly"),
     ("uname -r", "'uname': the command comes after --: vmm exec KERNEL -- uname -r"),
     ("ls", "'ls': the command comes after --: vmm exec KERNEL -- ls"),
     ("K --root DIR --memory size=64M -- ls", "--memory size=64M: say --memory 64M"),

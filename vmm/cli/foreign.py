@@ -113,7 +113,17 @@ def _console(value: str) -> list[str] | None:
 
 
 def _root_share(value: str) -> list[str] | None:
-    return values.fs(f"{value},readonly")
+    """virtme-ng's `--rodir [PATH=]DIR`."""
+    there, equals, here = value.partition("=")
+    return values.fs(f"{here},tag={there},readonly" if equals else f"{value},readonly")
+
+
+def _at_a_path(option: str, value: str) -> list[str] | None:
+    """virtme-ng's `--rwdir [PATH=]DIR`; ours has a directory at the path that it has here."""
+    there, equals, here = value.partition("=")
+    if equals and there != here:
+        return values.fs(f"{here},tag={there}")
+    return [option, here if equals else value]
 
 
 _LEAVE_ACCEL = "KVM is what there is"
@@ -176,8 +186,8 @@ TABLE = (
         takes="DIR,tag=share",
     ),
     Foreign("--rodir", _root_share, takes="DIR"),
-    Foreign("--rwdir", "--rw {}", takes="DIR"),
-    Foreign("--overlay-rwdir", "--overlay {}", takes="DIR"),
+    Foreign("--rwdir", lambda v: _at_a_path("--rw", v), takes="DIR"),
+    Foreign("--overlay-rwdir", lambda v: _at_a_path("--overlay", v), takes="DIR"),
     Foreign("--cwd --chdir", "--workdir {}", takes="DIR"),
     Foreign("--pwd", why="the command starts in this directory where --root / has it"),
     Foreign("-cpu --cpu-model --cpu-template --cpu_template", values.cpu, takes="host"),

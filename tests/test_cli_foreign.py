@@ -1,4 +1,4 @@
-"""vmm.cli.foreign, vmm.cli.foreign_values: the words of other programs, and ours for them.
+"""vmm.cli.foreign, .foreign_table, .foreign_values: the words of other programs, and ours for them.
 
 Every answer of the form "say WORDS" is followed: the words are given to the command's own parser
 and make a configuration.
@@ -18,7 +18,8 @@ from tests.support import boot_files
 from vmm import UsageError
 from vmm.block.drive import Drive
 from vmm.cli import _command, exec, run
-from vmm.cli.foreign import COMMANDS, NO_COMMANDS, TABLE
+from vmm.cli.foreign import COMMANDS, NO_COMMANDS
+from vmm.cli.foreign_table import TABLE
 from vmm.cli.foreign_values import VALUES
 
 PAGE = Path(__file__).parents[1] / "docs/other-tools.md"

@@ -19,6 +19,7 @@ import signal
 from _thread import RLock
 from contextlib import suppress
 
+from vmm import descriptors
 from vmm.errors import HostError
 from vmm.forked import drop_in_child
 
@@ -237,7 +238,7 @@ def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequen
     # A descriptor that is made a copy of itself is inherited (posix_spawn(3)).
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
     try:
-        return os.posix_spawn(
+        pid = os.posix_spawn(
             argv[0],
             list(argv),
             os.environ,
@@ -246,6 +247,8 @@ def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequen
             setsigmask=(),
             setsigdef=_DEFAULT,
         )
+        descriptors.give_former(pid)
+        return pid
     finally:
         for fd in beyond:
             with suppress(OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from vmm import config_paths
+from vmm import config_paths, descriptors
 from vmm.config import MachineConfig
 from vmm.errors import HostError, StateError, VmmError, call_each
 from vmm.forked import drop_in_child
@@ -107,14 +107,18 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self._clones = 0
         self._faults: Faults | None = None
         drop_in_child(self)
+        descriptors.raise_limit()
         try:
             self._build()
-        except BaseException:
+        except BaseException as err:
             try:
                 self._close_all()
             finally:
                 self._state = CLOSED
-            raise
+            told = descriptors.exhausted(err)
+            if told is None:
+                raise
+            raise told from err
         if self.config is not config:
             config_paths.settle_console(self.config, self.directory)
         unclosed.watch(self)

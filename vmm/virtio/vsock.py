@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 
+from vmm import descriptors
 from vmm.virtio import spec
 from vmm.virtio.on_loop import LoopDevice
 from vmm.virtio.queue import CHAIN_MAX, QueueError
@@ -46,7 +47,7 @@ HUNGRY = 64
 TURN = 8
 """Batches of the guest's packets before others of the loop have their turn."""
 STREAMS_MAX = 1024
-"""Connections, and as many clients that have not said what they want."""
+"""Connections, or a quarter of the descriptors that the process may have, if those are fewer."""
 FIRST_PORT = 1 << 30
 """Ports of host programs that connect to the guest count from here, as Firecracker's do."""
 
@@ -254,7 +255,8 @@ class Vsock(LoopDevice):
 
     def full(self) -> bool:
         """Whether there are as many connections as there may be."""
-        return len(self.streams) + len(self._lingering) >= STREAMS_MAX
+        most = min(STREAMS_MAX, descriptors.limit() // 4)
+        return len(self.streams) + len(self._lingering) >= most
 
     def dial(self, port: int, sock: socket.socket) -> Stream | None:
         """Ask the guest for a connection to its `port`; None where there are too many."""

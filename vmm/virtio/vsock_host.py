@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 
+from vmm import descriptors
 from vmm.errors import UsageError
 from vmm.forked import drop_in_child
 from vmm.virtio import unix
@@ -142,7 +143,7 @@ class VsockHost:
             device.watch(self._listener.fileno(), None)
             device.later(10 * RETRY, self.start)
             return
-        if len(self._clients) >= CLIENTS_MAX:
+        if len(self._clients) >= CLIENTS_MAX or descriptors.scarce(sock.fileno()):
             sock.close()
             return
         sock.setblocking(False)
@@ -213,7 +214,12 @@ class VsockHost:
             try:
                 ours, theirs = socket.socketpair()
             except OSError:  # descriptors have run out
-                stream.reset()
+                self._refuse(stream)
+                return
+            if descriptors.scarce(max(ours.fileno(), theirs.fileno())):
+                ours.close()
+                theirs.close()
+                self._refuse(stream)
                 return
             theirs.setblocking(False)
             for end in (ours, theirs):
@@ -229,6 +235,10 @@ class VsockHost:
         sock = None
         try:
             sock = socket.socket(socket.AF_UNIX)
+            if descriptors.scarce(sock.fileno()):
+                sock.close()
+                self._refuse(stream)
+                return
             drop_in_child(sock)
             sock.setblocking(False)
             unix.connect(sock, f"{self.path}_{stream.host_port}")
@@ -243,6 +253,15 @@ class VsockHost:
         stream.sock = sock
         device.reply(stream, OP_RESPONSE)
         stream.accepted()
+
+    def _refuse(self, stream: Stream) -> None:
+        """Refuse what the guest has asked for: descriptors are scarce, and others need them."""
+        if self._device is not None:
+            self._device.complain(
+                f"the guest's connection to port {stream.host_port} is refused: this process has "
+                f"three quarters of the {descriptors.limit()} files open that it may (`ulimit -n`)"
+            )
+        stream.reset()
 
 
 def connect_port(line: bytes) -> int | None:

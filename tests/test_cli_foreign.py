@@ -119,6 +119,14 @@ RUN = [
      "has options of its own for what it can"),
     ("--json", "'--json' is no option of vmm run; it is one of vmm doctor, vmm version"),
     ("--rng on", "--rng on: say --rng"),
+    ("initrd.img", "'initrd.img' is one KERNEL too many; say --initrd initrd.img"),
+    ("disk.img", "'disk.img' is one KERNEL too many; say --drive disk.img"),
+    ("DIR", "'DIR' is one KERNEL too many; say --fs DIR,tag=share"),
+    ("512M", "'512M' is one KERNEL too many; say --memory 512M"),
+    ("root=/dev/vda rw quiet", "'root=/dev/vda' is one KERNEL too many; say --append "
+     "'root=/dev/vda rw quiet'"),
+    ("--append console=ttyS0 root=/dev/vda", "'root=/dev/vda' is one KERNEL too many; say "
+     "--append root=/dev/vda"),
     ("--balloon 100%", "only one KERNEL can be given, not 'K' and '100%'; a command is run by vmm "
      "exec KERNEL -- CMD, words for the kernel's command line follow --append"),
     ("ls", "only one KERNEL can be given, not 'K' and 'ls'; a command is run by vmm exec KERNEL "
@@ -176,6 +184,8 @@ VALUE = [
     ("--rng=/dev/urandom", "--rng"),
     ("--balloon=size=64M", "--balloon=64M"),
     ("--rng=on", "--rng"),
+    ("--drive raw:disk.img", "--drive disk.img"),
+    ("--drive d.img:/dev/vda", "--drive d.img"),
     ("--cpu host,avx2=off,sse=on", "--cpu host,-avx2,+sse"),
     ("--cpus cores=2,threads=2", "--cpus 4"),
     ("--console log.txt", "--console file:log.txt"),
@@ -303,6 +313,15 @@ def test_words_of_other_commands(place: Path) -> None:
     assert complaint("snapshot", "new", "--control", "d.img") == (
         "--control d.img is no socket; give the path that the machine was started with"
     )
+
+
+@pytest.mark.parametrize("name", ["M.TOML", "vm.xml", "docker-compose.yml"])
+def test_a_description_of_another_kind(place: Path, name: str) -> None:
+    (place / name).write_text("kernel: K\n")
+    for command in ("run", "config"):
+        assert complaint(command, name) == (
+            f"{name}: the name of a file that describes a machine ends in .toml or .json"
+        )
 
 
 def test_a_tilde_and_a_url(monkeypatch: pytest.MonkeyPatch) -> None:

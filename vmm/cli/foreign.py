@@ -128,6 +128,9 @@ def surplus(
     if command == "vmm resize":
         return f"only one DISK can be given; its size is told by --size {operands[1][0]}"
     if operand == "KERNEL" and command == "vmm run":
+        words = _surplus_words([word for word, _ in operands[1:]])
+        if words:
+            return f"{operands[1][0]!r} is one KERNEL too many; say {_shown(words)}"
         first, second = operands[0][0], operands[1][0]
         return (
             f"only one KERNEL can be given, not {first!r} and {second!r}; a command is run by "
@@ -154,6 +157,9 @@ def spelling(args: Arguments) -> str:
     words = values.firecracker(path) if path.endswith(".json") else None
     if words:
         return f"{path} is Firecracker's; in place of it, say {_shown(words)}"
+    foreign = path.lower().endswith(DESCRIPTIONS) and not path.endswith((".toml", ".json"))
+    if foreign and os.path.isfile(path):
+        return f"{path}: the name of a file that describes a machine ends in .toml or .json"
     for option, ours in values.VALUES.items():
         for value in args.values(option):
             words = ours(value) if value else None
@@ -162,6 +168,27 @@ def spelling(args: Arguments) -> str:
     return ""
 
 
+def _surplus_words(words: list[str]) -> list[str] | None:
+    """The option that words after KERNEL belong to, where their look tells it."""
+    first = words[0]
+    if all("=" in word or word in PARAMETERS for word in words) and not os.path.exists(first):
+        return ["--append", " ".join(words)]
+    if len(words) > 1:
+        return None
+    name = os.path.basename(first).lower()
+    if os.path.isdir(first):
+        return values.fs(first)
+    if name.startswith("initr") or name.endswith((".cpio", ".cpio.gz")):
+        return ["--initrd", first]
+    if name.endswith((".img", ".raw", ".qcow2", ".ext4", ".vmdk", ".vdi", ".vhdx")):
+        return ["--drive", first]
+    return values.memory(first) if first[-1:] in ("K", "M", "G", "k", "m", "g") else None
+
+
+PARAMETERS = ("ro", "rw", "quiet", "debug", "single", "nokaslr", "nosmp", "noapic", "splash")
+"""Words of a kernel's command line that have no `=`."""
+DESCRIPTIONS = (".toml", ".json", ".yaml", ".yml", ".xml", ".ini", ".conf", ".cfg")
+"""Endings of files that describe a machine, here and elsewhere."""
 TEXTS = ("--append", "--env")
 """Options whose values are the guest's words."""
 

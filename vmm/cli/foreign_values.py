@@ -31,6 +31,7 @@ DRIVE_LEFT_OUT = (
     "root",
 )
 """Keys of a disk that have no counterpart here, and can be left out."""
+PREFIXES = ("raw:", "file:", "qcow2:", "vmdk:", "vdi:", "vpc:")
 DRIVE_WORDS = (*PATH_KEYS, "format", "driver", "image_type", "type", "cache", "serial")
 NET_LEFT_OUT = (
     *("id", "model", "script", "downscript", "netdev", "addr", "iommu", "trans", "guest_ip", "net"),
@@ -70,6 +71,10 @@ def drive(text: str) -> Words | None:
     for number, (key, value) in enumerate(parts(text)):
         if key in PATH_KEYS and value:
             path = value
+        elif number == 0 and key.startswith(PREFIXES) and value is None:
+            path = key.partition(":")[2]  # QEMU's raw:disk.img
+        elif number == 0 and ":/" in key and os.path.isfile(key.partition(":")[0]):
+            path = key.partition(":")[0]  # Docker's disk.img:/dev/vda
         elif number == 0 and not os.path.exists(key) and key.endswith((":ro", ":rw")):
             path = key[:-3]
             rest += ["readonly"] * key.endswith(":ro")

@@ -28,6 +28,8 @@ SIZE = ((int, str), "a whole number of bytes, or text as '512M'")
 RATE = ((int, str), "a whole number, or text as '10M'")
 FLAG_OR_TEXT = ((bool, str), "True, False or text")
 NONE = type(None)
+CHECKED_LATER = ("kernel", "initrds", "append", "drives")
+"""Keywords whose text is looked at where it is used."""
 CALLABLE = "a function that makes a device"
 """Of `devices`."""
 
@@ -47,6 +49,8 @@ def check(values: Mapping[str, object], kinds: Mapping[str, Kind], what: str = "
     for name, (types, described) in kinds.items():
         value = values[name]
         if isinstance(value, types) and (bool in types or not isinstance(value, bool)):
+            if isinstance(value, (str, PathLike)) and name not in CHECKED_LATER:
+                _check_text(f"{what}{name}", value)
             continue
         raise UsageError(f"{what}{name}={shown(value)} is not {described}")
 
@@ -78,7 +82,23 @@ def listed(name: str, values: object, kind: Kind | str) -> tuple[Any, ...]:
         if not good:
             hint = "; a table is for MachineConfig.from_dict" if isinstance(value, dict) else ""
             raise UsageError(f"{name}[{number}]={shown(value)} is not {described}{hint}")
+        if isinstance(value, (str, PathLike)) and name not in CHECKED_LATER:
+            _check_text(f"{name}[{number}]", value)
     return found
+
+
+def _check_text(what: str, value: str | PathLike[str]) -> None:
+    """UsageError: a character that neither a path nor another text for the system can have."""
+    text = str(value)
+    if text.isascii() and "\0" not in text:
+        return
+    what = repr(what)[1:-1]  # which may begin with the same text
+    if "\0" in text:
+        raise UsageError(f"{what}={shown(text)} has a NUL character in it")
+    try:
+        text.encode("utf-8", "surrogateescape")  # bytes of a command line that are not UTF-8
+    except UnicodeEncodeError:
+        raise UsageError(f"{what}={shown(text)} has half a character (a surrogate) in it") from None
 
 
 def is_a(value: object, name: str) -> bool:

@@ -128,6 +128,8 @@ class Drive:
         iops: int | str = 0,
         iops_burst: int | str = 0,
     ) -> None:
+        if "\0" in str(path):
+            raise UsageError(f"--drive {str(path)!r} has a NUL character in it")
         types.check(locals(), KINDS, f"--drive {path}: ")
         if not isinstance(backing, (str, PathLike)):
             backing = types.listed("backing", backing, types.PATH)
@@ -154,8 +156,6 @@ class Drive:
             self.bps, self.burst, self.iops, self.iops_burst = self.rate.numbers
         if not self.path:
             raise UsageError("--drive: no path; say --drive disk.img")
-        if "\0" in self.path:
-            raise UsageError(f"--drive {self.path!r} has a NUL character in it")
         if format == "luks":
             raise UsageError(
                 f"--drive {path}: format=luks: a LUKS volume is a raw disk, which the guest itself "

@@ -111,7 +111,7 @@ class Initramfs:
 
     def symlink(self, path: str, target: str) -> Self:
         """Add a symbolic link that says `target`, which need not be in the archive."""
-        self._add(path, _Member(stat.S_IFLNK | 0o777, target.encode()))
+        self._add(path, _Member(stat.S_IFLNK | 0o777, os.fsencode(target)))
         return self
 
     def modules(self, tree: str | os.PathLike[str] | ModuleTree, names: Iterable[str]) -> list[str]:
@@ -178,7 +178,7 @@ def _clean(path: str) -> str:
     if not parts or ".." in parts or "\0" in path:
         raise UsageError(f"initramfs: {path!r} is not a path in the archive")
     name = "/".join(parts)
-    if len(name.encode()) >= PATH_MAX:
+    if len(os.fsencode(name)) >= PATH_MAX:
         raise UsageError(f"initramfs: {path[:40]!r}... is longer than {PATH_MAX - 1} bytes")
     return name
 
@@ -211,7 +211,7 @@ def _write_stream(
         raise UsageError(
             f"initramfs: {member.source or name}: {size} bytes; a file holds {FILE_MAX}"
         )
-    encoded = name.encode() + b"\0"
+    encoded = os.fsencode(name) + b"\0"
     links = 2 if stat.S_ISDIR(member.mode) else 1
     # c_ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
     fields = (number, member.mode, 0, 0, links, 0, size, 0, 0, *member.rdev, len(encoded), 0)

@@ -403,4 +403,4 @@ def _trace(line: str) -> None:
     from contextlib import suppress
 
     with suppress(OSError):  # nobody may be listening; the guest goes on
-        os.write(2, f"vmm: {line}\n".encode())
+        os.write(2, os.fsencode(f"vmm: {line}\n"))

@@ -459,7 +459,7 @@ def _ip(text: str) -> int:
         try:
             inet_pton(family, text)
             return version
-        except OSError:
+        except (OSError, ValueError):  # ValueError: characters that no address has
             pass
     return 0
 

@@ -60,7 +60,7 @@ class Share:
             if self.path.startswith("tag="):
                 raise UsageError(f"--fs {path}: no directory; say --fs DIR,{path}")
             raise UsageError(f"--fs {path}: no tag; say --fs {path},tag=NAME")
-        if len(tag.encode()) > TAG_BYTES:
+        if len(os.fsencode(tag)) > TAG_BYTES:
             raise UsageError(f"--fs {path}: tag={tag} is longer than {TAG_BYTES} bytes")
 
     def check_host(self) -> None:
@@ -158,7 +158,7 @@ class VirtioFs(VhostUserDevice):
 
     def __init__(self, tag: str, connection: Connection, child: Child) -> None:
         super().__init__(f"fs-{tag}", connection, (QUEUE_SIZE, QUEUE_SIZE), child=child)
-        self.config[:] = _CONFIG.pack(tag.encode(), 1)
+        self.config[:] = _CONFIG.pack(os.fsencode(tag), 1)
 
     def fail(self, chain: Chain) -> int:
         request = b"".join(bytes(view[: _IN.size]) for view in chain.readable[:2])

@@ -15,8 +15,10 @@ import pytest
 
 from tests.support import tiny
 from vmm.console.backends import FileBackend
-from vmm.fifo import Output, Records
+from vmm.errors import SnapshotError
+from vmm.fifo import Output, Records, open_stored
 from vmm.net.pcap import Capture, FifoCapture, open_capture
+from vmm.snapshot import manifest
 from vmm.virtio.console_ports import FilePort
 
 
@@ -214,3 +216,26 @@ def test_a_machine_starts_without_a_reader_and_ends_by_a_signal(
     listener.close()
     assert process.returncode == 128 + signum, out
     assert b"Traceback" not in out
+
+
+def test_what_is_stored_is_opened_without_waiting(tmp_path: Path) -> None:
+    """A FIFO has no end, nor has /dev/zero; neither is waited for, nor read."""
+    (tmp_path / "file").write_bytes(b"text")
+    with open_stored(str(tmp_path / "file")) as file:
+        assert file.read(100) == b"text"
+    os.mkfifo(tmp_path / "fifo")
+    before = len(os.listdir("/proc/self/fd"))
+    for path, said in (
+        (str(tmp_path / "fifo"), "it is a FIFO, not a file"),
+        ("/dev/zero", "it is a character device, not a file"),
+        (str(tmp_path), "Is a directory"),
+    ):
+        with pytest.raises(OSError, match=said):
+            open_stored(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_snapshots_manifest_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / manifest.NAME)
+    with pytest.raises(SnapshotError, match="it is a FIFO, not a file"):
+        manifest.read(str(tmp_path))

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -467,3 +468,123 @@ def test_random_streams(tmp_path: Path) -> None:
             (tmp_path / "in").mkdir(exist_ok=True)
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert fine > 10
+
+
+# --- what a caller may give -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127 + "x", "\u20ac" * 85])
+def test_names_of_255_bytes_come_and_go(agent: HostAgent, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"long")
+    (tmp_path / "out").mkdir()
+    put(agent, tmp_path / name, f"{tmp_path}/in/")
+    get(agent, str(tmp_path / "in" / name), tmp_path / "out" / name)
+    assert (tmp_path / "out" / name).read_bytes() == b"long"
+    assert os.listdir(tmp_path / "out") == [name]
+
+
+def test_a_pipe_without_a_writer_does_not_outlast_the_timeout(
+    agent: HostAgent, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(TimeoutError):
+        put(agent, tmp_path / "fifo", str(tmp_path / "target"), timeout=0.3)
+    assert not (tmp_path / "target").exists() or not (tmp_path / "target").stat().st_size
+
+
+def test_a_pipe_nobody_empties_does_not_outlast_the_timeout(
+    agent: HostAgent, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(TimeoutError):
+            get(agent, "/dev/zero", tmp_path / "fifo", timeout=0.3)
+    finally:
+        os.close(reader)
+
+
+def test_a_pipe_is_read_to_its_end_and_written_whole(agent: HostAgent, tmp_path: Path) -> None:
+    data = random.Random(3).randbytes(500_000)  # more than a pipe holds
+    os.mkfifo(tmp_path / "fifo")
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=(data,))
+    writer.start()
+    put(agent, tmp_path / "fifo", str(tmp_path / "target"), timeout=30)
+    writer.join()
+    assert (tmp_path / "target").read_bytes() == data
+
+    read = []
+    end = os.open(tmp_path / "fifo", os.O_RDWR)  # both ends: it has a reader, and no end too early
+
+    def collect() -> None:
+        with open(end, "rb") as file:
+            read.append(file.read(len(data)))
+
+    reader = threading.Thread(target=collect)
+    reader.start()
+    get(agent, str(tmp_path / "target"), tmp_path / "fifo", timeout=30)
+    reader.join()
+    assert read == [data]
+
+
+def test_a_path_in_the_guest_is_any_kind_of_path(agent: HostAgent, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_text("x")
+    put(agent, tmp_path / "source", tmp_path / "target")
+    get(agent, os.fspath(tmp_path / "target") + "/", tmp_path / "back")  # as a shell completes it
+    get(agent, tmp_path / "target" / "file", tmp_path / "file")
+    assert (tmp_path / "back" / "file").read_text() == (tmp_path / "file").read_text() == "x"
+
+
+def test_a_mode_that_is_given_is_the_files(agent: HostAgent, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("#!/bin/sh\n")
+    os.utime(tmp_path / "script", ns=(1, 123_456_789_012_345_678))
+    put(agent, tmp_path / "script", str(tmp_path / "target"), mode=0o755)
+    status = (tmp_path / "target").stat()
+    assert stat.S_IMODE(status.st_mode) == 0o755
+    assert status.st_mtime_ns == 123_456_789_012_345_678
+    with pytest.raises(ValueError, match="is a directory"):
+        put(agent, tmp_path, str(tmp_path / "tree"), mode=0o755)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "mode", "kind", "said"),
+    [
+        (None, "/x", None, TypeError, "source=None is not a path"),
+        (b"data", "/x", None, TypeError, "give io.BytesIO"),
+        (io.StringIO("text"), "/x", None, TypeError, "open as text"),
+        (io.BytesIO(b""), None, None, TypeError, "target=None is not a path in the guest"),
+        (io.BytesIO(b""), "/dir/", None, ValueError, "say what it is called"),
+        (io.BytesIO(b""), "relative", None, ValueError, "begins with /"),
+        (io.BytesIO(b""), "/x", -1, ValueError, "mode=-1"),
+        (io.BytesIO(b""), "/x", "644", ValueError, "mode='644'"),
+        (io.BytesIO(b""), "/x", 0o100644, ValueError, "mode=33188"),
+    ],
+)
+def test_put_says_what_it_cannot_take(
+    agent: HostAgent, source: Any, target: Any, mode: Any, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        put(agent, source, target, mode=mode)
+
+
+def test_get_says_what_it_cannot_take(agent: HostAgent, tmp_path: Path) -> None:
+    odd: Any
+    for source, odd, kind, said in (
+        ("/", tmp_path / "x", ValueError, "the guest's root"),
+        (5, tmp_path / "x", TypeError, "source=5 is not a path in the guest"),
+        ("/etc/passwd", None, TypeError, "target=None is not a path"),
+        ("/etc/passwd", io.StringIO(), TypeError, "open as text"),
+        ("/etc/passwd", "", FileNotFoundError, "No such file"),
+    ):
+        with pytest.raises(kind, match=said):
+            get(agent, source, odd)  # type: ignore[arg-type]
+
+
+def test_an_error_here_names_the_target(agent: HostAgent, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        get(agent, str(tmp_path / "file"), tmp_path / "directory")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "directory"), None)
+    assert os.listdir(tmp_path / "directory") == []

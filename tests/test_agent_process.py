@@ -399,3 +399,25 @@ def test_the_agent_goes(tmp_path: Path) -> None:
             process.communicate(b"now\n", timeout=60)
         process.close()
         assert run(agent, ["true"]).returncode == 0  # the others' do not care
+
+
+def test_run_takes_what_subprocess_run_takes(agent: HostAgent) -> None:
+    done = run(agent, ["echo", "x"], capture_output=True, universal_newlines=True)
+    assert (done.stdout, done.stderr) == ("x\n", "")
+    assert run(agent, ["true"], timeout=float("inf")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"input": b"x", "stdin": DEVNULL}, "stdin and input"),
+        ({"capture_output": False}, "capture_output=False"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"user": ""}, "user='' names nobody"),
+        ({"tty": True, "size": (0, -1)}, "size="),
+        ({"tty": True, "size": (70000, 1)}, "size="),
+    ],
+)
+def test_run_says_what_it_cannot_take(agent: HostAgent, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(agent, ["true"], **options)

@@ -328,3 +328,27 @@ def test_of_a_machine_without_an_agent_or_whose_agent_does_not_answer(tmp_path: 
     before = tiny.descriptors(), threading.active_count()
     asyncio.run(main())
     assert (tiny.descriptors(), threading.active_count()) == before
+
+
+def test_a_cancelled_put_of_a_pipe_without_a_writer_ends(guest: Guest, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await guest.put(tmp_path / "fifo", str(tmp_path / "target"))
+
+    asyncio.run(main())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vmm-")]
+
+
+def test_run_takes_and_refuses_as_without_asyncio(guest: Guest) -> None:
+    async def main() -> None:
+        done = await guest.run(["echo", "x"], capture_output=True, timeout=float("inf"))
+        assert done.stdout == b"x\n"
+        odd: dict[str, Any]
+        for odd in ({"input": b"x", "stdin": DEVNULL}, {"user": ""}, {"size": (-1, 0)}):
+            with pytest.raises(ValueError, match=r"stdin and input|user=|size="):
+                await guest.run(["true"], **odd)
+
+    asyncio.run(main())

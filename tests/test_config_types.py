@@ -139,3 +139,37 @@ def test_editors_may_say_where_the_schema_is(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"kernel": str(tmp_path / "k")}
     wrong = configured(tmp_path / "machine.json", json.dumps({"$schema": 3}))
     assert (wrong.returncode, wrong.stderr.split(": ")[2]) == (2, "$schema")
+
+
+class Odd:
+    def __repr__(self) -> str:
+        return "two\nlines"
+
+
+@pytest.mark.parametrize(("part", "name"), KEYWORDS)
+def test_every_complaint_is_one_line(part: type, name: str) -> None:
+    huge = 10**5000 if part is MachineConfig else 10**400  # more digits than Python prints
+    for value in ("a\nb", "\0", "\udcff", Odd(), huge, float("nan"), float("inf")):
+        try:
+            part(**{**PARTS[part], name: value})
+        except UsageError as err:
+            assert str(err).isprintable() or "\udcff" in str(err)
+
+
+def test_limits_are_compared_by_their_numbers() -> None:
+    data: dict[str, Any] = {
+        "kernel": "k",
+        "drives": [{"path": "disk.img", "bps": "10M", "iops": 5}],
+        "nets": [{"kind": "user", "rx_bps": 1000}],
+    }
+    config = MachineConfig.from_dict(data)
+    assert MachineConfig.from_dict(config.to_dict()) == config
+    data["drives"][0]["iops"] = 6
+    assert MachineConfig.from_dict(data) != config
+
+
+def test_plain_data_is_a_table() -> None:
+    odd: Any
+    for odd in (None, 5, "kernel", ["kernel"], [("kernel", "k")]):
+        with pytest.raises(UsageError, match="is not a table of keywords"):
+            MachineConfig.from_dict(odd)

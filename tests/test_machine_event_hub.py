@@ -430,3 +430,20 @@ def test_snapshots_and_going_back_are_told_between_pauses(machine: Make, tmp_pat
             *("paused", "rolled back", "resumed"),
             *("paused", f"snapshot: {tmp_path}/snap", "resumed"),
         ]
+
+
+@needs_kvm
+def test_what_is_no_listener_or_kind_is_told_at_once(machine: Make) -> None:
+    with machine(tiny.HALT) as m:
+        odd: tuple[Callable[[], object], ...] = (
+            lambda: m.subscribe(5),  # type: ignore[arg-type]
+            lambda: m.subscribe(print, 5),  # type: ignore[arg-type]
+            lambda: m.events("started"),  # type: ignore[call-overload, no-any-return]
+            lambda: m.events(int),  # type: ignore[type-var]
+            lambda: m.emit(5),  # type: ignore[arg-type]
+        )
+        for call in odd:
+            with pytest.raises(TypeError, match=r"subscribe|events|emit"):
+                call()
+        m.start()
+        m.emit(Started())  # nobody was left behind who cannot be told

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
+import pickle
 import re
 import resource
 import sys
@@ -10,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -576,3 +580,21 @@ def test_without_a_kernel_the_program_sets_the_registers(machine: Make) -> None:
         vcpu.set_regs(regs)
         m.start()
         assert m.wait(60).status == 42
+
+
+def test_a_machine_is_made_of_a_configuration() -> None:
+    odd: Any
+    for odd in (None, "vmlinuz", {"kernel": "vmlinuz"}, MachineConfig):
+        with pytest.raises(UsageError, match="is not a MachineConfig"):
+            Machine(odd)
+
+
+def test_a_machine_is_not_copied_by_the_way(tmp_path: Path) -> None:
+    with Machine(MachineConfig(tiny.kernel(tmp_path, tiny.COUNTING), memory=16 << 20)) as m:
+        m.start()
+        for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="clone"):
+                way(m)
+        gc.collect()
+        m.pause()  # its descriptors are its own still
+        m.resume()

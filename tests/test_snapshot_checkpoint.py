@@ -16,7 +16,7 @@ from tests.support.bare import MIB, bare_machine, until
 from tests.support.guests import DATA
 from tests.test_kvm_vcpu_state import COUNTING, FLAG
 from tests.test_snapshot_capture import counter, steps_are_right
-from vmm import HostError, Machine, StateError, UsageError, layout
+from vmm import HostError, Machine, MachineConfig, StateError, UsageError, layout
 from vmm.devices.device import Device
 from vmm.machine import exits
 from vmm.snapshot.translations import shadowed
@@ -412,7 +412,7 @@ def test_wrong_uses() -> None:
         assert m.state == "paused"
     with pytest.raises(StateError, match="checkpoint: the machine is closed"):
         m.checkpoint()
-    with pytest.raises(StateError, match="rollback: there is no checkpoint"):
+    with pytest.raises(StateError, match="rollback: the machine is closed"):
         m.rollback()
 
 
@@ -470,3 +470,32 @@ def test_nothing_is_left(image: Path) -> None:
     assert tiny.descriptors() == before
     assert mappings() == maps
     assert threading.active_count() <= threads
+
+
+@pytest.mark.one_lane
+def test_a_rollback_and_the_close_of_another_thread(tmp_path: Path) -> None:
+    failed: list[object] = []
+    for _ in range(8):
+        m = Machine(MachineConfig(tiny.kernel(tmp_path, tiny.COUNTING), memory=16 * MIB))
+        m.start()
+        m.checkpoint()
+
+        def go_back(m: Machine = m, failed: list[object] = failed) -> None:
+            try:
+                while True:
+                    m.rollback()
+            except StateError as err:
+                if "closed" not in str(err):
+                    failed.append(err)
+            except BaseException as err:
+                failed.append(err)
+
+        threads = [threading.Thread(target=go_back) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        m.close()
+        for thread in threads:
+            thread.join(30)
+        failed += [thread for thread in threads if thread.is_alive()]
+        assert (failed, m.state) == ([], "closed")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu")]

@@ -235,7 +235,7 @@ def test_what_there_can_be_only_one_of_is_refused(tmp_path: Path) -> None:
 @pytest.mark.one_lane
 def test_wrong_uses() -> None:
     with bare_machine("done 1") as m:
-        with pytest.raises(UsageError, match="clone: 0 copies; at least 1"):
+        with pytest.raises(UsageError, match="clone: count=0 is not a number"):
             m.clone(0)
         m.start()
         m.wait(60)
@@ -307,3 +307,14 @@ def test_a_disk_of_another_process_cannot_be_copied() -> None:
 
     with pytest.raises(StateError, match="clone: --vhost-user-blk /x is served by another process"):
         own_config(MachineConfig(vhost_user_blks=["/x"]), 1)
+
+
+@pytest.mark.one_lane
+def test_what_is_no_count_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with Machine(MachineConfig(tiny.kernel(tmp_path, tiny.COUNTING), memory=16 * MIB)) as m:
+        m.start()
+        for count in (0, -1, None, "2", 1.5, True, 10**9):
+            with pytest.raises(UsageError, match="clone: count="):
+                m.clone(count)  # type: ignore[arg-type]
+        with m.clone(1) as copies:
+            assert copies[0].state == "running"

@@ -756,3 +756,33 @@ def test_a_snapshot_that_fails_leaves_no_directory_that_it_made(
         m.snapshot(str(tmp_path / "there/a/b/c"))
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
     assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "memory.index", "memory"])
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "s"
+    with bare_machine(HALTED) as m:
+        m.snapshot(directory)
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(SnapshotError, match=name):
+        Machine.restore(directory)
+
+
+def test_what_is_no_path_makes_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd: Any
+    with bare_machine(HALTED) as m:
+        for odd in (None, 5, b"s", ["s"], "", "a\0b"):
+            with pytest.raises(UsageError, match="snapshot: path="):
+                m.snapshot(odd)
+            with pytest.raises(UsageError, match="restore: path="):
+                Machine.restore(odd)
+        with pytest.raises(UsageError, match="base=5"):
+            m.snapshot("s", base=5)  # type: ignore[arg-type]
+        for odd in (None, 5, ["map"]):
+            with pytest.raises(UsageError, match="restore: pages="):
+                Machine.restore("s", pages=odd)
+    assert os.listdir(tmp_path) == []

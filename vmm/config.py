@@ -353,9 +353,9 @@ class MachineConfig:
         if self.on_panic not in ON_PANIC:
             raise UsageError(f"--on-panic {self.on_panic!r} is not one of {', '.join(ON_PANIC)}")
         if self.timeout is not None and not 0 < self.timeout < 1e9:
-            raise UsageError(
-                f"--timeout {self.timeout:g} is not a number of seconds above 0 and below 1e9"
-            )
+            seconds = self.timeout
+            text = f"{seconds:g}" if isinstance(seconds, float) else types.shown(seconds)
+            raise UsageError(f"--timeout {text} is not a number of seconds above 0 and below 1e9")
         if self.kernel == "":
             raise UsageError("KERNEL is an empty name; give the path of a bzImage or vmlinux")
         if "" in self.initrds:
@@ -435,6 +435,8 @@ class MachineConfig:
         """
         from vmm.config_file import from_dict
 
+        if not hasattr(data, "keys"):
+            raise UsageError(f"from_dict: {types.shown(data)} is not a table of keywords")
         return from_dict(data, base)
 
     def to_dict(self, *, defaults: bool = False) -> dict[str, object]:

@@ -27,6 +27,8 @@ PATH = ((str, PathLike), "a path (text or os.PathLike)")
 SIZE = ((int, str), "a whole number of bytes, or text as '512M'")
 RATE = ((int, str), "a whole number, or text as '10M'")
 FLAG_OR_TEXT = ((bool, str), "True, False or text")
+NUMBER_BITS = 4096
+"""More has no use, and soon more digits than Python prints."""
 NONE = type(None)
 CHECKED_LATER = ("kernel", "initrds", "append", "drives")
 """Keywords whose text is looked at where it is used."""
@@ -51,6 +53,8 @@ def check(values: Mapping[str, object], kinds: Mapping[str, Kind], what: str = "
         if isinstance(value, types) and (bool in types or not isinstance(value, bool)):
             if isinstance(value, (str, PathLike)) and name not in CHECKED_LATER:
                 _check_text(f"{what}{name}", value)
+            if isinstance(value, int) and value.bit_length() > NUMBER_BITS:
+                raise UsageError(f"{what}{name} is a number of {value.bit_length()} bits")
             continue
         raise UsageError(f"{what}{name}={shown(value)} is not {described}")
 
@@ -132,5 +136,8 @@ def _unknown(name: str, names: tuple[str, ...]) -> UsageError:
 
 def shown(value: object) -> str:
     """`value` in a line."""
-    text = repr(value)
+    try:
+        text = repr(value).replace("\n", "\\n")
+    except Exception:  # also of an integer of thousands of digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."

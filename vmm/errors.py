@@ -27,6 +27,9 @@ EXIT_AGENT = 125
 EXIT_INTERRUPTED = 130
 
 
+_CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), 127)}
+
+
 class VmmError(Exception):
     """Anything this package raises on purpose."""
 
@@ -37,6 +40,10 @@ class UsageError(VmmError):
     """A value a person gave cannot work; exit status 2."""
 
     exit_status = EXIT_USAGE
+
+    def __str__(self) -> str:
+        """One line, whatever characters the value has."""
+        return super().__str__().translate(_CONTROL)
 
 
 class SnapshotError(UsageError):

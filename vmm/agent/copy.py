@@ -5,6 +5,8 @@ Each is a command's connection whose input or output is a stream of entries (vmm
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import struct
 import time
@@ -13,6 +15,7 @@ from vmm.agent import wire
 from vmm.agent.connection import SILENCE, Connection
 from vmm.agent.tree import MAX_BYTES, Unpacker, pack, pack_file
 from vmm.agent.wire import ERR, OUT, Session
+from vmm.config_types import shown
 from vmm.errors import AgentError
 
 TYPE_CHECKING = False
@@ -41,6 +44,7 @@ class Transfer:
     ) -> None:
         flags = wire.NULL_OUT if kind == wire.PUT else wire.NULL_IN
         self._path = path
+        self._puts = kind == wire.PUT
         self._timeout = timeout
         self._until = None if timeout is None else time.monotonic() + timeout
         session = self._session = Session(kind, flags)
@@ -76,6 +80,23 @@ class Transfer:
     def _send(self) -> None:
         if not self._connection.send(self._limit()):
             raise self._late()
+
+    def wanted(self) -> bool:
+        """Whether the stream is to go on, asked by who waits for something on this host.
+
+        Raises:
+            TimeoutError, AgentError: the time for all is up; the connection is lost.
+        """
+        session, now = self._session, time.monotonic()
+        puts = self._puts
+
+        def over() -> bool:
+            return bool(session.failed or session.complete or (puts and session.refused))
+
+        self._connection.wait_for(over, now)
+        if self._until is not None and now > self._until:
+            raise self._late()
+        return not over() if puts else not session.failed
 
     def write(self, data: bytes) -> bool:
         """Send a part of the stream; False where the agent takes no more: it has failed."""
@@ -138,7 +159,7 @@ class Transfer:
         if not wire.is_errno(number):
             raise AgentError(f"{self._path}: the guest's agent sent error {number}")
         where = os.fsdecode(said[4:])
-        raise OSError(number, f"{os.strerror(number)} (in the guest)", where)
+        raise OSError(number, f"{os.strerror(number)} (in the guest)", where or self._path)
 
 
 class Done:
@@ -172,22 +193,33 @@ class Done:
 
 
 def put(
-    link: Dialer, source: Path | BinaryIO, target: str, *, timeout: float | None = None,
+    link: Dialer, source: Path | BinaryIO, target: Path, *, timeout: float | None = None,
     mode: int | None = None, progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """See `Machine.put`."""
     done = Done(progress)
-    stream: Iterator[bytes]
+    target = _guest_path("target", target)
+    if mode is not None and (not isinstance(mode, int) or not 0 <= mode <= 0o7777):
+        raise ValueError(f"mode={mode!r} is not a file's mode, as in 0o644")
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
+        if mode is not None and os.path.isdir(path):
+            raise ValueError(f"mode={mode:#o}: {path} is a directory, whose files keep their modes")
         os.stat(path)
-        stream = pack(path, done.add)
         target = _inside(target, path)
     else:
-        stream = pack_file(source, 0o644 if mode is None else mode, done.add)
+        _check_file("source", source, "read")
+        if target.endswith("/"):
+            raise ValueError(
+                f"target={target!r} is a directory; an open file has no name: say what it is called"
+            )
     _check(target)
     transfer = Transfer(link, wire.PUT, target, timeout)
     try:
+        if isinstance(source, (str, os.PathLike)):
+            stream = pack(os.fspath(source), done.add, wanted=transfer.wanted, mode=mode)
+        else:
+            stream = pack_file(source, 0o644 if mode is None else mode, done.add)
         for part in _joined(stream):
             if not transfer.write(part):
                 break
@@ -199,21 +231,33 @@ def put(
 
 
 def get(
-    link: Dialer, source: str, target: Path | BinaryIO, *, timeout: float | None = None,
+    link: Dialer, source: Path, target: Path | BinaryIO, *, timeout: float | None = None,
     max_bytes: int = MAX_BYTES, filter: str = "data", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """See `Machine.get`."""
     if filter not in FILTERS:
         raise ValueError(f"filter={filter!r} is not one of {', '.join(FILTERS)}")
+    source = _guest_path("source", source)
+    source = source.rstrip("/") or source
     _check(source)
     done = Done(progress)
+    if not isinstance(target, (str, os.PathLike)):
+        _check_file("target", target, "write")
+    elif not os.fspath(target):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
     transfer = Transfer(link, wire.GET, source, timeout)
     try:
         if isinstance(target, (str, os.PathLike)):
             path = _inside(os.fspath(target), source)
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            everything = filter == "all"
             Unpacker(
-                transfer.read, path, max_bytes, all_kinds=filter == "all", count=done.add_and_tell
+                transfer.read,
+                path,
+                max_bytes,
+                all_kinds=everything,
+                count=done.add_and_tell,
+                wanted=transfer.wanted,
             ).unpack()
         else:
             Unpacker(transfer.read, source, max_bytes, count=done.add_and_tell).unpack_into(target)
@@ -230,8 +274,24 @@ def _inside(target: str, source: str) -> str:
     return os.path.join(target, os.path.basename(os.path.normpath(source)))
 
 
+def _guest_path(name: str, path: object) -> str:
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return os.fsdecode(path)
+    raise TypeError(f"{name}={shown(path)} is not a path in the guest")
+
+
+def _check_file(name: str, file: object, method: str) -> None:
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"{name}={shown(file)} is open as text; open it as binary")
+    if not hasattr(file, method):
+        hint = "; of data, give io.BytesIO(data)" if isinstance(file, (bytes, bytearray)) else ""
+        raise TypeError(f"{name}={shown(file)} is not a path, or an open binary file{hint}")
+
+
 def _check(path: str) -> None:
-    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+    if path.endswith("/"):
+        raise ValueError(f"{path!r} is the guest's root; name a file or a directory in it")
+    if not path.startswith("/") or "\0" in path:
         raise ValueError(f"{path!r} is no path of a file in the guest; it begins with /")
     if len(os.fsencode(path)) >= PATH_MAX:
         raise OSError(36, os.strerror(36), path)

@@ -69,6 +69,40 @@ def too_much(maximum: int) -> AgentError:
     )
 
 
+def check_options(user: str | int | None, size: tuple[int, int]) -> None:
+    """ValueError for what no command can have."""
+    if user == "":
+        raise ValueError("user='' names nobody; None is root")
+    rows, columns = size
+    if not (0 <= rows <= 0xFFFF and 0 <= columns <= 0xFFFF):
+        raise ValueError(f"size={size!r} is not (rows, columns), each from 0 to 65535")
+
+
+def of_run(options: dict[str, Any], input: Any, timeout: float | None) -> float | None:
+    """What `run` takes as subprocess.run does, made into options of GuestProcess; the timeout.
+
+    Raises:
+        ValueError, TypeError: what contradicts itself, or is of another type.
+    """
+    if isinstance(input, str):
+        options["text"] = True
+    if input is None:
+        options.setdefault("stdin", DEVNULL)
+    elif "stdin" in options:
+        raise ValueError("stdin and input arguments may not both be used.")
+    elif not isinstance(input, (str, bytes)):
+        memoryview(input).cast("B")
+    if "universal_newlines" in options:
+        options["text"] = options.pop("universal_newlines") or options.get("text", False)
+    if not options.pop("capture_output", True):
+        raise ValueError("capture_output=False: the output is always captured; stdout=DEVNULL")
+    if timeout is None or timeout == float("inf"):
+        return None
+    if timeout != timeout:
+        raise ValueError("timeout=nan is not a number of seconds")
+    return timeout
+
+
 def flags_of(stdin: int, stdout: int, stderr: int, tty: bool) -> int:
     """The request's flags; ValueError for what a stream cannot be."""
     for name, given, possible in (
@@ -137,6 +171,7 @@ class GuestProcess:
         self.max_output = max_output
         begun = time.monotonic()
         argv = words(args, shell)
+        check_options(user, size)
         flags = flags_of(stdin, stdout, stderr, tty)
         whom = "" if user is None else str(user)
         first = wire.request(
@@ -415,10 +450,7 @@ def run(
         subprocess.TimeoutExpired, subprocess.CalledProcessError: with the output so far.
         AgentError: the agent cannot be reached, or the machine ended.
     """
-    if isinstance(input, str):
-        options["text"] = True
-    if input is None:
-        options.setdefault("stdin", DEVNULL)
+    timeout = of_run(options, input, timeout)
     begun = time.monotonic()
     process = GuestProcess(link, args, timeout=timeout, **options)
     try:

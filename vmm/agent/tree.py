@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import stat
 import struct
 from contextlib import suppress
@@ -35,6 +36,8 @@ MAX_BYTES = 64 << 30
 ENTRIES_MAX = 1 << 20
 """Files, directories and links that one `get` takes from a guest."""
 NANOSECONDS = 1_000_000_000
+LOOK = 0.2
+"""Seconds between two looks whether what waits for a pipe of this host is still wanted."""
 _FLAGS = os.O_CLOEXEC | os.O_NOCTTY
 
 
@@ -53,16 +56,34 @@ def _nobody(size: int) -> None:
     """Nobody counts."""
 
 
-def pack(path: str, count: Count = _nobody) -> Iterator[bytes]:
+def pack(
+    path: str,
+    count: Count = _nobody,
+    *,
+    wanted: Callable[[], bool] = lambda: True,
+    mode: int | None = None,
+) -> Iterator[bytes]:
     """The stream of what is at `path` on this host, which may be a link to it.
 
     Args:
         count: called with the size in bytes of each piece of file data in the stream.
+        wanted: asked again and again while a pipe or device has nothing to read; False, or what it
+            raises, ends the wait.
+        mode: of a file, in place of its own.
 
     Raises:
         OSError: something cannot be read, or carried (a device in a tree).
     """
-    yield from _pack(path, "", 0, count)
+    status = os.stat(path)
+    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+        yield from _pack(path, "", 0, count, mode)
+    else:  # opened without a wait: a pipe may have no writer yet
+        special = Special(os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS), wanted)
+        try:
+            yield entry(REGULAR, "", _with_mode(status, mode))
+            yield from _chunks(special, count)
+        finally:
+            special.close()
     yield entry(LAST)
 
 
@@ -76,7 +97,48 @@ def pack_file(file: BinaryIO, mode: int = 0o644, count: Count = _nobody) -> Iter
     yield entry(LAST)
 
 
-def _pack(path: str, name: str, depth: int, count: Count) -> Iterator[bytes]:
+class Special:
+    """A pipe or device of this host, read and written without a wait that nobody can end.
+
+    Args:
+        fd: not blocking; closed by `close`.
+        wanted: as of `pack`.
+    """
+
+    def __init__(self, fd: int, wanted: Callable[[], bool]) -> None:
+        self._fd = fd
+        self._wanted = wanted
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes; none at the end."""
+        while self._ready(select.POLLIN):
+            with suppress(BlockingIOError):
+                return os.read(self._fd, size)
+        return b""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write some of it; how much."""
+        while self._ready(select.POLLOUT):
+            with suppress(BlockingIOError):
+                return os.write(self._fd, data)
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def _ready(self, event: int) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, event)
+        while not poll.poll(LOOK * 1000):
+            if not self._wanted():
+                return False
+        return True
+
+
+def _pack(
+    path: str, name: str, depth: int, count: Count, as_mode: int | None = None
+) -> Iterator[bytes]:
     try:
         status = os.lstat(path) if depth else os.stat(path)
     except FileNotFoundError:
@@ -84,6 +146,7 @@ def _pack(path: str, name: str, depth: int, count: Count) -> Iterator[bytes]:
             return  # gone since the directory was read
         raise
     mode = status.st_mode
+    status = _with_mode(status, as_mode)
     if stat.S_ISDIR(mode):
         if depth == DEPTH_MAX:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
@@ -96,7 +159,7 @@ def _pack(path: str, name: str, depth: int, count: Count) -> Iterator[bytes]:
     elif stat.S_ISLNK(mode):
         target = os.fsencode(os.readlink(path))
         yield entry(LINK, name, status, len(target)) + target
-    elif stat.S_ISREG(mode) or not depth:
+    elif stat.S_ISREG(mode):
         with open(path, "rb", buffering=0) as file:
             yield entry(REGULAR, name, status, status.st_size)
             yield from _chunks(file, count)
@@ -106,7 +169,14 @@ def _pack(path: str, name: str, depth: int, count: Count) -> Iterator[bytes]:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
 
 
-def _chunks(file: BinaryIO, count: Count) -> Iterator[bytes]:
+def _with_mode(status: os.stat_result, mode: int | None) -> os.stat_result:
+    if mode is None:
+        return status
+    head = (stat.S_IFMT(status.st_mode) | mode, *status[1:])
+    return os.stat_result(head, {"st_mtime_ns": status.st_mtime_ns})
+
+
+def _chunks(file: BinaryIO | Special, count: Count) -> Iterator[bytes]:
     while data := file.read(CHUNK):
         count(len(data))
         yield _SIZE.pack(len(data)) + data
@@ -122,6 +192,7 @@ class Unpacker:
         max_bytes: of file data, at most.
         all_kinds: links that leave the tree and FIFOs are made, too.
         count: called with the size in bytes of each piece of file data that has been written.
+        wanted: as of `pack`, while a pipe at `path` takes nothing.
     """
 
     def __init__(
@@ -132,7 +203,9 @@ class Unpacker:
         *,
         all_kinds: bool = False,
         count: Count = _nobody,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._wanted = wanted
         self._read = read
         self._count = count
         self._path = path
@@ -280,14 +353,16 @@ class Unpacker:
             # The caller's own device or pipe. Nobody reads a pipe: an error, and no wait.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
             fd = os.open(name, flags, dir_fd=self._dir)
-            os.set_blocking(fd, True)
-            with open(fd, "wb", buffering=0) as file:
-                self._fill(file)
+            special = Special(fd, self._wanted)
+            try:
+                self._fill(special)
+            finally:
+                special.close()
             return
         new = name
         if first:
             # Whole or not at all; and whatever is put in its place meanwhile is not written to.
-            new = f".{name[:200]}.{os.urandom(6).hex()}"
+            new = f".{name[:50]}.{os.urandom(6).hex()}"  # at most 255 bytes, as any name
         else:
             self._make_way(name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _FLAGS
@@ -297,9 +372,11 @@ class Unpacker:
                 _settle(file.fileno(), how)
             if first:
                 os.rename(new, name, src_dir_fd=self._dir, dst_dir_fd=self._dir)
-        except BaseException:
+        except BaseException as err:
             if first:
                 self._make_way(new)
+                if isinstance(err, OSError) and err.filename == new:
+                    raise OSError(err.errno, err.strerror, self._path) from None
             raise
 
     def _is_special(self, name: str) -> bool:
@@ -310,7 +387,7 @@ class Unpacker:
             return False
         return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
 
-    def _fill(self, file: BinaryIO | io.FileIO) -> None:
+    def _fill(self, file: BinaryIO | io.FileIO | Special) -> None:
         for data in self._data():
             view = memoryview(data)
             while view:

@@ -145,7 +145,7 @@ class AsyncGuestCalls:
     async def put(
         self,
         source: str | os.PathLike[str] | BinaryIO,
-        target: str,
+        target: str | os.PathLike[str],
         *,
         timeout: float | None = None,
         mode: int | None = None,
@@ -161,7 +161,7 @@ class AsyncGuestCalls:
 
     async def get(
         self,
-        source: str,
+        source: str | os.PathLike[str],
         target: str | os.PathLike[str] | BinaryIO,
         *,
         timeout: float | None = None,

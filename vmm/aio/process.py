@@ -7,11 +7,20 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
-from subprocess import DEVNULL, PIPE
+from subprocess import PIPE
 
 from vmm.agent import wire
 from vmm.agent.connection import SILENCE
-from vmm.agent.process import KILL_WITHIN, MAX_OUTPUT, flags_of, not_started, too_much, words
+from vmm.agent.process import (
+    KILL_WITHIN,
+    MAX_OUTPUT,
+    check_options,
+    flags_of,
+    not_started,
+    of_run,
+    too_much,
+    words,
+)
 from vmm.agent.wire import ERR, IN, OUT, Session
 from vmm.aio.connection import AsyncConnection
 from vmm.errors import AgentError
@@ -173,6 +182,7 @@ class AsyncGuestProcess:
         """Start it; the options and exceptions are `vmm.agent.process.GuestProcess`'s, but that
         `text`, `encoding` and `errors` are for `communicate`."""
         argv = words(args, shell)
+        check_options(user, size)
         flags = flags_of(stdin, stdout, stderr, tty)
         session = Session(wire.EXECUTE, flags)
         whom = "" if user is None else str(user)
@@ -313,10 +323,7 @@ async def run(
     **options: Any,
 ) -> subprocess.CompletedProcess[Any]:
     """`vmm.agent.process.run` as a coroutine; cancelled, it kills the command's process group."""
-    if isinstance(input, str):
-        options["text"] = True
-    if input is None:
-        options.setdefault("stdin", DEVNULL)
+    timeout = of_run(options, input, timeout)
     begun = time.monotonic()
     process = await AsyncGuestProcess.start(link, args, timeout=timeout, **options)
     exchange = asyncio.ensure_future(process.exchange(input))

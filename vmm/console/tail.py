@@ -164,6 +164,8 @@ def finder(pattern: Pattern) -> Callable[[bytearray, int], tuple[int, int] | Non
 
     import re
 
+    if not isinstance(pattern, re.Pattern):
+        raise TypeError(f"{pattern!r} is not text, or a compiled regular expression")
     source = pattern.pattern
     if isinstance(source, str):  # the buffer is bytes, and its positions must stay bytes
         compiled = re.compile(source.encode(), pattern.flags & ~re.UNICODE)

@@ -53,6 +53,13 @@ def make(name: str, arguments: tuple[object, ...]) -> Event:
     return KINDS[name](*arguments)
 
 
+def _check_kinds(call: str, kinds: tuple[object, ...]) -> None:
+    """TypeError here, rather than in the thread of the next event."""
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, Event)):
+            raise TypeError(f"{call}: {kind!r} is not a kind of event, as vmm.events.Stopped is")
+
+
 class EventHub:
     """The listeners and the log of one machine; all methods from any thread.
 
@@ -93,6 +100,8 @@ class EventHub:
 
     def emit(self, event: Event) -> None:
         """Log `event` and tell who listens, in this thread."""
+        if not isinstance(event, Event):
+            raise TypeError(f"emit: {event!r} is not a vmm.events.Event")
         if isinstance(event, Stopped) and self._lines is not None:
             self._last_lines(self._lines)
         with self._lock:
@@ -115,6 +124,9 @@ class EventHub:
         self, listener: Callable[[Event], object], kinds: tuple[type[Event], ...]
     ) -> Callable[[], None]:
         """Have `listener` called; what is returned ends that."""
+        if not callable(listener):
+            raise TypeError(f"subscribe: {listener!r} is not a function")
+        _check_kinds("subscribe", kinds)
         entry = (listener, kinds or (Event,))
         with self._lock:
             self._listeners = (*self._listeners, entry)
@@ -128,6 +140,7 @@ class EventHub:
 
     def stream(self, kinds: tuple[type[Event], ...], history: bool) -> EventStream[Event]:
         """A stream of events from now on."""
+        _check_kinds("events", kinds)
         kinds = kinds or (Event,)
         with self._lock:
             stream = EventStream(self._log if history else (), kinds)

@@ -67,7 +67,7 @@ class GuestCalls:
     def put(
         self,
         source: str | os.PathLike[str] | BinaryIO,
-        target: str,
+        target: str | os.PathLike[str],
         *,
         timeout: float | None = None,
         mode: int | None = None,
@@ -83,7 +83,7 @@ class GuestCalls:
             target: what it is called in the guest, an absolute path; with a `/` at its end, the
                 directory it goes into. Directories above it are made.
             timeout: seconds. Whatever it is, a guest that takes nothing for 60 s is given up.
-            mode: of the file, where `source` is an open one (0644).
+            mode: of the file, in place of its own; of an open one 0644 otherwise.
             progress: called with the bytes of file data sent so far, after each 64 KiB or more,
                 and at the end with those of all. What it raises ends the copy.
 
@@ -100,7 +100,7 @@ class GuestCalls:
 
     def get(
         self,
-        source: str,
+        source: str | os.PathLike[str],
         target: str | os.PathLike[str] | BinaryIO,
         *,
         timeout: float | None = None,

@@ -7,7 +7,8 @@ import time
 
 from vmm import config_paths, descriptors
 from vmm.config import MachineConfig
-from vmm.errors import HostError, StateError, VmmError, call_each
+from vmm.config_types import shown
+from vmm.errors import HostError, StateError, UsageError, VmmError, call_each
 from vmm.forked import drop_in_child
 from vmm.kvm import constants
 from vmm.machine import exits, unclosed
@@ -22,7 +23,7 @@ from vmm.memory import GuestMemory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
+    from typing import NoReturn, Self
 
     from vmm.agent.link import Link
     from vmm.boot import BootState
@@ -77,6 +78,11 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     """
 
     def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
+        if not isinstance(config, MachineConfig):
+            raise UsageError(
+                f"Machine: {shown(config)} is not a MachineConfig; Machine(MachineConfig(KERNEL)), "
+                "or MachineConfig.load(FILE)"
+            )
         config.check_host()
         self.directory = config_paths.here()
         relative = config_paths.is_relative(config)
@@ -177,6 +183,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
             text += f"; {self.exit.message}"
         return f"<{type(self).__name__} {text}>"
 
+    def __reduce__(self) -> NoReturn:
+        """A copy would close what this one uses."""
+        raise TypeError("a Machine is not copied or pickled so: see clone() and snapshot()")
+
     def __del__(self) -> None:
         if getattr(self, "_state", CLOSED) != CLOSED:
             unclosed.forgotten(self)
@@ -197,6 +207,17 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         """
         if self._state == CLOSED:
             return
+        self.unplug()
+        # A rollback under way in another thread would have the machine run again.
+        moment = self.moment.acquire(timeout=END_WITHIN)
+        try:
+            if self._state != CLOSED:
+                self._close()
+        finally:
+            if moment:
+                self.moment.release()
+
+    def _close(self) -> None:
         self.unplug()
         if self._watchdog is not None:
             self._watchdog.join(END_WITHIN)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vmm.errors import StateError
+import os
+
+from vmm.errors import StateError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,6 +13,20 @@ if TYPE_CHECKING:
     from vmm.machine.copies import Copies
     from vmm.machine.machine import Machine
     from vmm.snapshot.checkpoint import Checkpoint
+
+
+CLONES_MAX = 4096
+"""Copies made by one call: a machine takes some ten descriptors, a process has rarely more."""
+
+
+def _path(call: str, name: str, path: object) -> str:
+    """`path`, as text; UsageError where it cannot be one."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"{call}: {name}={path!r} is not a path (text or os.PathLike)")
+    text = str(os.fspath(path))
+    if not text or "\0" in text:
+        raise UsageError(f"{call}: {name}={text!r} is no name of a directory")
+    return text
 
 
 class MomentCalls:
@@ -25,7 +41,12 @@ class MomentCalls:
         return self  # type: ignore[return-value]  # it is the one class that has these
 
     def snapshot(
-        self, path: str, *, base: str | None = None, disks: str = "copy", track: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        disks: str = "copy",
+        track: bool = False,
     ) -> None:
         """Keep the machine as it is now in a new directory `path`; from created, running (it pauses
         meanwhile) or paused.
@@ -48,14 +69,17 @@ class MomentCalls:
         from vmm.snapshot.checkpoint import still
         from vmm.snapshot.store import save
 
+        where = _path("snapshot", "path", path)
+        if base is not None:
+            base = _path("snapshot", "base", base)
         with still(self._machine, "snapshot"):
-            save(self._machine, str(path), base=base, disk=disks, track=track)
-            self._machine._tell("snapshot", str(path))
+            save(self._machine, where, base=base, disk=disks, track=track)
+            self._machine._tell("snapshot", where)
 
     @classmethod
     def restore(
         cls,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         verify: bool = False,
         disks: str = "overlay",
@@ -83,7 +107,8 @@ class MomentCalls:
         """
         from vmm.snapshot.restore import restore
 
-        return restore(str(path), verify=verify, disk=disks, pages=pages, clock=clock, **changed)
+        where = _path("restore", "path", path)
+        return restore(where, verify=verify, disk=disks, pages=pages, clock=clock, **changed)
 
     def checkpoint(self, *, disks: str = "rollback") -> None:
         """Remember this moment for `rollback`; it takes the place of an earlier one.
@@ -119,9 +144,21 @@ class MomentCalls:
         """
         from vmm.snapshot.checkpoint import still
 
+        machine = self._machine
+        if machine.in_vcpu_thread:
+            with still(machine, "rollback"):
+                pass  # it raises
+        with machine.moment:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        from vmm.snapshot.checkpoint import still
+
+        machine = self._machine
+        if machine.state == "closed":
+            raise StateError("rollback: the machine is closed")
         if self._checkpoint is None:
             raise StateError("rollback: there is no checkpoint; call checkpoint() first")
-        machine = self._machine
         running = machine.state == "running"
         while True:
             if machine.state == "stopped":
@@ -151,8 +188,10 @@ class MomentCalls:
         """
         from vmm.snapshot.clone import clone
 
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= CLONES_MAX:
+            raise UsageError(f"clone: count={count!r} is not a number from 1 to {CLONES_MAX}")
         with self._lock:
             first = self._clones + 1
-            self._clones += max(count, 0)
+            self._clones += count
         numbers = range(first, first + count)
         return clone(self._machine, numbers, checkpoint=self._checkpoint is not None)

@@ -72,7 +72,7 @@ def restore(
     **changed: object,
 ) -> Machine:
     """See `Machine.restore`."""
-    how, _, where = pages.partition("=")
+    how, _, where = pages.partition("=") if isinstance(pages, str) else (None, "", "")
     if how not in ("map", "uffd") or (where and how == "map"):
         raise UsageError(f"restore: pages={pages} is not one of {', '.join(PAGES)}")
     if disk not in disks.USES:

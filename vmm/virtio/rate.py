@@ -51,6 +51,11 @@ class Rate:
         """bps, burst, ops and ops_burst."""
         return self.bps, self.burst, self.ops, self.ops_burst
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rate) and self.numbers == other.numbers
+
+    __hash__ = None  # type: ignore[assignment]
+
     def apply(self, limit: Limit) -> None:
         """Have `limit` keep it."""
         limit.change(bytes=self.bps, ops=self.ops, burst_bytes=self.burst, burst_ops=self.ops_burst)

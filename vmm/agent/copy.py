@@ -10,6 +10,7 @@ import io
 import os
 import struct
 import time
+from contextlib import closing
 
 from vmm.agent import wire
 from vmm.agent.connection import SILENCE, Connection
@@ -220,10 +221,11 @@ def put(
             stream = pack(os.fspath(source), done.add, wanted=transfer.wanted, mode=mode)
         else:
             stream = pack_file(source, 0o644 if mode is None else mode, done.add)
-        for part in _joined(stream):
-            if not transfer.write(part):
-                break
-            done.tell()
+        with closing(stream):  # at once, with its files, also where `progress` raises
+            for part in _joined(stream):
+                if not transfer.write(part):
+                    break
+                done.tell()
         transfer.finish()
         done.tell()
     finally:

@@ -18,7 +18,7 @@ from vmm.errors import AgentError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from typing import BinaryIO
 
     Count = Callable[[int], None]
@@ -62,7 +62,7 @@ def pack(
     *,
     wanted: Callable[[], bool] = lambda: True,
     mode: int | None = None,
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """The stream of what is at `path` on this host, which may be a link to it.
 
     Args:
@@ -87,7 +87,9 @@ def pack(
     yield entry(LAST)
 
 
-def pack_file(file: BinaryIO, mode: int = 0o644, count: Count = _nobody) -> Iterator[bytes]:
+def pack_file(
+    file: BinaryIO, mode: int = 0o644, count: Count = _nobody
+) -> Generator[bytes, None, None]:
     """The stream of one file whose data `file` gives, as of now; `count` as of `pack`."""
     import time
 
@@ -138,7 +140,7 @@ class Special:
 
 def _pack(
     path: str, name: str, depth: int, count: Count, as_mode: int | None = None
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     try:
         status = os.lstat(path) if depth else os.stat(path)
     except FileNotFoundError:

@@ -42,11 +42,11 @@ def open_stored(path: str) -> FileIO:
     Never waits, as open(2) of a FIFO does until it has a writer. Raises OSError, also for what has
     no end: a FIFO, a character device.
     """
-    file = open(os.open(path, os.O_RDONLY | FLAGS), "rb", buffering=0)  # noqa: SIM115 (returned)
-    mode = os.fstat(file.fileno()).st_mode
+    fd = os.open(path, os.O_RDONLY | FLAGS)
+    mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return file
-    file.close()
+        return open(fd, "rb", buffering=0)
+    os.close(fd)
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     what = "FIFO" if stat.S_ISFIFO(mode) else "character device"

@@ -57,8 +57,12 @@ class OnLoop:
 
     def close(self) -> None:
         """Raise what `progress` has raised."""
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None  # no cycle with its traceback
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
 
 
 class Line:

@@ -40,13 +40,17 @@ class Base:
         fds: an open file for each region of RAM, in order; closed with the base.
         offsets: where in each the region begins, bytes, page-aligned; without: at 0.
         ours: nobody else knows the files: they may be written to while one memory uses them.
+
+    Attributes:
+        lost: somebody changes the files: no memory can go back to what they held.
     """
 
-    __slots__ = ("_lock", "_ours", "_users", "_views", "fds", "offsets")
+    __slots__ = ("_lock", "_ours", "_users", "_views", "fds", "lost", "offsets")
 
     def __init__(self, fds: list[int], offsets: list[int] | None = None, *, ours: bool) -> None:
         self.fds = fds
         self.offsets = offsets or [0] * len(fds)
+        self.lost = False
         self._ours = ours
         self._views: dict[int, mmap.mmap] = {}
         self._users = 1

@@ -16,7 +16,7 @@ from vmm.memory.region import Region
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from typing_extensions import Buffer
@@ -49,7 +49,7 @@ class GuestMemory:
     'feca'
     """
 
-    __slots__ = ("_high", "_low", "base", "regions", "size")
+    __slots__ = ("__weakref__", "_high", "_low", "at_close", "base", "regions", "size")
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class GuestMemory:
         if base is not None:
             backing = "base"
         self.base = base
+        self.at_close: Callable[[GuestMemory], object] | None = None
+        """Called first by `close`, once."""
         self._high: Region | None = None
 
         def mapping(number: int, size: int, offset: int) -> mmap:
@@ -94,6 +96,9 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap every region; views that are still held stay readable until they go."""
+        at_close, self.at_close = self.at_close, None
+        if at_close is not None:
+            at_close(self)
         for region in self.regions:
             region.close()
             region.size, region.end = 0, region.gpa  # nothing is found there any more

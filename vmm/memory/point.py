@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm.errors import StateError
 from vmm.layout import PAGE_SIZE
 from vmm.memory.base import copy, give_up, map_over_base, private_runs, settle
 
@@ -57,6 +58,11 @@ class Point:
             unmap: GPAs of pages that are not to stay mapped, which KVM is told of.
         """
         base = self.base
+        if base.lost:
+            raise StateError(
+                "rollback: somebody has changed the snapshot's file that the machine was restored "
+                "from; take another checkpoint"
+            )
         if memory.base is not base:  # it was put over something else meanwhile
             map_over_base(memory, base.share())
         for region in memory.regions:

@@ -53,6 +53,44 @@ def still(machine: Machine, call: str) -> Iterator[None]:
                 machine.resume()
 
 
+def watch_files(machine: Machine) -> None:
+    """Have the memory of `machine`, which is mapped from a snapshot's files, leave them before
+    somebody changes one (vmm.snapshot.lease)."""
+    from weakref import ref
+
+    from vmm.snapshot.lease import before_a_change
+
+    found = ref(machine)
+
+    def leave() -> None:
+        machine = found()
+        if machine is not None:
+            leave_files(machine)
+
+    before_a_change(machine.memory, leave)
+
+
+def leave_files(machine: Machine) -> None:
+    """Copy the memory of `machine`, which is parked meanwhile, out of the files it is mapped from.
+
+    No earlier checkpoint can be gone back to afterwards.
+    """
+    from vmm.memory.base import settle
+
+    memory = machine.memory
+    with contextlib.ExitStack() as stack:
+        if machine.state != "stopped":
+            stack.enter_context(still(machine, "memory"))
+            stack.enter_context(quiesced(machine))
+        if memory.base is not None:
+            memory.base.lost = True
+        pagemap = Pagemap()
+        try:
+            settle(memory, pagemap)
+        finally:
+            pagemap.close()
+
+
 class Checkpoint:
     """What `machine`, whose vCPUs are parked, is now.
 

@@ -15,8 +15,9 @@ from vmm.machine.origin import Origin
 from vmm.memory import GuestMemory, point
 from vmm.memory.pagemap import Pagemap
 from vmm.snapshot.capture import apply, capture, quiesced
-from vmm.snapshot.checkpoint import freeze, overlaid_disks, still
+from vmm.snapshot.checkpoint import freeze, overlaid_disks, still, watch_files
 from vmm.snapshot.identity import free_cid, own_config
+from vmm.snapshot.lease import share
 from vmm.virtio import spec
 
 TYPE_CHECKING = False
@@ -106,6 +107,7 @@ class Copy(Origin):
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
         memory = GuestMemory(config.memory, base=self._source.memory.base)
+        share(memory)
         self._source.memory.write_kept(memory)
         return memory
 
@@ -115,6 +117,7 @@ class Copy(Origin):
                 if device.ID == spec.ID_VSOCK:
                     vsock: Vsock = device  # type: ignore[assignment]
                     vsock.set_cid(free_cid(vsock.cid))
+        watch_files(machine)
         apply(machine, self._source.state)
         for place, device in enumerate(_devices(machine)):
             if place in self._source.disks:

@@ -222,11 +222,13 @@ def map_layers(layers: list[Layer], size: int) -> GuestMemory:
 
     What it costs depends on how many runs of pages the differentials have, not on `size`.
     """
+    from vmm.snapshot.lease import hold
+
     memory = map_base(layers[0].fd, size)
-    if len(layers) == 1:
-        return memory
     try:
-        _map_runs(memory, layers)
+        if len(layers) > 1:
+            _map_runs(memory, layers)
+        hold(memory, [layer.fd for layer in layers])
     except BaseException:
         memory.close()
         raise
@@ -278,6 +280,9 @@ def go_on_over(memory: GuestMemory, layers: list[Layer]) -> None:
         former.release()
     if len(layers) > 1:
         _map_runs(memory, layers)
+    from vmm.snapshot.lease import hold
+
+    hold(memory, [layer.fd for layer in layers])
 
 
 def _map(address: int, size: int, fd: int, offset: int) -> None:

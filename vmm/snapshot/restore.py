@@ -8,6 +8,7 @@ from vmm.machine import Machine
 from vmm.machine.begin import begin
 from vmm.snapshot import disks, host
 from vmm.snapshot.capture import apply
+from vmm.snapshot.checkpoint import watch_files
 from vmm.snapshot.memory import map_layers
 from vmm.snapshot.origin import Restored
 from vmm.snapshot.store import Snapshot, close_all
@@ -50,6 +51,7 @@ class FromFiles(Restored):
         return memory
 
     def apply(self, machine: Machine) -> None:
+        watch_files(machine)
         try:
             apply(machine, self._state, elapse=self.elapse)
         except (KeyError, ValueError, TypeError) as err:

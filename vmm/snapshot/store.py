@@ -21,6 +21,7 @@ from vmm.snapshot import disks, host, manifest, plain
 from vmm.snapshot import memory as ram
 from vmm.snapshot.capture import SCHEMA as STATE_SCHEMA
 from vmm.snapshot.capture import capture, quiesced
+from vmm.snapshot.checkpoint import watch_files
 from vmm.snapshot.index import Index
 from vmm.snapshot.origin import Restored
 
@@ -315,3 +316,4 @@ def go_on_over(machine: Machine, path: str) -> None:
         finally:
             close_all(layers)
         machine.origin = Restored(snapshot.checksum, machine.memory)
+        watch_files(machine)

@@ -122,11 +122,11 @@ def test_what_init_is_told(kernel: str, tmp_path: Path, monkeypatch: pytest.Monk
         ordinary.setattr(os, "geteuid", lambda: 1000)
         assert lines("u", root=str(tmp_path / "dir"))[1:3] == ["overlay", "nosuid"]
     image = tmp_path / "image"
-    image.write_bytes(b"hsqs" + bytes(1 << 17))
+    image.write_bytes(b"hsqs" + bytes((1 << 17) - 4))
     assert lines("e", root=str(image), append="init=/sbin/init") == [
         "root vmm-root squashfs", "overlay", "hostname vmm", "init /sbin/init",
     ]  # fmt: skip
-    image.write_bytes(b"XFSB" + bytes(1 << 17))
+    image.write_bytes(b"XFSB" + bytes((1 << 17) - 4))
     assert lines("f", root=str(image), append="hostname=box") == [
         "root vmm-root xfs", "hostname box",
     ]  # fmt: skip

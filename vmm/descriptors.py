@@ -17,11 +17,16 @@ MOST = 1 << 20
 """The soft limit is not raised beyond that: there are programs that close them one by one."""
 
 _before: tuple[int, int] | None = None
+_raised = False
 
 
 def raise_limit() -> None:
-    """Raise the soft limit to the hard one, or MOST."""
-    global _before
+    """Raise the soft limit to the hard one, or MOST; once in a process: one that a program sets
+    later is what it wants."""
+    global _before, _raised
+    if _raised:
+        return
+    _raised = True
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
     if soft == resource.RLIM_INFINITY or soft >= most:

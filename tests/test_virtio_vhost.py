@@ -26,7 +26,8 @@ from vmm.virtio.vsock_config import VsockConfig
 
 pytestmark = [pytest.mark.needs_linux_kvm, pytest.mark.timeout(200)]
 
-TAP = f"tap,address={HOST}/24,mac=52:54:00:00:00:05,vhost=auto"
+PLAIN = f"tap,address={HOST}/24,mac=52:54:00:00:00:05"
+TAP = f"{PLAIN},vhost=auto"
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_frames_both_ways(server: socket.socket, event_idx: bool) -> None:
 
 
 def test_what_keeps_the_frames_here(tmp_path: Path) -> None:
-    for text in (f"{TAP},vhost=off", f"{TAP},pcap={tmp_path}/x", f"{TAP},rx-bps=1M"):
+    for text in (f"{PLAIN},vhost=off", f"{TAP},pcap={tmp_path}/x", f"{TAP},rx-bps=1M"):
         nic = card(text)
         assert not isinstance(nic, VhostNic)
         nic.close()
@@ -143,7 +144,7 @@ def test_saved_and_restored(server: socket.socket, other: str) -> None:
         state = guest.transport.save()
         guest.device.close()
         guest.device.release()
-        nic = card(f"{TAP},vhost={other}")
+        nic = card(f"{PLAIN},vhost={other}")
         assert isinstance(nic, VhostNic) is (other == "auto")
         nic.memory = guest.memory
         transport = type(guest.transport)(nic)  # type: ignore[call-arg]

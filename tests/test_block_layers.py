@@ -212,7 +212,11 @@ def test_endless_extensions(tmp_path: Path) -> None:
 def test_an_encrypted_image(tmp_path: Path) -> None:
     secret = ("--object", "secret,id=s,data=x", "-o")
     path = images.make(
-        tmp_path / "x", "qcow2", MIB, *secret, "encrypt.format=luks,encrypt.key-secret=s"
+        tmp_path / "x",
+        "qcow2",
+        MIB,
+        *secret,
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
     )
     assert "this qcow2 image is encrypted, and no option takes its key" in refused(
         f"{path},format=qcow2"

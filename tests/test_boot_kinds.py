@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support import images
 from vmm.boot import kinds
 from vmm.boot.loader import load
 from vmm.errors import BootError
@@ -52,11 +52,6 @@ def test_images_that_qemu_makes(tmp_path: Path, kind: str) -> None:
         pytest.skip("needs qemu-img")
     path = tmp_path / "image"
     options = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]
-    command = ["qemu-img", "create", "-q", "-f", kind, *(options if kind == "luks" else [])]
-    for _ in range(5):  # qemu-img measures the processor for LUKS, and gives up on a busy one
-        done = subprocess.run([*command, str(path), "8M"], check=False, capture_output=True)
-        if not done.returncode:
-            break
-    assert done.returncode == 0, done.stderr
+    images.make(path, kind, 8 * MIB, *(options if kind == "luks" else []))
     with GuestMemory(16 * MIB) as memory, pytest.raises(BootError, match="give it with --drive"):
         load(memory, str(path), [], "")

@@ -10,11 +10,16 @@ FORMATS = ("qcow2", "vmdk", "vhdx", "vdi", "vpc", "qed", "parallels", "qcow")
 
 
 def make(path: Path, format: str, size: int, *options: str) -> Path:
-    """A new image at `path`; `options` are further arguments of `qemu-img create`."""
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", format, *options, str(path), str(size)], check=True
-    )
-    return path
+    """A new image at `path`; `options` are further arguments of `qemu-img create`.
+
+    For LUKS qemu-img measures the processor, and gives up on a busy one: it is asked again.
+    """
+    command = ["qemu-img", "create", "-q", "-f", format, *options, str(path), str(size)]
+    for _ in range(10):
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if not done.returncode:
+            return path
+    raise AssertionError(f"{' '.join(command)}: {done.stderr}")
 
 
 def convert(raw: Path, path: Path, format: str, *options: str) -> Path:

@@ -70,7 +70,8 @@ def test_one_that_does_not_listen_is_killed(
     assert not running(pid)
 
 
-def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path, stopped: bool) -> None:
     code = (
         "import time; from vmm.child import Child\n"
         f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'])\n"
@@ -78,6 +79,8 @@ def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         pid = wait_for_pid(tmp_path / "pid")
+        if stopped:
+            os.kill(pid, signal.SIGSTOP)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     limit = time.monotonic() + 20

@@ -120,3 +120,12 @@ def test_a_forked_child_has_none(snapshot: Path) -> None:
             os._exit(bool(lease._leases) or lease._watcher)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert lease._leases
+
+
+def test_a_memory_that_is_over_another_file_needs_the_former_no_longer(snapshot: Path) -> None:
+    with Machine.restore(str(snapshot)) as m:
+        for number in range(3):
+            m.snapshot(str(snapshot.parent / f"next{number}"), track=True)
+            assert len(lease._leases) == 1
+        os.truncate(snapshot / "memory", 0)
+        assert m.memory.read(WORD, 4) == b"word"

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _SHELL = "/bin/sh"
 _STARTER = 'read -r _ && exec "$@" </dev/null'
-_KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null'
+_KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null; kill -s CONT "$1" 2>/dev/null'
+"""SIGCONT has a helper that somebody stopped take its SIGTERM."""
 SAID_MAX = 1 << 16
 """Bytes kept of a helper's output: what it writes after them is refused (EPERM)."""
-_F_ADD_SEALS, _F_SEAL_GROW = 1033, 4
 _DEFAULT = tuple(
     getattr(signal, f"SIG{name}") for name in ("PIPE", "XFSZ", "INT", "QUIT", "TERM", "HUP", "CHLD")
 )
@@ -89,7 +89,7 @@ class Child:
             import fcntl
 
             os.ftruncate(self._output, SAID_MAX)
-            fcntl.fcntl(self._output, _F_ADD_SEALS, _F_SEAL_GROW)
+            fcntl.fcntl(self._output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
             out = (stdout if stdout >= 0 else self._output, self._output)
             if not keeper:
                 null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

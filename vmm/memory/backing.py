@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 MAP_NORESERVE = 0x4000
-F_ADD_SEALS = 1033
 SEALS = 1 | 2 | 4
 """F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: a vhost-user peer, which is given the file, cannot cut
 it short: an access beyond its end would be SIGBUS, the end of every machine of this process."""
@@ -81,7 +80,7 @@ def _map_memfd(size: int, flags: int) -> mmap.mmap:
     fd = os.memfd_create("vmm-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
         # Shared: what a vhost-user back end writes must be what the guest reads. Huge pages are
         # reserved at once: without a reservation, one that is missing later is SIGBUS.
         sharing = mmap.MAP_SHARED if flags else mmap.MAP_SHARED | MAP_NORESERVE

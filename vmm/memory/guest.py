@@ -49,7 +49,7 @@ class GuestMemory:
     'feca'
     """
 
-    __slots__ = ("__weakref__", "_high", "_low", "at_close", "base", "regions", "size")
+    __slots__ = ("__weakref__", "_high", "_low", "at_close", "base", "leave", "regions", "size")
 
     def __init__(
         self,
@@ -68,6 +68,8 @@ class GuestMemory:
         self.base = base
         self.at_close: Callable[[GuestMemory], object] | None = None
         """Called first by `close`, once."""
+        self.leave: Callable[[], object] | None = None
+        """What makes it independent of the files it is mapped from, where they are somebody's."""
         self._high: Region | None = None
 
         def mapping(number: int, size: int, offset: int) -> mmap:

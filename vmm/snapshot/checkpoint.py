@@ -56,9 +56,7 @@ def still(machine: Machine, call: str) -> Iterator[None]:
 def watch_files(machine: Machine) -> None:
     """Have the memory of `machine`, which is mapped from a snapshot's files, leave them before
     somebody changes one (vmm.snapshot.lease)."""
-    from weakref import ref
-
-    from vmm.snapshot.lease import before_a_change
+    from _weakref import ref
 
     found = ref(machine)
 
@@ -67,7 +65,7 @@ def watch_files(machine: Machine) -> None:
         if machine is not None:
             leave_files(machine)
 
-    before_a_change(machine.memory, leave)
+    machine.memory.leave = leave
 
 
 def leave_files(machine: Machine) -> None:

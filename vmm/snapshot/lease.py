@@ -13,24 +13,24 @@ open for writing. Without one the file has to be left alone.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal imports enum, and is in every restore
 import fcntl
 import os
-import signal
 import struct
-import weakref
 from _thread import allocate_lock, get_native_id, start_new_thread
+from _weakrefset import WeakSet
 from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Sequence
 
     from vmm.memory import GuestMemory
 
-F_SETSIG, F_SETOWN_EX = 10, 15
+F_SETOWN_EX = 15
 OWNER_EX = struct.Struct("ii")
 """struct f_owner_ex: type (0, F_OWNER_TID), thread id."""
-BROKEN = signal.SIGURG
+BROKEN = _signal.SIGURG
 """Tells the watcher of a lease that is to be given back: a signal that is ignored where nobody
 waits for it, as in a process whose watcher has gone."""
 
@@ -42,7 +42,7 @@ class _Lease:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.memories: weakref.WeakSet[GuestMemory] = weakref.WeakSet()
+        self.memories: WeakSet[GuestMemory] = WeakSet()
 
 
 _leases: dict[tuple[int, int], _Lease] = {}
@@ -52,13 +52,10 @@ _watcher = 0
 """The watcher's thread id; 0: there is none."""
 
 
-_leave: weakref.WeakKeyDictionary[GuestMemory, Callable[[], object]] = weakref.WeakKeyDictionary()
-"""What makes a memory independent of its files."""
-
-
 def hold(memory: GuestMemory, fds: Iterable[int]) -> None:
-    """Take leases on the files `fds`, open for reading only, that `memory` is mapped from; until it
-    is closed."""
+    """Take leases on the files `fds`, open for reading only, that `memory` is mapped from now;
+    until it is mapped from others, or closed."""
+    now: list[_Lease] = []
     with _lock:
         for fd in fds:
             status = os.fstat(fd)
@@ -67,6 +64,8 @@ def hold(memory: GuestMemory, fds: Iterable[int]) -> None:
             if lease is not None:
                 _leases[key] = lease
                 lease.memories.add(memory)
+                now.append(lease)
+        _drop(memory, now)
     memory.at_close = _let_go
 
 
@@ -80,20 +79,13 @@ def share(memory: GuestMemory) -> None:
     memory.at_close = _let_go
 
 
-def before_a_change(memory: GuestMemory, leave: Callable[[], object]) -> None:
-    """Have `leave`, which makes `memory` independent of its files, called before one changes; in
-    the watcher's thread."""
-    with _lock:
-        _leave[memory] = leave
-
-
 def _take(fd: int) -> _Lease | None:
     own = os.dup(fd)
     try:
-        fcntl.fcntl(own, F_SETSIG, BROKEN)
+        fcntl.fcntl(own, fcntl.F_SETSIG, BROKEN)
         fcntl.fcntl(own, F_SETOWN_EX, OWNER_EX.pack(0, _watching()))
         fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError:  # not ours, or not to be had here
+    except (OSError, RuntimeError):  # not ours, or not to be had here; no thread for the watcher
         os.close(own)
         return None
     return _Lease(own)
@@ -102,7 +94,13 @@ def _take(fd: int) -> _Lease | None:
 def _let_go(memory: GuestMemory) -> None:
     """`memory` is being closed."""
     with _lock:
-        for key, lease in list(_leases.items()):
+        _drop(memory, ())
+
+
+def _drop(memory: GuestMemory, but: Sequence[_Lease]) -> None:
+    """Take `memory` out of all leases `but` these; those that nobody needs are given back."""
+    for key, lease in list(_leases.items()):
+        if lease not in but:
             lease.memories.discard(memory)
             if not lease.memories:
                 _give_back(key, lease)
@@ -128,11 +126,11 @@ def _watching() -> int:
 
         def main() -> None:
             global _watcher
-            signal.pthread_sigmask(signal.SIG_BLOCK, {BROKEN})
+            _signal.pthread_sigmask(_signal.SIG_BLOCK, {BROKEN})
             _watcher = get_native_id()
             begun.release()
             while True:
-                signal.sigwaitinfo({BROKEN})
+                _signal.sigwaitinfo({BROKEN})
                 with suppress(Exception):  # the lease runs out then
                     _look()
 
@@ -150,13 +148,12 @@ def _look() -> None:
             for key, lease in _leases.items()
             if fcntl.fcntl(lease.fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
         ]
-        leave = [
-            _leave[memory] for _, lease in broken for memory in lease.memories if memory in _leave
-        ]
+        memories = [memory for _, lease in broken for memory in lease.memories]
     try:
-        for each in leave:
-            with suppress(Exception):  # closed meanwhile
-                each()
+        for memory in memories:
+            if memory.leave is not None:
+                with suppress(Exception):  # closed meanwhile
+                    memory.leave()
     finally:
         with _lock:
             for key, lease in broken:

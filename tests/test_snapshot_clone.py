@@ -150,6 +150,7 @@ def test_each_disk_is_its_own(tmp_path: Path, format: str) -> None:
         later = positions(driver)
         clones = m.clone(3)
         disk.write(3, b"mine".ljust(512))
+        assert [device(each, 0).peers for each in clones] == [[]] * 3, "of servers that have ended"
         for number, each in enumerate(clones):
             its = DriverOn.__new__(DriverOn)
             vars(its).update({**vars(driver), "machine": each, "memory": each.memory})

@@ -136,4 +136,7 @@ def _put_on(device: Block, frozen: Frozen) -> None:
     from vmm.block.overlay import Overlay
 
     old, device.image = device.image, Overlay(frozen.share())
+    # Its server ends with the old image: the number of that descriptor is another's soon, perhaps
+    # the one by which the watcher of the machine's peers is woken.
+    device.peers = []
     old.close()

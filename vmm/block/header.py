@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 
-from vmm.block.probe import is_descriptor
 from vmm.errors import UsageError
 
 NAME_MAX = 1023
@@ -19,8 +18,12 @@ EXTENSIONS_MAX = 1000
 """Header extensions that are looked at; images have a handful."""
 AREA = 2 << 20
 """Bytes of a qcow2 header with its extensions: the largest cluster."""
-DESCRIPTOR_MAX = 20 << 10
-"""Bytes of a VMDK descriptor: as many as QEMU reads."""
+DESCRIPTOR_MAX = (1 << 20) - 1
+"""Bytes of a VMDK descriptor: as many as QEMU reads (vmdk_read_desc in block/vmdk.c)."""
+EXTENT_NAME_MAX = 511
+"""Bytes of an extent's name in a VMDK descriptor, as QEMU reads it."""
+ACCESSES = (b"RW", b"RDONLY", b"NOACCESS")
+"""The words that a line about an extent begins with."""
 EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_DATA_FILE = 0x44415441
 INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -121,20 +124,42 @@ def _vmdk(fd: int, header: Header) -> None:
     offset, size, listed = 0, DESCRIPTOR_MAX, not sparse
     if sparse:
         capacity, _, sector, sectors = struct.unpack_from("<QQQQ", head, 12)
-        offset, size = sector * 512, min(sectors * 512, DESCRIPTOR_MAX)
+        offset = sector << 9 & (1 << 64) - 1  # QEMU's is a number of 64 bits
         # Of a sparse extent the descriptor lists the file itself, and nobody opens what it lists;
-        # of a file with a descriptor alone (capacity 0) they are opened.
+        # of a file with a descriptor alone (capacity 0) they are opened, however long the header
+        # says that the descriptor is.
         listed = not capacity
-    if (sparse and not offset) or head[:4] == b"COWD" or offset >= 1 << 62:
+        if not listed:
+            size = min(sectors * 512, DESCRIPTOR_MAX)
+        if offset >= 1 << 63:
+            raise ValueError
+    if (sparse and not offset) or head[:4] == b"COWD":
         return
-    text = os.pread(fd, size, offset)
-    if not sparse and not is_descriptor(text):
-        return
-    for line in _text(text).splitlines():
-        words = line.strip().split(None, 3)
-        if line.strip().startswith("parentFileNameHint"):
-            header.backing = line.partition("=")[2].strip().strip('"') or "a file without a name"
-        elif listed and len(words) == 4 and words[0] in ("RW", "RDONLY", "NOACCESS"):
-            name = words[3].partition('"')[2].partition('"')[0]
-            if words[2] not in ("ZERO",):
-                header.extents.append((words[2], name))
+    # A file that is no sparse extent is read as a descriptor, whatever its first lines are.
+    text = os.pread(fd, size, offset).split(b"\0")[0]
+    for line in text.split(b"\n"):
+        if line.strip().startswith(b"parentFileNameHint"):
+            name = _text(line.partition(b"=")[2].strip().strip(b'"'))
+            header.backing = name or "a file without a name"
+        elif listed and line.split(None, 1)[:1] and line.split(None, 1)[0] in ACCESSES:
+            header.extents += _extent(line)
+
+
+def _extent(line: bytes) -> list[tuple[str, str]]:
+    """The (kind, name) of an extent from its line in a VMDK descriptor; none where the extent has
+    no file. Raises ValueError.
+
+    QEMU reads such a line by sscanf(3), which takes line ends for blanks. A line that is not
+    written as QEMU and VMware write it is refused here, because the two readers might see
+    different names in it.
+    """
+    words = line.split(None, 3)
+    if len(words) == 3 and words[2] == b"ZERO":
+        return []
+    if len(words) < 4 or not words[1].isdigit() or not words[2].isalpha():
+        raise ValueError
+    before, _, rest = words[3].partition(b'"')
+    name, end, _ = rest.partition(b'"')
+    if before or not end or not name or b"\r" in name or len(name) > EXTENT_NAME_MAX:
+        raise ValueError
+    return [(words[2].decode(), os.fsdecode(name))]

@@ -21,9 +21,9 @@ test: compiled
 
 setup: .venv/.ready
 
-# pip writes vmm/kvm/_abi.py from the C declarations, and compiles vmm/virtio/kernel, so a change of
-# those installs again.
-.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/kvm/abi_build.py $(wildcard vmm/agent/*.[ch]) \
+# pip writes vmm/_libc.py and vmm/kvm/_abi.py from the C declarations, and compiles vmm/virtio/kernel,
+# so a change of those installs again.
+.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/libc_build.py vmm/kvm/abi_build.py $(wildcard vmm/agent/*.[ch]) \
 		$(wildcard vmm/virtio/kernel/*.[ch]) vmm/virtio/kernel/build.py
 	tools/setup
 
@@ -40,5 +40,5 @@ bench: compiled
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache benchmarks/results
-	rm -f vmm/kvm/_abi.py vmm/virtio/kernel/_abi.py vmm/virtio/kernel/_kernel.so
+	rm -f vmm/_libc.py vmm/kvm/_abi.py vmm/virtio/kernel/_abi.py vmm/virtio/kernel/_kernel.so
 	find vmm tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

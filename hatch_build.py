@@ -1,8 +1,9 @@
 """Build hooks: what a wheel has that is not in the repository, and what PyPI is told.
 
-For a wheel, `vmm/kvm/_abi.py` is written from the C declarations in vmm/kvm/abi_build.py, and man
-page and completions from the tables of options; where there is a C compiler, vmm/virtio/kernel and
-the guest's agent are compiled. The wheel's tag says which C library the result needs.
+For a wheel, `vmm/kvm/_abi.py` is written from the C declarations in vmm/kvm/abi_build.py,
+`vmm/_libc.py` from those in vmm/libc_build.py, man page and completions from the tables of options;
+where there is a C compiler, vmm/virtio/kernel and the guest's agent are compiled. The wheel's tag
+says which C library the result needs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class WheelHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Run before the files are collected."""
         package = Path(self.root) / "vmm"
+        runpy.run_path(str(package / "libc_build.py"), run_name="__main__")
         runpy.run_path(str(package / "kvm" / "abi_build.py"), run_name="__main__")
         kernel = runpy.run_path(str(package / "virtio" / "kernel" / "build.py"))
         sys.path.insert(0, self.root)

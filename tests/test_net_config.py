@@ -27,6 +27,8 @@ GOOD = [
     ("tap,vhost=off", Net("tap", vhost="off")),
     ("bridge=br0,vhost=on", Net("bridge", "br0", vhost="on")),
     ("tap,tx-bps=1G,tx-burst=1M", Net("tap", tx_bps=1 << 30, tx_burst="1M")),
+    ("user,host-loopback=on", Net("user", host_loopback=True)),
+    ("user,host-loopback=off", Net("user")),
     (
         "user,forward=tcp:8080:80,forward=udp:127.0.0.1:53:5353,forward=tcp:[::1]:1:2",
         Net("user", forward=["tcp:8080:80", "udp:127.0.0.1:53:5353", "tcp:[::1]:1:2"]),
@@ -75,6 +77,8 @@ BAD = [
     ("tap,address=10.0.0.1", "address=10.0.0.1 is not ADDRESS/BITS, as in 192.168.77.1/24"),
     ("tap,address=10.0.0.1/33", "is not ADDRESS/BITS"),
     ("tap,address=10.0.0/24", "is not ADDRESS/BITS"),
+    ("user,host-loopback=yes", "--net user,host-loopback=yes: host-loopback=yes is not on or off"),
+    ("tap,host-loopback=on", "'host-loopback=on' is not for this; tap takes mac="),
     ("user,forward=8080:80", "forward=8080:80 is not tcp:HOST:GUEST"),
     ("user,forward=tcp:0:80", "forward=tcp:0:80 is not tcp:HOST:GUEST"),
     ("user,forward=tcp:80:65536", "forward=tcp:80:65536 is not"),

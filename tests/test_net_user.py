@@ -90,7 +90,7 @@ def test_dhcp_gives_the_hosts_address() -> None:
 
 def test_datagrams_to_the_host_and_back() -> None:
     with (
-        NetGuest(nic("user,mac=52:54:00:00:00:05"), buffers=40) as guest,
+        NetGuest(nic("user,mac=52:54:00:00:00:05,host-loopback=on"), buffers=40) as guest,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
     ):
         server.settimeout(20)

@@ -99,6 +99,7 @@ NET = {
     "gateway": _text("with ip, the guest's way to other networks", ""),
     "dns": _list("with ip, name servers", {"type": "string"}),
     "forward": _list("tcp:HOST:GUEST or udp:HOST:GUEST, each", {"type": "string"}),
+    "host_loopback": _flag("the guest reaches the host's loopback, at the gateway's address"),
 }
 for _way, _where in (("rx", "to the guest"), ("tx", "from the guest")):
     NET[f"{_way}_bps"] = _size(f"limit a second {_where}", 0)

@@ -89,8 +89,8 @@ PARSER = Parser(
             metavar="NET",
             repeat=True,
             help="user, tap[=NAME], bridge=BR, socket=PATH or none, then ,mac=M ,pcap=FILE ,mtu=N; "
-            "user: ,forward=tcp:HOST:GUEST; tap: ,address=A/BITS ,queues=N ,vhost=on "
-            "(vhost-net) or auto; limits, a second: "
+            "user: ,forward=tcp:HOST:GUEST ,host-loopback=on; tap: ,address=A/BITS ,queues=N "
+            ",vhost=on (vhost-net) or auto; limits, a second: "
             ",rx-bps=BYTES ,rx-burst=BYTES ,rx-pps=N ,rx-pps-burst=N, the same with tx-",
         ),
         Option(

@@ -28,7 +28,7 @@ ALL = ("mac", "pcap", "mtu")
 GUEST = ("ip", "gateway", "dns")
 """What the agent is told of the guest's side; see `Net.ip`."""
 KINDS: dict[str, tuple[str, ...]] = {
-    "user": (*ALL, *GUEST, "forward", *RX, *TX),
+    "user": (*ALL, *GUEST, "forward", "host-loopback", *RX, *TX),
     "tap": (*ALL, *GUEST, "address", "queues", "vhost", *RX, *TX),
     "bridge": (*ALL, *GUEST, "queues", "vhost", *RX, *TX),
     "socket": (*ALL, *GUEST, *RX, *TX),
@@ -58,6 +58,7 @@ FIELDS = {
     "gateway": types.TEXT,
     "queues": types.WHOLE,
     "vhost": types.TEXT,
+    "host_loopback": types.FLAG,
     **{f"{way}_{key}": types.RATE for way in ("rx", "tx") for key in ("bps", "burst", "pps")},
     **{f"{way}_pps_burst": types.RATE for way in ("rx", "tx")},
 }
@@ -80,6 +81,8 @@ class Net:
             empty: what suits the kind, and nothing where the guest has an init of its own.
         gateway, dns: with an `ip`, the way to other networks, and up to three name servers.
         forward: ports of the host that reach the guest, each `tcp|udp:[ADDRESS:]HOST:GUEST`.
+        host_loopback: with `user`, the guest reaches what listens on the host's loopback, at the
+            gateway's address.
         rx_bps, rx_pps: bytes and packets a second to the guest: numbers, or text as `10M`; 0: no
             limit.
         rx_burst, rx_pps_burst: what may come at once after a pause; 0: a tenth of a second's worth.
@@ -94,6 +97,7 @@ class Net:
         "dns",
         "forward",
         "gateway",
+        "host_loopback",
         "ip",
         "kind",
         "mac",
@@ -130,6 +134,7 @@ class Net:
         gateway: str = "",
         dns: Sequence[str] = (),
         forward: Sequence[str] = (),
+        host_loopback: bool = False,
         rx_bps: int | str = 0,
         rx_burst: int | str = 0,
         rx_pps: int | str = 0,
@@ -152,6 +157,7 @@ class Net:
         self.gateway = gateway
         self.dns = types.listed("dns", dns, types.TEXT)
         self.forward = types.listed("forward", forward, types.TEXT)
+        self.host_loopback = host_loopback
         self.rx = self._rate(RX, (rx_bps, rx_burst, rx_pps, rx_pps_burst))
         self.tx = self._rate(TX, (tx_bps, tx_burst, tx_pps, tx_pps_burst))
         self._check()
@@ -207,6 +213,8 @@ class Net:
         for key in ("mac", "pcap", "mtu", "address", "ip", "gateway", "dns", "forward"):
             if getattr(self, key) and key not in KINDS[self.kind]:
                 raise UsageError(f"{what}: {key} is not for this; {_takes(self.kind)}")
+        if self.host_loopback and "host-loopback" not in KINDS[self.kind]:
+            raise UsageError(f"{what}: host-loopback is not for this; {_takes(self.kind)}")
         if self.queues != 1 and "queues" not in KINDS[self.kind]:
             raise UsageError(f"{what}: queues is not for this; {_takes(self.kind)}")
         if self.vhost not in VHOSTS:
@@ -297,6 +305,9 @@ class Net:
                 raise UsageError(f"--net {text}: nothing after {key}=")
             else:
                 put_once(values, key, value, f"--net {text}")
+        loopback = values.get("host-loopback", "off")
+        if loopback not in ("on", "off"):
+            raise UsageError(f"--net {text}: host-loopback={loopback} is not on or off")
         numbers = {}
         for key in ("mtu", "queues"):
             if key in values:
@@ -315,6 +326,7 @@ class Net:
             gateway=values.get("gateway", ""),
             dns=dns,
             forward=forward,
+            host_loopback=loopback == "on",
             mtu=numbers.get("mtu", 0),
             queues=numbers.get("queues", 1),
             **{key.replace("-", "_"): values[key] for key in RX + TX if key in values},
@@ -401,7 +413,7 @@ class Net:
             from vmm.net.user import PasstBackend
 
             forward = [parse_forward(text, what) for text in self.forward]
-            return PasstBackend(forward, mtu=self.mtu)
+            return PasstBackend(forward, mtu=self.mtu, host_loopback=self.host_loopback)
         if self.kind == "socket":
             from vmm.net.stream import connect
 

@@ -102,8 +102,13 @@ class StreamPort(Port):
     # --- sending ----------------------------------------------------------------------------------
 
     def write(self, views: Sequence[memoryview]) -> bool:
+        return self.append(b"", views, HEADER_SIZE)
+
+    def append(self, head: bytes, views: Sequence[memoryview], skip: int) -> bool:
+        """Send the frame that is `head`, then what follows the first `skip` bytes of `views`; as
+        `write`."""
         out, before = self._out, len(self._out)
-        size, skip = 0, HEADER_SIZE
+        size = len(head)
         out.append(b"")
         for view in views:
             if skip:
@@ -114,7 +119,7 @@ class StreamPort(Port):
                 view = part
             out.append(view)
             size += len(view)
-        out[before] = LENGTH.pack(size)
+        out[before] = LENGTH.pack(size) + head
         self._out_bytes += size + 4
         if self._out_bytes >= GATHER_BYTES or len(out) >= GATHER_VIEWS:
             return self.flush()
@@ -154,11 +159,13 @@ class StreamPort(Port):
 class StreamBackend(Backend):
     """A port over one connected stream socket."""
 
-    def __init__(self, sock: Socket, *, mtu: int, peer: str) -> None:
+    def __init__(
+        self, sock: Socket, *, mtu: int, peer: str, port: StreamPort | None = None
+    ) -> None:
         super().__init__()
         self.mtu = mtu
         self.peer = peer
-        self._port = StreamPort(sock)
+        self._port = port or StreamPort(sock)
         self.peer_fd = sock.fileno()
         self.ports.append(self._port)
 

@@ -2,7 +2,8 @@
 
 passt (https://passt.top) is our child at the other end of a socketpair: nothing is in a file
 system, and it ends with its last client, however we end. The guest gets the host's addresses by
-DHCP, and reaches the host itself at the gateway's address.
+DHCP. The host's loopback is out of its reach (vmm.net.loopback), unless `host-loopback=on` has it
+reached at the gateway's address.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from _socket import AF_UNIX, SOCK_STREAM, socket, socketpair
 
 from vmm.child import Child
 from vmm.errors import HostError, UsageError
-from vmm.net.stream import StreamBackend
+from vmm.net.loopback import HEAD, Guard, gateways, local_resolver
+from vmm.net.port import collect
+from vmm.net.stream import StreamBackend, StreamPort
 from vmm.virtio import net_spec as n
 from vmm.virtio.spec import bits
 
@@ -40,6 +43,25 @@ class _PortInUse(UsageError):
     """passt could not bind a port of the host's."""
 
 
+class PasstPort(StreamPort):
+    """Frames to and from passt; those that `guard` refuses are dropped."""
+
+    guard: Guard
+
+    def write(self, views: Sequence[memoryview]) -> bool:
+        # A copy of what is looked at goes to passt: the guest can change its memory at any time.
+        start = n.HEADER_SIZE + HEAD
+        first = views[0]
+        if len(first) >= start:
+            head = bytes(first[n.HEADER_SIZE : start])
+        else:
+            head = bytes(collect(views, start)[n.HEADER_SIZE :])
+        if self.guard.refuses(head):
+            self.dropped += 1
+            return True
+        return self.append(head, views, n.HEADER_SIZE + len(head))
+
+
 class PasstBackend(StreamBackend):
     """A passt child, ready to serve.
 
@@ -47,6 +69,8 @@ class PasstBackend(StreamBackend):
         forward: (protocol, address, host port, guest port) each: what connects there on the host
             reaches the guest.
         mtu: bytes, 0 for the largest.
+        host_loopback: the guest reaches what listens on the host's loopback, at the gateway's
+            address and by the loopback's own.
 
     Raises:
         HostError, UsageError: passt is missing, or does not start; one line says why.
@@ -55,11 +79,20 @@ class PasstBackend(StreamBackend):
     # It does not look at the guest's checksums, and what it gives has right ones.
     features = bits(n.F_CSUM, n.F_GUEST_CSUM)
 
-    def __init__(self, forward: Sequence[tuple[str, str, int, int]] = (), *, mtu: int = 0) -> None:
+    def __init__(
+        self,
+        forward: Sequence[tuple[str, str, int, int]] = (),
+        *,
+        mtu: int = 0,
+        host_loopback: bool = False,
+    ) -> None:
         program, limit = _find(PROGRAM), time.monotonic() + PORT_WITHIN
+        mapped = local_resolver()
+        self._guard = None if host_loopback else Guard(gateways() if mapped else frozenset())
+        words = [] if host_loopback or mapped else ["--no-map-gw"]
         while True:
             try:
-                self._start(program, forward, mtu)
+                self._start(program, forward, mtu, words)
                 return
             except _PortInUse:
                 # A killed monitor's passt may be about to end, and lets its ports go then.
@@ -67,18 +100,28 @@ class PasstBackend(StreamBackend):
                     raise
                 time.sleep(0.05)
 
-    def _start(self, program: str, forward: Sequence[tuple[str, str, int, int]], mtu: int) -> None:
+    def _start(
+        self,
+        program: str,
+        forward: Sequence[tuple[str, str, int, int]],
+        mtu: int,
+        more: list[str],
+    ) -> None:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         try:
-            child, ready = _spawn(program, theirs.fileno(), _arguments(forward, mtu, theirs))
+            words = [*more, *_arguments(forward, mtu, theirs)]
+            child, ready = _spawn(program, theirs.fileno(), words)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
         self._child = child
-        super().__init__(ours, mtu=mtu or MTU, peer=f"passt ({child.pid})")
-        self._port.header = _DATA_VALID
+        port = StreamPort(ours, _DATA_VALID)
+        if self._guard is not None:
+            port = PasstPort(ours, _DATA_VALID)
+            port.guard = self._guard
+        super().__init__(ours, mtu=mtu or MTU, peer=f"passt ({child.pid})", port=port)
         try:
             _wait_ready(ready, child, forward)
             self._greeting = len(child.text())

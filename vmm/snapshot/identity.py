@@ -84,6 +84,7 @@ def _net(net: Net, number: int) -> Net:
         ip=net.ip,
         gateway=net.gateway,
         dns=net.dns,
+        host_loopback=net.host_loopback,
         **{key.replace("-", "_"): getattr(net, key.replace("-", "_")) for key in RX + TX},
     )
 

@@ -19,6 +19,7 @@ from vmm.errors import SnapshotError
 from vmm.fifo import Output, Records, open_stored
 from vmm.net.pcap import Capture, FifoCapture, open_capture
 from vmm.snapshot import manifest
+from vmm.snapshot.folder import Folder
 from vmm.virtio.console_ports import FilePort
 
 
@@ -237,5 +238,5 @@ def test_what_is_stored_is_opened_without_waiting(tmp_path: Path) -> None:
 
 def test_a_snapshots_manifest_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / manifest.NAME)
-    with pytest.raises(SnapshotError, match="it is a FIFO, not a file"):
-        manifest.read(str(tmp_path))
+    with pytest.raises(SnapshotError, match="is a FIFO; a snapshot has files of its own"):
+        manifest.read(Folder(str(tmp_path)))

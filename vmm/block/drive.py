@@ -83,6 +83,8 @@ class Drive:
 
     Attributes:
         rate: the limits; None where there are none.
+        inside: the image is a file in a directory that others may have written: `path` is not
+            followed if it is a symbolic link.
     """
 
     __slots__ = (
@@ -93,6 +95,7 @@ class Drive:
         "data_file",
         "discard",
         "format",
+        "inside",
         "iops",
         "iops_burst",
         "logical_block_size",
@@ -135,6 +138,7 @@ class Drive:
             backing = types.listed("backing", backing, types.PATH)
         self.path = str(path)
         self.readonly = readonly
+        self.inside = False
         self.format = format
         self.serial = serial
         self.cache = cache
@@ -357,6 +361,7 @@ class Drive:
             cache=self.cache,
             format=self.format,
             discard=self.discard,
+            follow=not self.inside,
         )
 
 

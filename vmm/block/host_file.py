@@ -22,6 +22,7 @@ class HostFile:
         direct: opened with O_DIRECT.
         format: what the person says it is; empty: raw, and a file that has another format's mark
             is refused.
+        follow: `path` may be a symbolic link.
 
     Attributes:
         fd: the descriptor; its owner closes it.
@@ -33,8 +34,17 @@ class HostFile:
         HostError: this host uses the device, or cannot read it.
     """
 
-    def __init__(self, path: str, *, readonly: bool, direct: bool = False, format: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        readonly: bool,
+        direct: bool = False,
+        format: str,
+        follow: bool = True,
+    ) -> None:
         self.path = path
+        self._follow = follow
         self._readonly = readonly
         self._direct = direct
         self._format = format
@@ -67,6 +77,8 @@ class HostFile:
         flags |= os.O_RDONLY if self._readonly else os.O_RDWR
         if self._direct:
             flags |= os.O_DIRECT
+        if not self._follow:
+            flags |= os.O_NOFOLLOW
         if not self._readonly and stat.S_ISBLK(os.stat(self.path).st_mode):
             flags |= os.O_EXCL  # Linux: not while it is mounted
         return flags

@@ -41,6 +41,7 @@ class RawImage:
             format's mark is refused.
         discard: `unmap` gives the space of what the guest discards back to the host; with `off`
             the file keeps the space that it has.
+        follow: `path` may be a symbolic link.
 
     Attributes:
         size: bytes.
@@ -64,6 +65,7 @@ class RawImage:
         cache: str = "writeback",
         format: str = "raw",
         discard: str = "unmap",
+        follow: bool = True,
     ) -> None:
         if cache not in CACHES:
             raise UsageError(f"--drive {path}: cache={cache} is not one of {', '.join(CACHES)}")
@@ -73,7 +75,9 @@ class RawImage:
         self.direct = cache == "none"
         self.unmaps = discard != "off"
         self.align = self.block = 1
-        file = HostFile(path, readonly=readonly, direct=self.direct, format=format)
+        file = HostFile(
+            path, readonly=readonly, direct=self.direct, format=format, follow=follow
+        )
         self.fd, self.is_device = file.fd, file.is_device
         try:
             self.size = self._checked(file.size)

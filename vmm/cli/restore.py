@@ -18,6 +18,7 @@ SHARED = (
 )  # fmt: skip
 """Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
 DISKS, VERIFY, PAGES, CLOCK = "--disks", "--verify", "--pages", "--clock"
+TRUSTED = "--trusted"
 
 PARSER = Parser(
     "vmm restore",
@@ -45,6 +46,11 @@ PARSER = Parser(
             help="step: the time since the snapshot has passed for the guest; keep: its clocks go "
             "on from where they were",
         ),
+        Option(
+            TRUSTED,
+            help="open files, sockets and networks of this host that the snapshot names, whoever "
+            "made it; otherwise only if this user made it here",
+        ),
         Option(VERIFY, help="read all of the snapshot first, and compare it with its checksums"),
     ),
     operand="DIR",
@@ -67,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
             disks=args.value(DISKS),
             pages=args.value(PAGES),
             clock=args.value(CLOCK),
+            trusted=True if args.given(TRUSTED) else None,
             **values,
         )
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         from vmm.cli.status import StatusLine
         from vmm.snapshot.store import Snapshot
 
-        with Snapshot(path) as snapshot, StatusLine(f"checking {path}"):
+        with Snapshot(path, trusted=True) as snapshot, StatusLine(f"checking {path}"):
             snapshot.verify()
         return EXIT_OK
     if not args.given(CONTROL):

@@ -85,6 +85,7 @@ class MomentCalls:
         disks: str = "overlay",
         pages: str = "map",
         clock: str = "step",
+        trusted: bool | None = None,
         **changed: object,
     ) -> Machine:
         """A machine that goes on, when it is started, where the snapshot `path` was made.
@@ -98,6 +99,9 @@ class MomentCalls:
                 checksums; `uffd=SOCKET`: one that serves many machines (docs/snapshots.md).
             clock: `step`: the time since then has passed for the guest; `keep`: its clocks go on
                 from where they were, and are as much behind as the snapshot is old.
+            trusted: whether files, sockets, networks and programs of the host that the snapshot
+                names are opened; otherwise they are to be given here. None: they are, if the
+                snapshot was made by this user on this host, and names the same as then.
             changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
                 `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
 
@@ -108,7 +112,15 @@ class MomentCalls:
         from vmm.snapshot.restore import restore
 
         where = _path("restore", "path", path)
-        return restore(where, verify=verify, disk=disks, pages=pages, clock=clock, **changed)
+        return restore(
+            where,
+            verify=verify,
+            disk=disks,
+            pages=pages,
+            clock=clock,
+            trusted=trusted,
+            **changed,
+        )
 
     def checkpoint(self, *, disks: str = "rollback") -> None:
         """Remember this moment for `rollback`; it takes the place of an earlier one.

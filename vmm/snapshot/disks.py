@@ -14,6 +14,7 @@ from vmm.block.overlay import Overlay
 from vmm.block.raw import RawImage
 from vmm.errors import SnapshotError, StateError
 from vmm.snapshot.index import CHUNK, Index, crc, data_runs
+from vmm.snapshot.manifest import KEEP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ HOW = ("copy", "keep")
 """`copy` falls back from reflinks to copying; `keep` leaves the images where they are."""
 USES = ("overlay", "write")
 FICLONE = 0x40049409
-REFLINK, COPY, KEEP = "reflink", "copy", "keep"
+REFLINK, COPY = "reflink", "copy"
 
 
 def images(machine: Machine) -> list[tuple[Block, Drive]]:
@@ -138,8 +139,22 @@ def _data(image: Image) -> Iterator[tuple[int, int]]:
 # --- restoring ------------------------------------------------------------------------------------
 
 
-def check(directory: str, disks: Sequence[Mapping[str, Any]]) -> None:
-    """Whether each disk is what it was. Raises SnapshotError."""
+def check(
+    directory: str, disks: Sequence[Mapping[str, Any]], made_with: Sequence[Drive], root: bool
+) -> None:
+    """Whether each disk is what it was, and there is one for each of the drives that the machine
+    was made with (and for its root image, if it has one). Raises SnapshotError."""
+    if not len(made_with) <= len(disks) <= len(made_with) + root:
+        raise SnapshotError(
+            f"{directory}: its machine has {len(made_with)} drives, and {len(disks)} disks are in "
+            "its manifest"
+        )
+    for disk, drive in zip(disks, made_with, strict=False):
+        if disk["how"] == KEEP and disk["path"] != os.path.abspath(drive.path):
+            raise SnapshotError(
+                f"{directory}: its disk {disk['path']} is another than its machine's drive "
+                f"{drive.path}"
+            )
     for disk in disks:
         if disk["how"] != KEEP:
             continue
@@ -166,6 +181,7 @@ def drives(
         made.path = path_of(directory, disk)
         if disk["how"] != KEEP:
             made.format, made.backing, made.data_file = "raw", (), ""
+            made.inside = True
         if not made.readonly:
             made.snapshot = use == "overlay"
         found.append(made)

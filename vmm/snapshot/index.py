@@ -20,6 +20,7 @@ import zlib
 from array import array
 
 from vmm.errors import SnapshotError
+from vmm.layout import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,19 +59,23 @@ class Index:
         return b"".join(parts)
 
     @classmethod
-    def unpack(cls, data: bytes, name: str) -> Index:
-        """From a file called `name`. Raises SnapshotError."""
+    def unpack(cls, data: bytes, name: str, size: int) -> Index:
+        """From a file called `name`, the index of one of `size` bytes. Raises SnapshotError."""
         try:
             magic, chunk, sums, runs = _HEADER.unpack_from(data)
-            if magic != MAGIC or not 0 < chunk <= CHUNK or chunk % 4096:
+            if magic != MAGIC or chunk != CHUNK:
                 raise ValueError
             if len(data) != _HEADER.size + 8 * sums + _RUN.size * runs:
                 raise ValueError
             flat = array("I", data[_HEADER.size : _HEADER.size + 8 * sums])
-            found = list(_RUN.iter_unpack(data[_HEADER.size + 8 * sums :]))
+            bounds = array("Q", data[_HEADER.size + 8 * sums :])
         except (struct.error, ValueError):
             raise SnapshotError(f"{name} is not an index of pages") from None
-        return cls(dict(zip(flat[::2], flat[1::2], strict=True)), found, chunk)
+        numbers, starts, lengths = flat[::2], bounds[::2], bounds[1::2]
+        if not _ascending(numbers, -(-size // CHUNK)) or not _apart(starts, lengths, size):
+            raise SnapshotError(f"{name} is not an index of a file of {size} bytes") from None
+        found = list(zip(starts, lengths, strict=True))
+        return cls(dict(zip(numbers, flat[1::2], strict=True)), found, chunk)
 
     def check(self, fd: int, size: int, name: str) -> None:
         """Compare the whole file with the checksums; SnapshotError names the place."""
@@ -95,6 +100,26 @@ class Index:
     def crc(self, fd: int, number: int) -> int:
         """Of a chunk as it is now; 0 if it is all zeroes."""
         return crc(os.pread(fd, self.chunk, number * self.chunk))
+
+
+def _ascending(numbers: array[int], end: int) -> bool:
+    """Whether each number is above the one before, and all are below `end`."""
+    before = -1
+    for number in numbers:
+        if number <= before:
+            return False
+        before = number
+    return before < end
+
+
+def _apart(starts: array[int], lengths: array[int], size: int) -> bool:
+    """Whether the runs are whole pages below `size`, each after the one before."""
+    end = 0
+    for start, length in zip(starts, lengths, strict=True):
+        if start < end or not length or (start | length) % PAGE_SIZE or length > size - start:
+            return False
+        end = start + length
+    return True
 
 
 def crc(data: bytes | memoryview) -> int:

@@ -1,4 +1,8 @@
-"""A snapshot's manifest: what is in the directory, what made it, and whether it is whole."""
+"""A snapshot's manifest: what is in the directory, what made it, and whether it is whole.
+
+Somebody else may have written it. Its shape is checked here, once, before anything is done with
+what it says; what it names of the host is checked in `vmm.snapshot.trust`.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,76 @@ import json
 import os
 
 from vmm.errors import SnapshotError
-from vmm.fifo import open_stored
+from vmm.shapes import (
+    U64,
+    Either,
+    Items,
+    Maybe,
+    Pairs,
+    Shape,
+    ShapeError,
+    Table,
+    Text,
+    Whole,
+)  # fmt: skip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from vmm.snapshot.folder import Folder
+
 NAME = "manifest.json"
 FORMAT = "vmm snapshot"
 SCHEMA = 1
 """Of the manifest and the files it names; a snapshot of a higher one is refused."""
-SIZE_MAX = 16 << 20
+SIZE_MAX = 1 << 20
+"""Bytes of a manifest; that of a machine with a hundred devices has 60,000."""
+STATE, MEMORY, INDEX = "state.json", "memory", "memory.index"
+"""The files that every snapshot has."""
+READ_MAX = 256 << 20
+"""Bytes of a file that is read as a whole: a state, an index."""
+FILES_MAX = 1024
+DEPTH_MAX = 16
+"""Lists and tables within one another."""
 CHECKSUM = "checksum"
-KEYS: dict[str, type | tuple[type, ...]] = {
-    "base": (dict, type(None)),
-    "host": dict,
-    "guest": dict,
-    "config": dict,
-    "directory": str,
-    "disks": list,
-    "files": dict,
+KEEP, COPIES = "keep", ("copy", "reflink")
+"""What is said of a disk that was left where it is, and of those in the snapshot."""
+
+_SIZE = Whole(0, (1 << 63) - 1)
+_NAME, _WORD, _PATH, _HASH = Text(255), Text(200), Text(4095), Text(64)
+
+
+class _FileName(Text):
+    """The name of a file in the snapshot's own directory."""
+
+    def check(self, value: object, where: str) -> None:
+        super().check(value, where)
+        if value != os.path.basename(str(value)) or value in ("", os.curdir, os.pardir):
+            raise ShapeError(f"{where}: {str(value)[:200]!r} names a file that is not in it")
+
+
+_FILE = _FileName(255)
+_DISK = Table(
+    {"path": _PATH, "size": _SIZE, "how": Text(20, (KEEP, *COPIES))},
+    {
+        "file": _FILE,
+        "index": _FILE,
+        "mtime": Whole(-(1 << 63), (1 << 63) - 1),
+        "stored": _SIZE,
+    },
+)
+SHAPE: dict[str, Shape] = {
+    "base": Maybe(Table({"path": _PATH, "checksum": _HASH})),
+    "host": Pairs(_WORD, Either(Whole(-1, U64), _WORD), 100),
+    "guest": Table({"tsc_khz": Whole(0, 0xFFFFFFFF), "features": Text(1 << 16)}),
+    "config": Pairs(_WORD, Shape(), 1000),
+    "directory": _PATH,
+    "disks": Items(_DISK, 0, 500),
+    "files": Pairs(_FILE, Table({"size": _SIZE}, {"sha256": _HASH}), FILES_MAX),
 }
-"""What every manifest has."""
+"""What every manifest has. The configuration is looked at where machines are configured."""
+_WHOLE = Table(SHAPE, {"vmm": _WORD, "id": _WORD, "created": _WORD, "seal": _HASH})
 
 
 def write(directory: str, manifest: dict[str, Any]) -> None:
@@ -42,40 +94,100 @@ def write(directory: str, manifest: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(directory: str) -> dict[str, Any]:
+def read(folder: Folder) -> dict[str, Any]:
     """The manifest of a snapshot, checked. Raises SnapshotError."""
-    path = os.path.join(directory, NAME)
+    path = os.path.join(folder.path, NAME)
     try:
-        with open_stored(path) as file:
-            raw = file.read(SIZE_MAX)
-    except OSError as err:
-        if not os.path.isdir(directory):
-            raise SnapshotError(f"{directory} is no directory of a snapshot") from None
+        raw = folder.read(NAME, SIZE_MAX)
+    except SnapshotError as err:
         raise SnapshotError(
-            f"{directory} is no snapshot, or one that was not finished: {path}: {err.strerror}"
+            f"{folder.path} is no snapshot, or one that was not finished: {err}"
         ) from None
     try:
-        data = json.loads(raw)
-    except ValueError:
-        raise SnapshotError(f"{path} is corrupt: it is not JSON") from None
+        data = parse(raw)
+    except ValueError as err:
+        raise SnapshotError(f"{path} is corrupt: it is not JSON ({err})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise SnapshotError(f"{path} is not the manifest of a snapshot")
     schema = data.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise SnapshotError(
-            f"{directory} has schema {schema}, newer than {SCHEMA}, which this version of vmm "
-            f"understands; it was made by vmm {data.get('vmm', '?')}"
+            f"{folder.path} has schema {str(schema)[:20]}, newer than {SCHEMA}, which this version "
+            f"of vmm understands; it was made by vmm {str(data.get('vmm', '?'))[:20]}"
         )
     if data.get(CHECKSUM) != checksum(data):
         raise SnapshotError(f"{path} is corrupt: its checksum is another")
-    for key, kind in KEYS.items():
-        if not isinstance(data.get(key), kind):
-            raise SnapshotError(f"{path} is not whole: {key} is missing")
-    names = [*data["files"], *(disk.get("file", "") for disk in data["disks"])]
-    outside = [name for name in names if name != os.path.basename(name)]
-    if outside:
-        raise SnapshotError(f"{path} names files that are not in it: {', '.join(outside)}")
+    try:
+        _WHOLE.check(data, NAME)
+    except ShapeError as err:
+        raise SnapshotError(f"{folder.path} is not whole: {err}") from None
+    wrong = _wrong_files(data)
+    if wrong:
+        raise SnapshotError(f"{folder.path} is not whole: {NAME}: {wrong}")
     return data
+
+
+def parse(raw: bytes) -> Any:
+    """JSON text, as this package writes it. Raises ValueError.
+
+    Refused are what other parsers read otherwise: a key that is given twice, NaN and infinities.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is no number")
+
+    try:
+        data = json.loads(raw, object_pairs_hook=unique, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_depth(data)
+    return data
+
+
+def _check_depth(data: object) -> None:
+    """ValueError where `data` is nested so deeply that others could not look through it."""
+    level = [data]
+    for _ in range(DEPTH_MAX):
+        below: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        level = below
+    if level:
+        raise ValueError("nested too deeply")
+
+
+def _wrong_files(data: dict[str, Any]) -> str:
+    """How the files that are told of do not fit together; empty: they do."""
+    files, disks = data["files"], data["disks"]
+    for name in (STATE, MEMORY, INDEX):
+        if name not in files:
+            return f"files: {name} is missing"
+    used = {STATE, MEMORY, INDEX, NAME}
+    for number, disk in enumerate(disks):
+        if disk["how"] == KEEP:
+            if "file" in disk or "index" in disk or "mtime" not in disk:
+                return f"disks[{number}] is said to be left where it is, and is not"
+            continue
+        names = [disk.get("file", "")] + ([disk["index"]] if "index" in disk else [])
+        for name in names:
+            if name not in files or name in used:
+                return f"disks[{number}]: {name!r} is no file of its own"
+            used.add(name)
+        if files[names[0]]["size"] != disk["size"]:
+            return f"disks[{number}]: {names[0]!r} has another size than the disk"
+    for name in files:
+        if _read_whole(name) and "sha256" not in files[name]:
+            return f"files: {name} has no checksum"
+    return ""
 
 
 def checksum(manifest: dict[str, Any]) -> str:
@@ -103,26 +215,16 @@ def _read_whole(path: str) -> bool:
     return path.endswith((".json", ".index"))
 
 
-def check_sizes(directory: str, files: dict[str, dict[str, Any]]) -> None:
-    """Whether each file is there and as long as it was. Raises SnapshotError."""
+def check_files(folder: Folder, files: dict[str, dict[str, Any]]) -> None:
+    """Whether each file is there, is a file, and as long as it was. Raises SnapshotError."""
     for name, told in files.items():
-        path = os.path.join(directory, name)
-        try:
-            size = os.stat(path).st_size
-        except OSError as err:
-            raise SnapshotError(f"{path}: {err.strerror}; the snapshot is not complete") from None
-        if size != told["size"]:
-            raise SnapshotError(f"{path} has {size} bytes, and had {told['size']}: it is damaged")
+        folder.check(name, told["size"])
 
 
-def read_file(directory: str, name: str, files: dict[str, dict[str, Any]]) -> bytes:
+def read_file(folder: Folder, name: str, files: dict[str, dict[str, Any]]) -> bytes:
     """A file that has a SHA-256, checked. Raises SnapshotError."""
-    path = os.path.join(directory, name)
-    try:
-        with open_stored(path) as file:
-            data = file.readall()
-    except OSError as err:
-        raise SnapshotError(f"{path}: {err.strerror}; the snapshot is not complete") from None
-    if hashlib.sha256(data).hexdigest() != files[name].get("sha256"):
-        raise SnapshotError(f"{path} is corrupt: its checksum is another")
+    told = files[name]
+    data = folder.read(name, READ_MAX, told["size"])
+    if hashlib.sha256(data).hexdigest() != told.get("sha256"):
+        raise SnapshotError(f"{folder.path}/{name} is corrupt: its checksum is another")
     return data

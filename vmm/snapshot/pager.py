@@ -81,8 +81,11 @@ class FromHandler(FromFiles):
             self._sock, other = socket.socketpair()
             with other:
                 number = str(other.fileno())
-                program = [sys.executable, "-m", "vmm.snapshot.uffd", self._snapshot.path]
-                self._child = Child([*program, "--fd", number], pass_fds=[other.fileno()])
+                program = [sys.executable, "-m", "vmm.snapshot.uffd"]
+                if self._snapshot.is_trusted:
+                    program.append("--trusted")
+                program += [self._snapshot.path, "--fd", number]
+                self._child = Child(program, pass_fds=[other.fileno()])
         sock = self._sock
         assert sock is not None
         line = json.dumps(request).encode() + b"\n"

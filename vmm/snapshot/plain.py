@@ -22,8 +22,17 @@ def dumps(value: object) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """What `dumps` was given. Raises ValueError."""
-    return json.loads(data, object_hook=_unpack)
+    """What `dumps` was given. Raises ValueError, whatever `data` is."""
+    try:
+        return json.loads(
+            data, object_pairs_hook=_unpack, parse_float=_no_number, parse_constant=_no_number
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text[:20]} is not plain data")
 
 
 def _pack(value: object) -> object:
@@ -40,12 +49,28 @@ def _pack(value: object) -> object:
     raise TypeError(f"{value!r} is not plain data")
 
 
-def _unpack(value: dict[str, object]) -> object:
+def _unpack(pairs: list[tuple[str, object]]) -> object:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is given twice")
     if BYTES in value:
-        return b64decode(str(value[BYTES]), validate=True)
+        text = value[BYTES]
+        if not isinstance(text, str) or len(value) > 1:
+            raise ValueError("bytes that are no text")
+        return b64decode(text, validate=True)
     if DICT in value:
-        pairs = value[DICT]
-        if not isinstance(pairs, list):
-            raise ValueError("a dict that is no list of pairs")
-        return dict(pairs)
+        return _unpack_dict(value[DICT])
     return value
+
+
+def _unpack_dict(given: object) -> dict[object, object]:
+    if not isinstance(given, list):
+        raise ValueError("a dict that is no list of pairs")
+    found: dict[object, object] = {}
+    for pair in given:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], (int, str)):
+            raise ValueError("a dict whose items are not key and value")
+        if pair[0] in found:
+            raise ValueError("a key is given twice")
+        found[pair[0]] = pair[1]
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from vmm.config import HVC, MachineConfig
+from vmm.config_types import shown
 from vmm.errors import KvmError, SnapshotError, UsageError
 from vmm.machine import Machine
 from vmm.machine.begin import begin
-from vmm.snapshot import disks, host
+from vmm.snapshot import disks, host, trust
 from vmm.snapshot.capture import apply
 from vmm.snapshot.checkpoint import watch_files
+from vmm.snapshot.manifest import KEEP
 from vmm.snapshot.memory import map_layers
 from vmm.snapshot.origin import Restored
 from vmm.snapshot.store import Snapshot, close_all
@@ -71,9 +73,12 @@ def restore(
     disk: str = "overlay",
     pages: str = "map",
     clock: str = "step",
+    trusted: bool | None = None,
     **changed: object,
 ) -> Machine:
     """See `Machine.restore`."""
+    if trusted not in (None, True, False):
+        raise UsageError(f"restore: trusted={shown(trusted)} is not True, False or None")
     how, _, where = pages.partition("=") if isinstance(pages, str) else (None, "", "")
     if how not in ("map", "uffd") or (where and how == "map"):
         raise UsageError(f"restore: pages={pages} is not one of {', '.join(PAGES)}")
@@ -81,7 +86,7 @@ def restore(
         raise UsageError(f"restore: disks={disk} is not one of {', '.join(disks.USES)}")
     if clock not in CLOCKS:
         raise UsageError(f"restore: clock={clock} is not one of {', '.join(CLOCKS)}")
-    with Snapshot(path) as snapshot:
+    with Snapshot(path, trusted=trusted) as snapshot:
         if verify:
             snapshot.verify()
         config = configure(snapshot, disk, changed)
@@ -110,24 +115,40 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
     if fixed:
         raise UsageError(f"restore: {', '.join(fixed)}: a restored machine has what it had")
     from vmm.config_file import keywords
+    from vmm.config_schema import check
 
     told = snapshot.manifest
-    where = told["directory"]
+    where, kept = told["directory"], told["disks"]
     data = dict(told["config"])
     data.pop("timeout", None)
+    inside = [each["how"] != KEEP for each in kept]
     try:
+        check(data)
+        if not snapshot.is_trusted:
+            trust.check(snapshot.path, data, inside, changed)
+        for key in changed.keys() & data.keys():
+            del data[key]
+        had = str(told["config"].get("console", "none"))
         made_with = keywords({"drives": data.pop("drives", [])}, where)["drives"]
         given = {**keywords(data, where), **changed}
     except UsageError as err:
+        if isinstance(err, SnapshotError):
+            raise
         raise SnapshotError(f"{snapshot.path}: its configuration: {err}") from None
-    given["console"] = _console(str(data.get("console", "none")), str(changed.get("console", "")))
+    given["console"] = _console(had, str(changed.get("console", "")))
     if "drives" not in changed:
         assert isinstance(made_with, list)
-        disks.check(snapshot.path, told["disks"])
-        given["drives"] = disks.drives(snapshot.path, told["disks"], made_with, disk)
-        if len(told["disks"]) > len(made_with):
-            given["root"] = disks.path_of(snapshot.path, told["disks"][-1])
-    return MachineConfig(**given)
+        disks.check(snapshot.path, kept, made_with, "root" in data)
+        given["drives"] = disks.drives(snapshot.path, kept, made_with, disk)
+        if len(kept) > len(made_with):
+            given["root"] = disks.path_of(snapshot.path, kept[-1])
+    config = MachineConfig(**given)
+    if config.memory != snapshot.memory_size:
+        raise SnapshotError(
+            f"{snapshot.path}: its machine has {config.memory} bytes of memory, and its file "
+            f"{snapshot.memory_size}"
+        )
+    return config
 
 
 def _console(had: str, wanted: str) -> str:

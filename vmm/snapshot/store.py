@@ -17,12 +17,15 @@ import time
 from vmm import __version__
 from vmm.config import MachineConfig
 from vmm.errors import HostError, SnapshotError, UsageError
-from vmm.snapshot import disks, host, manifest, plain
+from vmm.layout import PAGE_SIZE
+from vmm.snapshot import disks, host, manifest, plain, trust
 from vmm.snapshot import memory as ram
 from vmm.snapshot.capture import SCHEMA as STATE_SCHEMA
 from vmm.snapshot.capture import capture, quiesced
 from vmm.snapshot.checkpoint import watch_files
+from vmm.snapshot.folder import Folder
 from vmm.snapshot.index import Index
+from vmm.snapshot.manifest import INDEX, MEMORY, STATE
 from vmm.snapshot.origin import Restored
 
 TYPE_CHECKING = False
@@ -31,46 +34,75 @@ if TYPE_CHECKING:
 
     from vmm.machine import Machine
 
-STATE, MEMORY, INDEX = "state.json", "memory", "memory.index"
+CHAIN_MAX = 1000
+"""Snapshots, each the difference to the next; each takes two descriptors."""
 
 
 class Snapshot:
     """An opened snapshot, its manifest and state checked; its files stay open until `close`.
 
+    Args:
+        path: its directory.
+        trusted: whether to open what its manifest names outside of it; None: what this user's seal
+            is on (`vmm.snapshot.trust`).
+
     Attributes:
         path: its directory, absolute.
         manifest: what is in manifest.json.
-        base: the snapshot it is the difference to, or None.
+        files: what the manifest says of each file in the directory.
+        folder: the directory, open.
+        bases: the open snapshots it is the difference to, the full one first.
+
+    Raises:
+        SnapshotError: it is damaged, not finished, or no snapshot.
     """
 
-    def __init__(self, path: str, *, depth: int = 0) -> None:
+    def __init__(self, path: str, *, trusted: bool | None = None) -> None:
         self.path = os.path.abspath(path)
-        self.base: Snapshot | None = None
+        self.bases: list[Snapshot] = []
+        self._trusted = trusted
         self._fd = -1
-        self.manifest = manifest.read(self.path)
-        self.files: dict[str, dict[str, Any]] = self.manifest["files"]
-        manifest.check_sizes(self.path, self.files)
+        self.folder = Folder(self.path)
         try:
-            self._fd = os.open(os.path.join(self.path, MEMORY), os.O_RDONLY | os.O_CLOEXEC)
-            if self.manifest["base"] is not None:
-                if depth > 1000:
-                    raise SnapshotError(f"{self.path}: a chain of more than 1000 snapshots")
-                self.base = self._open_base(depth)
+            self._open()
+            self._open_bases(trusted)
         except BaseException:
             self.close()
             raise
 
-    def _open_base(self, depth: int) -> Snapshot:
-        told = self.manifest["base"]
-        path = os.path.normpath(os.path.join(self.path, told["path"]))
-        try:
-            base = Snapshot(path, depth=depth + 1)
-        except SnapshotError as err:
-            raise SnapshotError(f"{self.path}: its base: {err}") from None
-        if base.checksum != told["checksum"]:
-            base.close()
-            raise SnapshotError(f"{self.path}: {path} is another snapshot than its base was")
-        return base
+    def _open(self) -> None:
+        self.manifest = manifest.read(self.folder)
+        self.files: dict[str, dict[str, Any]] = self.manifest["files"]
+        manifest.check_files(self.folder, self.files)
+        self._fd = self.folder.open(MEMORY, self.memory_size)
+        if not self.memory_size or self.memory_size % PAGE_SIZE:
+            raise SnapshotError(f"{self.path}: {MEMORY} is not whole pages")
+
+    def _open_bases(self, trusted: bool | None) -> None:
+        top: Snapshot = self
+        while (told := top.manifest["base"]) is not None:
+            if len(self.bases) >= CHAIN_MAX:
+                raise SnapshotError(f"{self.path}: a chain of more than {CHAIN_MAX} snapshots")
+            path = os.path.normpath(os.path.join(top.path, told["path"]))
+            if not trust.is_beside(told["path"]) and not top.is_trusted:
+                raise SnapshotError(
+                    f"{top.path}: its base is elsewhere ({told['path'][:200]!r}), and who made it "
+                    "is not known; put the two side by side, or, if you trust whoever made it, "
+                    "trusted=True (--trusted)"
+                )
+            base = object.__new__(Snapshot)
+            base.path, base.bases, base._fd, base._trusted = path, [], -1, trusted
+            try:
+                base.folder = Folder(path, follow=top.is_trusted)
+                self.bases.insert(0, base)
+                base._open()
+            except SnapshotError as err:
+                raise SnapshotError(f"{top.path}: its base: {err}") from None
+            if base.checksum != told["checksum"]:
+                raise SnapshotError(f"{top.path}: {path} is another snapshot than its base was")
+            if base.memory_size != self.memory_size:
+                raise SnapshotError(f"{top.path}: {path} has another size of memory")
+            top = base
 
     def __enter__(self) -> Snapshot:
         return self
@@ -80,11 +112,23 @@ class Snapshot:
 
     def close(self) -> None:
         """Harmless twice."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        if self.base is not None:
-            self.base.close()
+        for each in (*self.bases, self):
+            fd, each._fd = each._fd, -1
+            if fd >= 0:
+                os.close(fd)
+            each.folder.close()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what its manifest names outside of its directory may be opened."""
+        if self._trusted is None:
+            self._trusted = trust.is_sealed(self.manifest)
+        return self._trusted
+
+    @property
+    def base(self) -> Snapshot | None:
+        """The snapshot it is the difference to."""
+        return self.bases[-1] if self.bases else None
 
     @property
     def checksum(self) -> str:
@@ -97,33 +141,38 @@ class Snapshot:
         return int(self.files[MEMORY]["size"])
 
     def state(self) -> dict[str, Any]:
-        """What `capture` gave, checked. Raises SnapshotError."""
-        data = manifest.read_file(self.path, STATE, self.files)
+        """What `capture` gave, if its checksum is right and its schema known. Its shape is checked
+        against the machine's (`vmm.snapshot.shape`). Raises SnapshotError."""
+        data = manifest.read_file(self.folder, STATE, self.files)
         try:
             state = plain.loads(data)
         except ValueError:
-            raise SnapshotError(f"{self.path}/{STATE} is not a machine's state") from None
-        if state["schema"] > STATE_SCHEMA:
+            state = None
+        if not isinstance(state, dict) or type(state.get("schema")) is not int:
+            raise SnapshotError(f"{self.path}/{STATE} is not a machine's state")
+        if not 1 <= state["schema"] <= STATE_SCHEMA:
             raise SnapshotError(
                 f"{self.path}/{STATE} has schema {state['schema']}, newer than {STATE_SCHEMA}, "
                 "which this version of vmm understands"
             )
-        return state  # type: ignore[no-any-return]
+        return state
 
     def index(self) -> Index:
         """The memory file's, checked. Raises SnapshotError."""
         name = os.path.join(self.path, INDEX)
-        return Index.unpack(manifest.read_file(self.path, INDEX, self.files), name)
+        data = manifest.read_file(self.folder, INDEX, self.files)
+        return Index.unpack(data, name, self.memory_size)
 
     def layers(self, *, whole: bool = False) -> list[ram.Layer]:
         """The memory files of the chain, the full one first; each to be closed.
 
         Of the full one the index, which may be large, is only read for `whole`.
         """
-        found = self.base.layers(whole=whole) if self.base is not None else []
+        found: list[ram.Layer] = []
         try:
-            index = self.index() if whole or self.base is not None else Index({}, [])
-            found.append(ram.Layer(os.dup(self._fd), index))
+            for each in (*self.bases, self):
+                index = each.index() if whole or found else Index({}, [])
+                found.append(ram.Layer(os.dup(each._fd), index))
         except BaseException:
             close_all(found)
             raise
@@ -131,23 +180,24 @@ class Snapshot:
 
     def memory_paths(self) -> list[str]:
         """The names of the memory files, in the order of `layers`."""
-        below = self.base.memory_paths() if self.base is not None else []
-        return [*below, os.path.join(self.path, MEMORY)]
+        return [os.path.join(each.path, MEMORY) for each in (*self.bases, self)]
 
     def verify(self) -> None:
         """Read everything, bases too, and compare it with its checksums. Raises SnapshotError."""
-        if self.base is not None:
-            self.base.verify()
+        for each in (*self.bases, self):
+            each._verify()
+
+    def _verify(self) -> None:
         self.state()
         self.index().check(self._fd, self.memory_size, os.path.join(self.path, MEMORY))
         for disk in self.manifest["disks"]:
             if "index" not in disk:
                 continue
             path = os.path.join(self.path, disk["file"])
-            data = manifest.read_file(self.path, disk["index"], self.files)
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            data = manifest.read_file(self.folder, disk["index"], self.files)
+            fd = self.folder.open(disk["file"], disk["size"])
             try:
-                Index.unpack(data, disk["index"]).check(fd, disk["size"], path)
+                Index.unpack(data, disk["index"], disk["size"]).check(fd, disk["size"], path)
             finally:
                 os.close(fd)
 
@@ -172,7 +222,7 @@ def save(
         raise UsageError(f"snapshot: {path} exists already")
     if track:
         ram.need_private(machine.memory)
-    below = Snapshot(base) if base is not None else None
+    below = Snapshot(base, trusted=True) if base is not None else None
     try:
         if below is not None and below.memory_size != machine.config.memory:
             raise SnapshotError(
@@ -271,9 +321,12 @@ def _write(
     told = disks.save(machine, directory, disk)
     names = [STATE, MEMORY, INDEX]
     names += [each[key] for each in told for key in ("file", "index") if key in each]
-    relative = None
+    relative, beside = None, None
     if below is not None:
-        relative = {"path": os.path.relpath(below.path, target), "checksum": below.checksum}
+        beside = os.path.relpath(below.path, target)
+        relative = {"path": beside, "checksum": below.checksum}
+    config = _config(machine.config)
+    seal = trust.stamp(config, machine.directory, beside)
     manifest.write(
         directory,
         {
@@ -286,8 +339,9 @@ def _write(
                 "tsc_khz": state["vcpus"][0]["tsc_khz"],
                 "features": " ".join(host.guest_features(state["vcpus"][0]["cpuid"])),
             },
-            "config": _config(machine.config),
+            "config": config,
             "directory": machine.directory,
+            **({trust.SEAL: seal} if seal else {}),
             "disks": told,
             "files": manifest.seal(directory, names),
         },
@@ -309,7 +363,7 @@ def _config(config: MachineConfig) -> dict[str, object]:
 def go_on_over(machine: Machine, path: str) -> None:
     """Have the memory of a machine that is still be a private mapping of the snapshot `path`, just
     made of it: what it writes from then on the page tables know."""
-    with Snapshot(path) as snapshot:
+    with Snapshot(path, trusted=True) as snapshot:
         layers = snapshot.layers()
         try:
             ram.go_on_over(machine.memory, layers)

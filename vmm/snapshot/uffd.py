@@ -2,6 +2,7 @@
 
     python -m vmm.snapshot.uffd DIR SOCKET      machines connect (vmm restore --pages uffd=SOCKET)
     python -m vmm.snapshot.uffd DIR --fd N      one machine, at the other end of socket N
+    ... --trusted DIR ...                       bases elsewhere are opened, whoever made DIR
 
 A machine sends a line of JSON, `{"regions": [[address, bytes, offset in the memory file], ...],
 "snapshot": checksum}`, with the userfaultfd of its memory; the answer is `{"pid": N}` when it is
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from vmm.snapshot.memory import Layer
 
-USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N"
+USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N [before DIR: --trusted]"
 LINE_MAX = 1 << 16
 GREETING_WITHIN = 30.0
 STOP_WITHIN = 2.0
@@ -233,11 +234,13 @@ def _watch(
 
 def main(argv: list[str]) -> int:
     """The program; its exit status."""
+    trusted = True if argv[:1] == ["--trusted"] else None
+    argv = argv[1:] if trusted else argv
     if len(argv) not in (2, 3) or (len(argv) == 3 and argv[1] != "--fd"):
         print(USAGE, file=sys.stderr)
         return 2
     try:
-        with Snapshot(argv[0]) as snapshot:
+        with Snapshot(argv[0], trusted=trusted) as snapshot:
             if len(argv) == 3:
                 watch(snapshot, None, socket.socket(fileno=int(argv[2])))
                 return 0

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vmm.agent import connection, copy, process, wire
+from vmm.agent import connection, copy, process, tree, wire
 from vmm.agent.connection import Connection
 from vmm.agent.copy import get, put
 from vmm.agent.process import GuestProcess, run
@@ -191,12 +192,117 @@ def test_who_waits_with_a_time_is_not_kept_by_a_flood() -> None:
     assert isinstance(got, subprocess.TimeoutExpired)
 
 
-def test_a_process_is_left_in_time_after_an_exception() -> None:
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_process_is_left_in_time_after_an_exception(reads: bool) -> None:
+    """Also with input that the command never takes."""
+
     def leave() -> None:
-        with GuestProcess(Agent(ENDLESS["started, then mute"]), ["x"]):
+        agent = Agent(ENDLESS["started, then mute"], reads)
+        with GuestProcess(agent, ["x"]) as process:
+            assert process.stdin is not None
+            process.stdin.write(bytes(wire.WINDOW if reads else 150_000))
+            process.stdin.write(b"what is left in the buffer")
             raise KeyError("of the program")
 
     assert isinstance(ending(leave), KeyError)
+
+
+class Deaf(Agent):
+    """It writes for ever, within its window, and takes nothing, of which little fits anywhere."""
+
+    def connect(self) -> socket.socket:
+        sock = super().connect()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel's least
+        return sock
+
+
+def writes_much(stream: int = wire.OUT) -> Iterator[bytes]:
+    yield STARTED
+    data = FRAME.pack(wire.DATA, stream, 0, 16384) + bytes(16384)
+    while True:
+        yield data
+        time.sleep(0.001)
+
+
+def test_a_timeout_is_kept_while_nobody_takes_our_credit(tmp_path: Path) -> None:
+    """The agent lets us read, and so have something to tell it, without an end."""
+    deaf = Deaf(writes_much, reads=False)
+    for got in both(deaf, timeout=1.0):
+        assert isinstance(got, subprocess.TimeoutExpired), got
+    assert isinstance(
+        ending(lambda: GuestProcess(deaf, ["x"]).communicate(timeout=1.0)),
+        subprocess.TimeoutExpired,
+    )
+    name = tree.ENTRY.pack(tree.REGULAR, 0, 0, 0o644, 0, 0, 0, 0)
+    data = struct.pack("<I", 8192) + bytes(8192)
+
+    def a_file_without_an_end() -> Iterator[bytes]:
+        yield STARTED
+        yield FRAME.pack(wire.DATA, wire.OUT, 0, len(name)) + name
+        while True:
+            yield FRAME.pack(wire.DATA, wire.OUT, 0, len(data)) + data
+            time.sleep(0.0005)
+
+    for target in (tmp_path / "f", io.BytesIO()):
+        file = Deaf(a_file_without_an_end, reads=False)
+        got = ending(lambda file=file, target=target: get(file, "/f", target, timeout=1.0))
+        assert isinstance(got, TimeoutError), got
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_timeout_counts_for_input_that_was_written_before() -> None:
+    """As much as the window holds, and a byte in the buffer of `stdin`, which nobody takes."""
+
+    def communicate() -> object:
+        process = GuestProcess(Agent(ENDLESS["started, then mute"]), ["x"])
+        assert process.stdin is not None
+        process.stdin.write(bytes(wire.WINDOW))
+        process.stdin.write(b"x")
+        return process.communicate(timeout=LIMIT)
+
+    assert isinstance(ending(communicate), subprocess.TimeoutExpired)
+
+
+def lines_without_an_end() -> Iterator[bytes]:
+    yield STARTED
+    short = b"a line\n" * 1000
+    while True:
+        yield FRAME.pack(wire.DATA, wire.OUT, 0, len(short)) + short
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("bufsize", [-1, 0])
+def test_lines_are_bounded(text: bool, bufsize: int) -> None:
+    """A line that does not end, and lines that do not: by every way to read without a size."""
+
+    def started(parts: Callable[[], Iterator[bytes]]) -> Any:
+        options: dict[str, Any] = {"text": text, "bufsize": bufsize, "max_output": 100_000}
+        return GuestProcess(Agent(parts), ["x"], **options).stdout
+
+    for read in (
+        lambda: started(gentle).readline(),
+        lambda: next(started(gentle)),
+        lambda: list(started(gentle)),
+        lambda: started(gentle).readlines(),
+        lambda: started(lines_without_an_end).readlines(),
+        lambda: started(lines_without_an_end).read(),
+    ):
+        got = ending(read)
+        assert isinstance(got, AgentError) and "max_output=" in str(got), got
+    out = started(lines_without_an_end)
+    assert len(out.readline()) == 7 and len(out.readline(3)) == 3
+    assert len(out.readlines(20)) == 4  # the rest of that line, and three more
+
+
+def test_lines_of_asyncio_are_bounded() -> None:
+    async def read() -> object:
+        process = await aio_process.AsyncGuestProcess.start(Agent(gentle), ["x"])
+        assert process.stdout is not None
+        return await process.stdout.readline()
+
+    got = ending(lambda: asyncio.run(read()))
+    assert isinstance(got, ValueError), got
 
 
 @pytest.mark.parametrize(

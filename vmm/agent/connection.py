@@ -151,12 +151,13 @@ class Connection:
             function()
         self.send(until)
 
-    def take(self, stream: int, size: int = -1) -> bytes:
-        """Output there is, see `Session.take`."""
+    def take(self, stream: int, size: int = -1, until: float | None = None) -> bytes:
+        """Output there is, see `Session.take`. What the session has to say of it is sent as by
+        `send`; what could not be sent by `until` is sent later."""
         with self._changed:
             data = self.session.take(stream, size)
         if self.session.out:
-            self.send()
+            self.send(until)
         return data
 
 

@@ -115,7 +115,7 @@ class Transfer:
         session, parts = self._session, []
         while size:
             self._wait(lambda: session.available(OUT) or session.ended[OUT] or session.failed)
-            data = self._connection.take(OUT, size)
+            data = self._connection.take(OUT, size, self._limit())
             if not data:
                 self.finish()
                 raise AgentError(f"the guest's stream of {self._path} ends in the middle")
@@ -143,7 +143,7 @@ class Transfer:
             )
             if session.available(OUT):
                 break
-            said += self._connection.take(ERR)
+            said += self._connection.take(ERR, until=self._limit())
             if len(said) > 4 * PATH_MAX:
                 raise AgentError("the guest's agent complains at length")
         if session.available(OUT):
@@ -151,7 +151,7 @@ class Transfer:
         failure = session.failure([self._path], "")
         if failure is not None:
             raise failure
-        said += self._connection.take(ERR)
+        said += self._connection.take(ERR, until=self._limit())
         if session.returncode == 0:
             return
         if len(said) < 4:

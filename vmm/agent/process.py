@@ -14,6 +14,7 @@ from typing import Protocol
 
 from vmm.agent import wire
 from vmm.agent.connection import SILENCE, Connection
+from vmm.agent.pipes import BoundedReader, BoundedText, Reader, Writer, too_much
 from vmm.agent.wire import ERR, IN, OUT, Session
 from vmm.errors import AgentError
 
@@ -59,14 +60,6 @@ def not_started(args: Args, timeout: float | None) -> Exception:
     if timeout is not None and timeout <= SILENCE:
         return subprocess.TimeoutExpired(args, timeout)
     return AgentError(f"the guest's agent has not started {args!r} within {SILENCE:g} s")
-
-
-def too_much(maximum: int) -> AgentError:
-    """What is raised where a command writes without an end."""
-    return AgentError(
-        f"the command's output is over {maximum} bytes; max_output= is the limit, or read it in "
-        "parts (popen)"
-    )
 
 
 def check_options(user: str | int | None, size: tuple[int, int]) -> None:
@@ -213,36 +206,41 @@ class GuestProcess:
     def _file(self, stream: int, bufsize: int) -> IO[Any]:
         raw: io.RawIOBase
         if stream == IN:
-            raw = _Writer(self._connection)
+            raw = self._writer = Writer(self._connection)
         else:
-            raw = _Reader(self._connection, stream, self.max_output)
+            raw = reader = Reader(self._connection, stream, self.max_output)
         if bufsize == 0 and not self._text:
             return raw  # type: ignore[return-value]
         size = bufsize if bufsize > 1 else io.DEFAULT_BUFFER_SIZE
-        buffered = io.BufferedWriter(raw, size) if stream == IN else io.BufferedReader(raw, size)
+        buffered = io.BufferedWriter(raw, size) if stream == IN else BoundedReader(reader, size)
         if not self._text:
             return buffered
         line = bufsize == 1 and stream == IN
-        return io.TextIOWrapper(
-            buffered, encoding=self._encoding, errors=self._errors, line_buffering=line
+        return BoundedText(
+            buffered,
+            self.max_output,
+            encoding=self._encoding,
+            errors=self._errors,
+            line_buffering=line,
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
+        files = [file for file in (self.stdin, self.stdout, self.stderr) if file is not None]
         try:
-            if kind is not None and self.returncode is None:
-                self.kill()
-                with suppress(subprocess.TimeoutExpired):  # what was raised says more
-                    self.wait(KILL_WITHIN)
-            for file in (self.stdin, self.stdout, self.stderr):
-                if file is not None:
-                    file.close()
             if kind is None:
+                for file in files:
+                    file.close()
                 self.wait()
+            elif self.returncode is None:
+                _kill(self)
         finally:
             self.close()
+            for file in files:
+                with suppress(AgentError, OSError):  # input that nobody takes any more
+                    file.close()
 
     def __repr__(self) -> str:
         return f"<GuestProcess: returncode: {self.returncode} args: {self.args!r}>"
@@ -309,10 +307,7 @@ class GuestProcess:
             input = input.encode(self._encoding, self._errors)
         data = memoryview(input if input is not None else b"").cast("B")
         until = None if timeout is None else time.monotonic() + timeout
-        if self.stdin is not None and not self.stdin.closed and not self._input_done:
-            with suppress(BrokenPipeError):
-                self.stdin.flush()
-        done = self._exchange(data, until)
+        done = self._flush_input(until) and self._exchange(data, until)
         out = self._decoded(OUT) if self.stdout is not None else None
         err = self._decoded(ERR) if self.stderr is not None else None
         if not done:
@@ -322,6 +317,21 @@ class GuestProcess:
                 raw[ERR] if self.stderr else None,
             )  # fmt: skip
         return out, err
+
+    def _flush_input(self, until: float | None) -> bool:
+        """Give the command what was written before and is buffered here; False: not in time."""
+        if self.stdin is None or self.stdin.closed or self._input_done:
+            return True
+        self._writer.until = until
+        try:
+            self.stdin.flush()
+        except BrokenPipeError:
+            pass
+        except BlockingIOError:
+            return False
+        finally:
+            self._writer.until = None
+        return True
 
     def _exchange(self, data: memoryview, until: float | None) -> bool:
         session, connection = self._session, self._connection
@@ -342,7 +352,7 @@ class GuestProcess:
         while True:
             connection.do(write, until)
             for stream in (OUT, ERR):
-                self._collected[stream] += connection.take(stream)
+                self._collected[stream] += connection.take(stream, until=until)
             if sum(map(len, self._collected)) > self.max_output:
                 raise too_much(self.max_output)
             if session.complete:
@@ -362,70 +372,6 @@ class GuestProcess:
 
     def _named(self) -> Any:
         return self.args
-
-
-class _Reader(io.RawIOBase):
-    """The command's output."""
-
-    def __init__(self, connection: Connection, stream: int, maximum: int) -> None:
-        self._connection = connection
-        self._stream = stream
-        self._max = maximum
-
-    def readable(self) -> bool:
-        return True
-
-    def readall(self) -> bytes:
-        data = bytearray()
-        while part := self.read(wire.WINDOW):
-            data += part
-            if len(data) > self._max:
-                raise too_much(self._max)
-        return bytes(data)
-
-    def readinto(self, buffer: Any) -> int:
-        session, stream = self._connection.session, self._stream
-        view = memoryview(buffer).cast("B")
-        self._connection.wait_for(
-            lambda: bool(session.available(stream)) or session.ended[stream], None
-        )
-        data = self._connection.take(stream, len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            session, stream = self._connection.session, self._stream
-            if not session.ended[stream] and self._connection.error is None:
-                self._connection.do(lambda: session.drop(stream))
-        super().close()
-
-
-class _Writer(io.RawIOBase):
-    """The command's input."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        session, done = self._connection.session, 0
-        view = memoryview(data).cast("B")
-
-        def write() -> None:
-            nonlocal done
-            done = session.write(view)
-
-        self._connection.wait_for(lambda: session.room > 0 or session.refused, None)
-        self._connection.do(write)
-        return done
-
-    def close(self) -> None:
-        if not self.closed and self._connection.error is None:
-            self._connection.do(self._connection.session.end_input)
-        super().close()
 
 
 def run(
@@ -482,7 +428,7 @@ def _kill(process: GuestProcess) -> tuple[bytes | None, bytes | None]:
         process._connection.wait_for(lambda: session.returncode is not None, until)
         # What it wrote last comes before its end; who escaped from the group may hold the pipes.
         for stream in (OUT, ERR):
-            process._collected[stream] += process._connection.take(stream)
+            process._collected[stream] += process._connection.take(stream, until=until)
     except AgentError:
         pass
     out = bytes(process._collected[OUT]) if process.stdout is not None else None

@@ -11,6 +11,7 @@ from subprocess import PIPE
 
 from vmm.agent import wire
 from vmm.agent.connection import SILENCE
+from vmm.agent.pipes import too_much
 from vmm.agent.process import (
     KILL_WITHIN,
     MAX_OUTPUT,
@@ -18,7 +19,6 @@ from vmm.agent.process import (
     flags_of,
     not_started,
     of_run,
-    too_much,
     words,
 )
 from vmm.agent.wire import ERR, IN, OUT, Session

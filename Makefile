@@ -2,13 +2,14 @@
 # make test    every test, on this host's KVM and in the nested lane
 # make shell   an interactive shell in a guest
 # make setup   only make .venv/bin/vmm ready
+# make fuzz    search for bugs for two hours: ARGS="--minutes N --target NAME", docs/fuzzing.md
 # make lint | bench | clean
 
 PYTHON = .venv/bin/python
 # Arguments for pytest, e.g. make test ARGS="-k boot"; for demo and shell see examples/demo.py -h.
 ARGS =
 
-.PHONY: demo test shell setup lint bench clean compiled
+.PHONY: demo test shell setup lint bench fuzz clean compiled
 
 demo: compiled
 	$(PYTHON) -m examples.demo $(ARGS)
@@ -37,6 +38,11 @@ lint: .venv/.ready
 
 bench: compiled
 	$(PYTHON) -m benchmarks $(ARGS)
+
+# libFuzzer and its sanitizers are clang's: some 400 MB of packages, which nothing else here needs.
+fuzz: compiled
+	@command -v clang >/dev/null || tools/setup clang llvm libclang-rt-dev
+	$(PYTHON) -m tests.fuzz $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache benchmarks/results

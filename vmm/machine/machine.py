@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from vmm import config_paths, descriptors
+from vmm import config_paths, descriptors, priority
 from vmm.config import MachineConfig
 from vmm.config_types import shown
 from vmm.errors import HostError, StateError, UsageError, VmmError, call_each
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 CREATED = "created"
 CLOSED = "closed"
+PARKED_WITHIN = 0.2
+"""Seconds in which vCPUs park, unless the guest has called a function of the program."""
 UNSEEN_PATIENCE = 0.25
 """Seconds in which a guest that has no driver for the power button yet may look at it."""
 END_WITHIN = 0.4
@@ -388,13 +390,15 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def pause(self) -> None:
         """Park every vCPU; returns when all are out of KVM_RUN. From running."""
-        with self._lock:
-            self.need("pause", RUNNING)
-            for thread in self._threads:
-                thread.request(PAUSED)
-            self._state = PAUSED
-        for thread in self._threads:
-            thread.wait_parked()
+        with priority.first:
+            with self._lock:
+                self.need("pause", RUNNING)
+                for thread in self._threads:
+                    thread.request(PAUSED)
+                self._state = PAUSED
+            parked = [thread.wait_parked(PARKED_WITHIN) for thread in self._threads]
+        if not all(parked):  # a function of the program has been called
+            self.wait_parked()
         if self.exit is not None:  # the guest ended meanwhile
             return
         self.platform.flush()

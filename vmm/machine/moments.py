@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vmm import priority
 from vmm.errors import StateError, UsageError
 
 TYPE_CHECKING = False
@@ -137,7 +138,7 @@ class MomentCalls:
         from vmm.snapshot.checkpoint import Checkpoint, still
 
         former = self._checkpoint
-        with still(self._machine, "checkpoint"):
+        with priority.first, still(self._machine, "checkpoint"):
             try:
                 self._checkpoint = Checkpoint(self._machine, former, disks)
             except BaseException:
@@ -176,7 +177,7 @@ class MomentCalls:
             if machine.state == "stopped":
                 machine.revive()
             try:
-                with still(machine, "rollback"):
+                with priority.first, still(machine, "rollback"):
                     self._checkpoint.roll_back()
                     machine.platform.rolled_back()
                     machine._tell("rolled back")

@@ -158,13 +158,16 @@ class VcpuThread:
             if err.errno != errno.EINVAL:
                 raise
 
-    def wait_parked(self) -> None:
-        """Wait until the vCPU is out of KVM_RUN and parked, or the machine has ended."""
+    def wait_parked(self, timeout: float | None = None) -> bool:
+        """Wait until the vCPU is out of KVM_RUN and parked, or the machine has ended; whether that
+        came within `timeout` seconds."""
         if self._thread.ident == threading.get_ident():
-            return
+            return True
         with self._cond:
             while not self._parked and self._want != STOPPED:
-                self._cond.wait()
+                if not self._cond.wait(timeout):
+                    return False
+        return True
 
     def join(self, timeout: float | None = None) -> bool:
         """Whether the thread has ended within `timeout` seconds, or never began.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from vmm import layout
+from vmm import layout, priority
 from vmm.errors import SnapshotError, StateError
 from vmm.kvm import vcpu_state, vm_state
 from vmm.kvm.vcpu_state import MSR_IA32_TSC
@@ -46,7 +46,8 @@ def quiesced(machine: Machine) -> Iterator[None]:
     _need(machine, "snapshot")  # it may have ended meanwhile
     virtio = machine.platform.virtio
     if virtio is not None:
-        virtio.hold()
+        with priority.first:
+            virtio.hold()
     machine.kept_still += 1
     try:
         machine.platform.flush()

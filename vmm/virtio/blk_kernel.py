@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm import priority
 from vmm.block.raw import RawImage
 from vmm.virtio import kernel, spec
 from vmm.virtio.device import Interrupted
@@ -35,27 +36,33 @@ class DiskKernel:
         """As `VirtioDevice.notify`; False: nothing was done, the queue or disk is not for this."""
         device = self._device
         slot = device.slots[index]
-        with slot.lock:
-            queue, image = slot.queue, device.image
-            if queue is None or not device.status & spec.DRIVER_OK:
-                return True
-            ring = kernel.ring(device.memory, slot, kernel.POLL_MAX)
-            if ring is None or type(image) is not RawImage or image.direct:
-                return False
-            self._disk.fd = image.fd
-            self._disk.readable = True
-            try:
-                self._go_on(index, slot, queue)
-            except Interrupted:
-                if queue.publish():
-                    device.interrupt(index)
-            except QueueError as err:
-                if queue.publish():
-                    device.interrupt(index)
-                device.needs_reset(f"queue {index}: {err}")
+        left = True
+        while left:
+            with slot.lock:
+                queue, image = slot.queue, device.image
+                if queue is None or not device.status & spec.DRIVER_OK:
+                    return True
+                ring = kernel.ring(device.memory, slot, kernel.POLL_MAX)
+                if ring is None or type(image) is not RawImage or image.direct:
+                    return False
+                self._disk.fd = image.fd
+                self._disk.readable = True
+                left = False
+                try:
+                    left = self._go_on(index, slot, queue)
+                except Interrupted:
+                    if queue.publish():
+                        device.interrupt(index)
+                except QueueError as err:
+                    if queue.publish():
+                        device.interrupt(index)
+                    device.needs_reset(f"queue {index}: {err}")
+            if left:
+                priority.give_way()
         return device.faults is None  # else: they have come meanwhile, and must meet the rest
 
-    def _go_on(self, index: int, slot: QueueSlot, queue: VirtQueue) -> None:
+    def _go_on(self, index: int, slot: QueueSlot, queue: VirtQueue) -> bool:
+        """Serve the queue until it is empty; True: it is left, because somebody goes first."""
         device, disk, ring = self._device, self._disk, slot.kernel
         assert ring is not None
         while not device.quiet and not queue.broken and device.faults is None:
@@ -65,7 +72,7 @@ class DiskKernel:
                 device.interrupt(index)
                 what &= ~kernel.INTERRUPT
             if what == kernel.IDLE:
-                return
+                return False
             if what == kernel.OTHER:
                 chains = queue.pop_batch(1)
                 if chains:
@@ -73,7 +80,10 @@ class DiskKernel:
                     if queue.publish():
                         device.interrupt(index)
                 elif not queue.rearm():
-                    return
+                    return False
+            if priority.wanted:
+                return True
+        return False
 
 
 def make(device: Block) -> DiskKernel | None:

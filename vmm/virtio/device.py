@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from _thread import RLock, allocate_lock
 
+from vmm import priority
 from vmm.virtio import spec
 from vmm.virtio.queue import Chain, QueueError, VirtQueue
 
@@ -41,6 +42,10 @@ COMPLAINTS = 10
 class Interrupted(Exception):
     """A request is not carried out, or not wholly, and goes back into its queue: `quiet` was set
     meanwhile, or enough is under way. Raised by `request`, which can carry it out once more."""
+
+
+class GivesWay(Interrupted):
+    """The rest of a batch is in the queue again, because somebody goes first (vmm.priority)."""
 
 
 class QueueSlot:
@@ -154,6 +159,8 @@ class VirtioDevice:
             for chain in chains:
                 if self.quiet:  # who waits for us has waited long enough
                     raise Interrupted
+                if done and priority.wanted:
+                    raise GivesWay
                 written = self.request(index, chain)
                 done += 1
                 if written is not None:
@@ -199,11 +206,16 @@ class VirtioDevice:
 
     def notify(self, index: int) -> None:
         """Serve queue `index`: all that is there, then ask for the next notify."""
+        while self._serve(index):
+            priority.give_way()
+
+    def _serve(self, index: int) -> bool:
+        """Serve queue `index`; True: it is left for a moment, because somebody goes first."""
         slot = self.slots[index]
         with slot.lock:
             queue = slot.queue
             if queue is None or self.quiet or not self.status & spec.DRIVER_OK:
-                return
+                return False
             try:
                 while not self.quiet:
                     chains = queue.pop_batch()
@@ -211,15 +223,19 @@ class VirtioDevice:
                         self.requests(index, queue, chains)
                         if queue.publish():
                             self.interrupt(index)
+                        if priority.wanted:
+                            return True
                     elif not queue.rearm():
-                        return
-            except Interrupted:
+                        return False
+            except Interrupted as err:
                 if queue.publish():
                     self.interrupt(index)
+                return isinstance(err, GivesWay)
             except QueueError as err:
                 if queue.publish():
                     self.interrupt(index)
                 self.needs_reset(f"queue {index}: {err}")
+        return False
 
     def wake(self, index: int) -> None:
         """Have queue `index` looked at by the thread that serves it; from any thread, which does

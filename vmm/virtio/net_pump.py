@@ -10,6 +10,7 @@ import os
 import select
 import threading
 
+from vmm import priority
 from vmm.net.port import LinkLost
 from vmm.virtio import kernel
 from vmm.virtio.net_kernel import NOT_HERE
@@ -68,6 +69,8 @@ class Pump:
     def _main(self) -> None:
         try:
             while not self._ended:
+                if priority.wanted:
+                    priority.give_way()
                 try:
                     self._wait(self._serve())
                 except LinkLost as err:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from _thread import RLock, allocate_lock, get_ident
 
+from vmm import priority
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.queue import QueueError
@@ -105,4 +106,6 @@ class LoopDevice(VirtioDevice):
         if self._loop is not None and get_ident() != self._thread:
             self.call(lambda: self.notify(index))
             return
+        if priority.wanted and self._loop is not None:
+            priority.give_way()
         self.locked(self.serve, index)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import threading
 
+from vmm import priority
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +42,8 @@ class QueueThread:
         try:
             while not self._ended:
                 wait(fd)
+                if priority.wanted:
+                    priority.give_way()
                 serve(index)
         except BaseException as err:  # a bug of ours: the machine ends, the process does not
             self._failed(err)

@@ -6,9 +6,10 @@ snapshot finds nothing kept. An alarm has the queue looked at when there is budg
 
 from __future__ import annotations
 
+from vmm import priority
 from vmm.virtio import spec
 from vmm.virtio.alarm import Alarm
-from vmm.virtio.device import Interrupted
+from vmm.virtio.device import GivesWay, Interrupted
 from vmm.virtio.limit import Limit
 from vmm.virtio.queue import QueueError
 
@@ -67,12 +68,17 @@ class Throttle:
 
     def serve(self, index: int) -> None:
         """As `VirtioDevice.notify`, as far as the budget goes."""
+        while self._serve(index):
+            priority.give_way()
+
+    def _serve(self, index: int) -> bool:
+        """True: the queue is left for a moment, because somebody goes first."""
         device, limit = self._device, self.limit
         slot = device.slots[index]
         with slot.lock:
             queue = slot.queue
             if queue is None or not device.status & spec.DRIVER_OK:
-                return
+                return False
             try:
                 while not device.quiet and limit.active:
                     chains = queue.pop_batch(BATCH)
@@ -83,13 +89,17 @@ class Throttle:
                             device.interrupt(index)
                         if wait:
                             self.alarm.set(index, wait)
-                            return
+                            return False
+                        if priority.wanted:
+                            return True
                     elif not queue.rearm():
-                        return
-            except Interrupted:
+                        return False
+            except Interrupted as err:
                 if queue.publish():
                     device.interrupt(index)
+                return isinstance(err, GivesWay)
             except QueueError as err:
                 if queue.publish():
                     device.interrupt(index)
                 device.needs_reset(f"queue {index}: {err}")
+        return False

@@ -6,15 +6,15 @@ import random
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
 from vmm.errors import StateError, UsageError
 from vmm.layout import GIB, MIB, PAGE_SIZE
-from vmm.memory import GuestMemory
-from vmm.virtio import mmio, spec
+from vmm.memory import GuestMemory, Region
+from vmm.virtio import balloon, mmio, spec
 from vmm.virtio.balloon import F_PAGE_REPORTING, F_STATS_VQ, PFNS_MAX, TAGS, Balloon, runs
 
 MODES = [(packed, event_idx) for packed in (False, True) for event_idx in (False, True)]
@@ -71,6 +71,31 @@ def test_inflated_pages_go_back(driver: Driver) -> None:
     for page in PAGES:  # no neighbour has lost anything
         want = 0 if page in chosen else 0xAA
         assert driver.memory.read(page * PAGE_SIZE, PAGE_SIZE) == bytes([want]) * PAGE_SIZE
+
+
+def test_other_machines_do_not_wait_for_a_large_request(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs nobody else while it sorts, or is in madvise: both get little at once."""
+    sorts: list[int] = []
+    gives: list[int] = []
+
+    def counted(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        sorts.append(len(numbers))
+        return runs(numbers)
+
+    def counted_discard(region: Region, offset: int, size: int) -> int:
+        gives.append(size)
+        return size
+
+    monkeypatch.setattr(balloon, "runs", counted)
+    monkeypatch.setattr(balloon, "SLICE", 1 * MIB)
+    monkeypatch.setattr(Region, "discard", counted_discard)
+    pages = [*PAGES, *random.Random(2).sample(range(3 * PFNS_MAX), PFNS_MAX - len(PAGES))]
+    inflate(driver, pages)
+    assert len(sorts) > 10 and max(sorts) <= 4096
+    assert sum(sorts) == len(pages)
+    assert gives and max(gives) == 1 * MIB
 
 
 def test_deflating_needs_nothing(driver: Driver) -> None:

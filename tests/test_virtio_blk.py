@@ -45,9 +45,16 @@ def make(
         monkeypatch.setattr(kernel, "_loaded", [None])
     drivers: list[Driver] = []
 
-    def driver(path: Path, *, queues: int = 1, image: RawImage | None = None, **how: Any) -> Driver:
+    def driver(
+        path: Path,
+        *,
+        queues: int = 1,
+        image: RawImage | None = None,
+        size: int = 16,
+        **how: Any,
+    ) -> Driver:
         disk = Block(image or RawImage(str(path), **how), serial="SN-1", queues=queues)
-        drivers.append(Driver(disk, packed=packed, event_idx=event_idx))
+        drivers.append(Driver(disk, packed=packed, event_idx=event_idx, size=size))
         return drivers[-1]
 
     yield driver
@@ -62,6 +69,8 @@ def wait_used(driver: Driver, index: int = 0, count: int = 1) -> list[tuple[int,
     while len(done) < count:
         assert time.monotonic() < limit, f"{len(done)} of {count} requests came back"
         done += driver.rings[index].used()
+        if len(done) < count:
+            time.sleep(0.0005)
     return done
 
 
@@ -490,6 +499,40 @@ def test_all_of_memory_many_times_over(
     assert driver.memory.read_u8(STATUS) == blk.S_IOERR
     assert time.process_time() - begin < 1
     assert path.stat().st_blocks == 0
+
+
+@pytest.mark.parametrize("kind", [blk.T_FLUSH, blk.T_IN])
+def test_kept_requests_are_bounded_by_what_they_cost(
+    make: Callable[..., Driver], path: Path, kind: int
+) -> None:
+    """Requests of little data or none, and of a thousand buffers each, while the disk is slow."""
+
+    class Slow(RawImage):
+        def flush(self) -> None:
+            go_on.wait(20)
+
+        def read_cached(self, views: Sequence[memoryview], offset: int, size: int) -> bool:
+            return False
+
+        def read(self, views: Sequence[memoryview], offset: int) -> None:
+            go_on.wait(20)
+
+    go_on = threading.Event()
+    driver = make(path, queues=2, image=Slow(str(path)), size=256)
+    disk = driver.device
+    assert isinstance(disk, Block)
+    buffers = [(HEADER, 16, False), *[(DATA, 1, True)] * 1000, (DATA, 24, True), (STATUS, 1, True)]
+    driver.memory.write(HEADER, struct.pack("<IIQ", kind, 0, 0))
+    for index in range(2):
+        for _ in range(256):
+            driver.rings[index].add(buffers, indirect=0x300000)
+        driver.kick(index)
+    kept = disk._pending
+    assert kept > blk.WORKERS  # they have enough to do
+    assert kept * len(buffers) * blk.BUFFER_COST <= blk.BACKLOG + len(buffers) * blk.BUFFER_COST
+    go_on.set()
+    for index in range(2):
+        wait_used(driver, index, 256)
 
 
 def test_queues_are_served_at_the_same_time(make: Callable[..., Driver], path: Path) -> None:

@@ -10,7 +10,14 @@ from tests.support.virtio_driver import BUFFERS, Driver
 from tests.support.virtio_pci import PciDriver
 from vmm.virtio import spec
 from vmm.virtio.device import VirtioDevice
-from vmm.virtio.queue import Chain, QueueError, VirtQueue, need_event
+from vmm.virtio.queue import (
+    BATCH_BUFFERS,
+    CHAIN_MAX,
+    Chain,
+    QueueError,
+    VirtQueue,
+    need_event,
+)
 from vmm.virtio.split import SplitQueue
 
 
@@ -79,6 +86,23 @@ def test_chains_of_all_shapes_come_back(driver: Driver, indirect: bool, seed: in
                 assert written == len(text)
                 assert memory.read(base + 0x1000, written) == text
             assert driver.take_interrupts() == 1
+
+
+def test_a_batch_of_long_chains_is_short(transport: type[Driver]) -> None:
+    """What is made of one batch, which other machines of the process wait for, is bounded."""
+    for packed in (False, True):
+        with transport(Echo(), packed=packed, size=16) as driver:
+            ring, queue = driver.rings[1], driver.device.slots[1].queue
+            assert queue is not None
+            want = [
+                ring.add([(BUFFERS, 1, False)] * CHAIN_MAX, indirect=BUFFERS + 0x10000)
+                for _ in range(16)
+            ]
+            batches = []
+            while chains := queue.pop_batch():
+                batches.append([chain.head for chain in chains])
+            assert [head for batch in batches for head in batch] == want
+            assert max(map(len, batches)) * CHAIN_MAX <= BATCH_BUFFERS
 
 
 def test_no_interrupt_where_none_is_wanted(driver: Driver) -> None:

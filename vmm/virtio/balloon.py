@@ -32,8 +32,11 @@ ACTUAL = 4
 PFNS_MAX = 1 << 18
 """Page numbers in one request: 1 GiB; Linux sends 256."""
 STATS_MAX = 64
-SLICE = 256 << 20
-"""Bytes given back by one system call: some 50 ms where all of them are in use."""
+SLICE = 16 << 20
+"""Bytes given back by one system call, some milliseconds where all of them are in use: Python runs
+no other thread of this process meanwhile (mmap.madvise keeps the interpreter's lock)."""
+SORTED = 4096
+"""Page numbers that are put in order at once: sorting keeps the lock, too."""
 INFLATE, DEFLATE, STATS, REPORTING = "inflate", "deflate", "stats", "reporting"
 TAGS = (
     "swap_in", "swap_out", "major_faults", "minor_faults", "free_memory", "total_memory",
@@ -144,8 +147,9 @@ class Balloon(VirtioDevice):
         if size > 4 * PFNS_MAX:
             raise QueueError(f"{size} bytes of page numbers, more than {4 * PFNS_MAX}")
         numbers = memoryview(chain.read()[: size & ~3]).cast("I")
-        for first, count in runs(numbers):
-            self._discard(first * PAGE_SIZE, count * PAGE_SIZE)
+        for at in range(0, len(numbers), SORTED):
+            for first, count in runs(numbers[at : at + SORTED]):
+                self._discard(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def _discard(self, gpa: int, size: int) -> None:
         """Give back what of it is RAM."""

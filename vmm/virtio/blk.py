@@ -70,6 +70,9 @@ RANGE_SLICE = 64 << 20
 """Bytes discarded or zeroed between two looks."""
 BACKLOG = 64 << 20
 """Bytes of requests that workers have before them; more wait in the queue."""
+BUFFER_COST = 256
+"""Bytes that each buffer of a kept request counts for besides: what it costs this process. A
+request of 512 bytes, or a flush, may name a thousand."""
 WORKERS = 8
 
 _HEADER = struct.Struct("<IIQ")
@@ -130,8 +133,8 @@ class Block(VirtioDevice):
         self._parked: list[tuple[int, Callable[[], None]]] = []
         """(queue, job) of writes there was no space for."""
         self._backlog = self._stalled = 0
-        """Bytes of requests that workers have; a bit for each queue that waits for there to be
-        fewer."""
+        """Bytes that the requests which workers have count for; a bit for each queue that waits for
+        there to be fewer."""
         self._pending = 0
         self._pending_lock = allocate_lock()
         self._idle = allocate_lock()
@@ -379,10 +382,13 @@ class Block(VirtioDevice):
     ) -> int | None:
         """Have a worker do it and give the chain back; None, as `request` answers then.
 
+        `size`: bytes of data.
+
         Raises Interrupted: they have enough to do; the queue is looked at again later.
         """
         queue = self.slots[index].queue
         assert queue is not None
+        size += BUFFER_COST * (len(chain.readable) + len(chain.writable))
         hold = None
         if self.faults is not None:
             work, hold = self.faults.plan(what, offset, chain, work)
@@ -412,7 +418,7 @@ class Block(VirtioDevice):
         return None
 
     def _done(self, size: int) -> None:
-        """A worker has done a request of `size` bytes."""
+        """A worker has done a request that counted for `size` bytes."""
         with self._pending_lock:
             self._backlog -= size
             if not self._stalled or self._backlog > BACKLOG // 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from vmm.virtio.queue import (
+    BATCH_BUFFERS,
     BATCH_MAX,
     CHAIN_MAX,
     DESC,
@@ -77,8 +78,11 @@ class PackedQueue(VirtQueue):
         if self.broken:
             return []
         chains: list[Chain] = []
-        while len(chains) < limit and self._available():
-            chains.append(self._chain())
+        room = BATCH_BUFFERS
+        while room > 0 and len(chains) < limit and self._available():
+            chain = self._chain()
+            chains.append(chain)
+            room -= len(chain.readable) + len(chain.writable)
         if chains:
             self._device[1] = RING_EVENT_FLAGS_DISABLE
         return chains

@@ -25,7 +25,10 @@ DESC = struct.Struct("<QIHH")
 CHAIN_MAX = 1024
 """Descriptors in one chain: IOV_MAX, so that a chain is always one preadv(2)."""
 BATCH_MAX = 64
-"""Chains taken from a queue at once: some 50 ms where each is as long as it may be."""
+"""Chains taken from a queue at once."""
+BATCH_BUFFERS = 2048
+"""Buffers in them after which no other chain is taken: some 3 ms. Other machines of this process
+wait while it makes them, and while it collects them as garbage."""
 
 _fence_lock = allocate_lock()
 
@@ -114,7 +117,8 @@ class VirtQueue:
         self._low_size = low.size
 
     def pop_batch(self, limit: int = BATCH_MAX) -> list[Chain]:
-        """Up to `limit` chains the driver has made available; raises `QueueError`."""
+        """Up to `limit` chains the driver has made available, fewer where they are long; none where
+        there are none. Raises `QueueError`."""
         raise NotImplementedError
 
     def push(self, chain: Chain, written: int = 0) -> None:

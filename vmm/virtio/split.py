@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vmm.virtio.queue import (
+    BATCH_BUFFERS,
     BATCH_MAX,
     CHAIN_MAX,
     DESC,
@@ -80,10 +81,15 @@ class SplitQueue(VirtQueue):
             self._used[0] = USED_F_NO_NOTIFY
         mask = self._mask
         chains = []
+        room = BATCH_BUFFERS
         for _ in range(ready):
-            chains.append(self._chain(avail[2 + (last & mask)]))
+            chain = self._chain(avail[2 + (last & mask)])
+            chains.append(chain)
             last = (last + 1) & 0xFFFF
             self._last_avail = last
+            room -= len(chain.readable) + len(chain.writable)
+            if room <= 0:
+                break
         return chains
 
     def _chain(self, head: int) -> Chain:

@@ -29,6 +29,7 @@ from vmm import (
     errors,
 )
 from vmm.devices.device import Device
+from vmm.isolated import nursery
 from vmm.machine import exits
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.rng import Entropy
@@ -42,14 +43,35 @@ Make = Callable[..., Machine]
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Make:
+def machine(tmp_path: Path, isolate: bool) -> Make:
     """Makes machines that run the code given; the test closes them (`with`)."""
+    if isolate:
+        nursery.start().close()  # who counts descriptors counts the zygote's
 
     def make(code: bytes, **options: object) -> Machine:
         values: dict[str, object] = {"memory": 16 * MIB, **options}
-        return Machine(MachineConfig(tiny.kernel(tmp_path, code), **values))  # type: ignore[arg-type]
+        config = MachineConfig(tiny.kernel(tmp_path, code), **values)  # type: ignore[arg-type]
+        return Machine(config, isolate=isolate)
 
     return make
+
+
+HERE_ONLY = (
+    "test_a_device_can_have_it_paused", "test_a_virtio_device_by_its_name",
+    "test_a_bug_in_a_device_ends_the_machine_with_its_traceback",
+    "test_200_machines_leave_nothing", "test_running_out_of_descriptors_leaves_nothing",
+    "test_without_a_kernel_the_program_sets_the_registers", "test_stopped_right_after_the_start",
+)  # fmt: skip
+"""Tests of what only a machine of this process has."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test with a machine of this process, and with one in a process of its own."""
+    if "isolate" in metafunc.fixturenames:
+        ways: list[Any] = [pytest.param(False, id="here")]
+        if metafunc.function.__name__ not in HERE_ONLY:
+            ways.append(pytest.param(True, id="isolated", marks=pytest.mark.one_lane))
+        metafunc.parametrize("isolate", ways)
 
 
 def never_ends(m: Machine) -> bool:
@@ -142,10 +164,10 @@ CALLS: dict[str, Callable[[Machine], object]] = {
 }
 BEFORE: dict[str, Callable[[Machine], object]] = {
     "created": lambda m: None,
-    "running": Machine.start,
+    "running": lambda m: m.start(),
     "paused": lambda m: (m.start(), m.pause()),
     "stopped": lambda m: (m.start(), m.stop()),
-    "closed": Machine.close,
+    "closed": lambda m: m.close(),
 }
 WRONG = {
     "start": ("running", "paused", "stopped", "closed"),

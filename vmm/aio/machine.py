@@ -44,10 +44,14 @@ class AsyncMachine(AsyncGuestCalls):
     Args:
         what: a configuration; the machine is built on entering `async with`. Or a function that
             makes a machine (it may block), or a `Machine`; it is closed on leaving all the same.
+        isolate: as of `Machine`, where it is a configuration.
     """
 
-    def __init__(self, what: MachineConfig | Machine | Callable[[], Machine]) -> None:
+    def __init__(
+        self, what: MachineConfig | Machine | Callable[[], Machine], *, isolate: bool = False
+    ) -> None:
         self._what = what
+        self._isolate = isolate
         self._machine = what if isinstance(what, Machine) else None
         self._servers: list[AsyncVsockServer] = []
 
@@ -63,7 +67,7 @@ class AsyncMachine(AsyncGuestCalls):
     def _make(self) -> None:
         what = self._what
         assert not isinstance(what, Machine)
-        self._machine = what() if callable(what) else Machine(what)
+        self._machine = what() if callable(what) else Machine(what, isolate=self._isolate)
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()

@@ -11,6 +11,7 @@ from vmm.errors import EXIT_OK
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 SHARED = (
     "--console", "--port", "--drive", "--net", "--vsock", "--control", "--timeout", "--grace",
@@ -78,5 +79,5 @@ def main(argv: Sequence[str]) -> int:
         )
 
     with Spelled(args):
-        values: dict[str, object] = {"console": "auto", **keywords(args)}
+        values: dict[str, Any] = {"console": "auto", **keywords(args)}
         return see_through(make, args)

@@ -19,6 +19,8 @@ STOPPED = "stopped"
 MONITOR_ERROR = "monitor-error"
 MEMORY_LOST = "memory-lost"
 """Who should have handed the guest's memory over has gone (userfaultfd)."""
+CRASHED = "crashed"
+"""The process of a machine that has one of its own (`isolate=True`) has ended."""
 
 STATUS: dict[str, int] = {
     POWEROFF: errors.EXIT_OK,
@@ -33,6 +35,7 @@ STATUS: dict[str, int] = {
     STOPPED: errors.EXIT_INTERRUPTED,
     MONITOR_ERROR: errors.EXIT_INTERNAL,
     MEMORY_LOST: errors.EXIT_HOST,
+    CRASHED: errors.EXIT_INTERNAL,
 }
 
 

@@ -63,8 +63,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     Args:
         origin: what it comes from, if it does not boot: see `Machine.restore`.
+        isolate: have it in a child process of its own, locked down; see docs/security.md.
 
     Attributes:
+        isolated: it has a process of its own.
         config: as given, but that paths of what is opened or removed later are absolute.
         directory: the working directory when it was made.
         memory: the guest's RAM.
@@ -79,7 +81,20 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         paused_for: why a device had it paused, until it goes on; else an empty string.
     """
 
-    def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
+    isolated = False
+
+    def __new__(cls, *args: object, isolate: bool = False, **options: object) -> Self:
+        if not isolate or getattr(cls, "isolated", False):
+            return object.__new__(cls)
+        if cls is not Machine:
+            raise UsageError(f"{cls.__name__}: isolate=True is for Machine, not for a class of it")
+        from vmm.isolated.machine import IsolatedMachine
+
+        return object.__new__(IsolatedMachine)  # type: ignore[return-value]  # it is a Machine
+
+    def __init__(
+        self, config: MachineConfig, *, origin: Origin | None = None, isolate: bool = False
+    ) -> None:
         if not isinstance(config, MachineConfig):
             raise UsageError(
                 f"Machine: {shown(config)} is not a MachineConfig; Machine(MachineConfig(KERNEL)), "
@@ -336,6 +351,10 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def console(self) -> ConsoleTail:
         """The last of the console's output, and waiting for more of it."""
         return self.platform.console.tail
+
+    def flush(self) -> None:
+        """Bring out what the guest has written to the console, and `console` has not yet."""
+        self.platform.flush()
 
     def wait_for(
         self, pattern: Pattern, timeout: float | None = None, since: int | None = None

@@ -87,6 +87,7 @@ class MomentCalls:
         pages: str = "map",
         clock: str = "step",
         trusted: bool | None = None,
+        isolate: bool = False,
         **changed: object,
     ) -> Machine:
         """A machine that goes on, when it is started, where the snapshot `path` was made.
@@ -103,6 +104,7 @@ class MomentCalls:
             trusted: whether files, sockets, networks and programs of the host that the snapshot
                 names are opened; otherwise they are to be given here. None: they are, if the
                 snapshot was made by this user on this host, and names the same as then.
+            isolate: in a child process of its own, which reads the snapshot; as of `Machine`.
             changed: keywords of `MachineConfig`, for what is outside the guest: `console`, `nets`,
                 `vsock`, `ports`, `drives`, `devices`, `timeout`, ...
 
@@ -113,6 +115,14 @@ class MomentCalls:
         from vmm.snapshot.restore import restore
 
         where = _path("restore", "path", path)
+        if isolate:
+            from vmm.isolated.machine import restore as restore_isolated
+
+            options = {
+                "verify": verify, "disks": disks, "pages": pages, "clock": clock,
+                "trusted": trusted,
+            }  # fmt: skip
+            return restore_isolated(where, options, changed)
         return restore(
             where,
             verify=verify,

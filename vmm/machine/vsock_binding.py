@@ -45,6 +45,8 @@ def claim(machine: Machine, port: int, serve: Callable[[socket.socket], None]) -
     """
     if machine.state in ("stopped", "closed"):
         raise StateError(f"bind_vsock: the machine is {machine.state}, not created or started")
+    if machine.isolated:
+        return machine.claim_vsock(port, serve)  # type: ignore[attr-defined, no-any-return]
     device = device_of(machine)
     if not 0 <= port <= PORT_MAX:
         raise UsageError(f"bind_vsock: {port} is not a port from 0 to {PORT_MAX}")

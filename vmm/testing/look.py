@@ -63,7 +63,7 @@ class Look:
     def _gather(self) -> None:
         machine = self.machine
         if machine.state == "running":
-            machine.platform.flush()
+            machine.flush()
         self.console = machine.console.text()
         self.events = machine.event_log  # before the pause for the registers is in it
         exit = machine.exit

@@ -211,9 +211,8 @@ def _timed(data: bytes, position: int, writes: list[tuple[int, float]]) -> list[
 
 
 def _answers(machine: Machine) -> bool:
-    agent = machine.platform.agent
     try:
-        return agent is not None and agent.ready
+        return machine._agent().ready
     except Exception:
         return False
 

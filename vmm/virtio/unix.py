@@ -100,6 +100,17 @@ def remove(path: str, identity: tuple[int, int]) -> None:
             os.unlink(path)
 
 
+def remove_stale(path: str) -> None:
+    """Remove the socket `path` of a process that has ended, if nobody listens on it."""
+    with suppress(OSError, UsageError):
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            _make_way(path, path)
+        finally:
+            os.close(directory)
+
+
 def _make_way(path: str, option: str) -> None:
     """Remove a socket nobody listens on."""
     try:

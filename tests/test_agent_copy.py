@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import io
 import os
@@ -439,6 +440,34 @@ def test_set_user_id_stays_in_the_guest(tmp_path: Path) -> None:
     stream = TOP + file(b"su", mode=0o6755) + UP + LAST
     get(Hostile(stream), "/x", tmp_path / "here", timeout=60)
     assert (tmp_path / "here" / "su").stat().st_mode & 0o7777 == 0o755
+
+
+def test_nobody_else_may_write_what_a_guest_sends(tmp_path: Path) -> None:
+    """Neither a file by itself, nor those in a tree, nor its directories: a guest could else have
+    another user of this host change what the caller takes for its own."""
+    top = head(tree.DIRECTORY, mode=0o1777)
+    below = head(tree.DIRECTORY, b"d", mode=0o777) + file(b"f", mode=0o666) + UP
+    stream = top + below + UP + LAST
+    for kinds, want in (("data", (0o755, 0o755, 0o644)), ("all", (0o1777, 0o777, 0o666))):
+        here = tmp_path / kinds
+        get(Hostile(stream), "/x", here, timeout=60, filter=kinds)
+        modes = tuple(
+            stat.S_IMODE(path.stat().st_mode) for path in (here, here / "d", here / "d/f")
+        )
+        assert modes == want
+    get(Hostile(file(b"", mode=0o777) + LAST), "/x", tmp_path / "one", timeout=60)
+    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("seconds", [(1 << 40) - 1, 1 - (1 << 40), 0, -1])
+def test_times_can_be_told(seconds: int, tmp_path: Path) -> None:
+    """A program that shows when a file was changed does not fail over a guest's."""
+    stream = head(tree.DIRECTORY, seconds=seconds) + head(tree.REGULAR, b"f", seconds=seconds)
+    get(Hostile(stream + bytes(4) + UP + LAST), "/x", tmp_path / "t", timeout=60)
+    for path in (tmp_path / "t", tmp_path / "t" / "f"):
+        told = datetime.datetime.fromtimestamp(path.stat().st_mtime)
+        if abs(seconds) < 2:
+            assert told.timestamp() == seconds
 
 
 def test_random_streams(tmp_path: Path) -> None:

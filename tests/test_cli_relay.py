@@ -7,10 +7,13 @@ import os
 import pwd
 import random
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 from tests.support import tiny
 from tests.support.host_agent import HostAgent
 from tests.support.terminals import on_a_terminal, read_until
+from vmm.agent.wire import DATA, FRAME, OUT
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
@@ -112,6 +116,32 @@ def test_megabytes_both_ways(words: list[str]) -> None:
     assert hashlib.sha256(done.stdout).digest() == want
     assert hashlib.sha256(done.stderr).digest() == want
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("says", [b"", FRAME.pack(DATA, OUT, 0, 0) * 1000])
+def test_an_agent_that_starts_nothing(words: list[str], tmp_path: Path, says: bytes) -> None:
+    """It takes the connection, and is mute, or says nothing of weight without an end."""
+    path = str(tmp_path / "mute")
+    script = (
+        "import sys; from tests.support import exec_on_host; from vmm.cli import relay; "
+        "relay.SILENCE = 0.5; sys.exit(exec_on_host.main(sys.argv[1], sys.argv[2:]))"
+    )
+
+    def serve() -> None:
+        with listener.accept()[0] as sock, suppress(OSError):
+            while says:
+                sock.sendall(says)
+            sock.recv(1 << 20)
+            sock.recv(1)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        threading.Thread(target=serve, daemon=True).start()
+        done = execute([sys.executable, "-c", script, path, *words[4:]], "true")
+    line = "vmm: the guest's agent has not started the command within 0.5 s"
+    assert done.stderr.decode().splitlines()[-1] == line
+    assert done.returncode == 125
 
 
 def test_files(words: list[str], tmp_path: Path) -> None:

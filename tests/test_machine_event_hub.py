@@ -107,6 +107,19 @@ def test_what_is_noted_before_anybody_asks_is_bounded(machine: Make) -> None:
         assert names(m.event_log) == ["paused", "resumed"] * 50
 
 
+@needs_kvm
+def test_a_guest_cannot_push_other_events_out_of_the_log(machine: Make) -> None:
+    """It tells pvpanic 5,000 times that a crash kernel takes over."""
+    code = b"\x66\xba\x05\x05\xb0\x02\xb9\x88\x13\x00\x00\xee\xe2\xfd"
+    for early in (True, False):
+        with machine(code + tiny.exits(3)) as m:
+            if early:
+                assert m.event_log == []
+            m.start()
+            assert m.wait(60).status == 3
+            assert names(m.event_log) == ["started", *["panicked"] * 10, "stopped"]
+
+
 def test_from_many_threads_nothing_is_lost() -> None:
     hub = Hub()
     heard: list[Event] = []

@@ -208,9 +208,7 @@ def test_a_name_server_on_the_loopback_is_asked_and_nothing_else(tmp_path: Path)
         ("", False),
     ],
 )
-def test_resolvers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, local: bool
-) -> None:
+def test_resolvers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, local: bool) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text(text)
     monkeypatch.setattr(loopback, "RESOLV_CONF", str(path))

@@ -35,6 +35,11 @@ MAX_BYTES = 64 << 30
 """File data that one `get` takes from a guest, if nothing else is said."""
 ENTRIES_MAX = 1 << 20
 """Files, directories and links that one `get` takes from a guest."""
+MODES, MODES_OF_ALL = 0o755, 0o1777
+"""What is kept of the mode of a guest's file: others may not write it, as by tarfile's `data`
+filter. Never set-user-ID, which is the guest's business, not the host's."""
+TIME_MIN, TIME_MAX = -62_135_510_400, 253_402_214_400
+"""Seconds, a day from the ends of what Python's datetime holds; times beyond are set to these."""
 NANOSECONDS = 1_000_000_000
 LOOK = 0.2
 """Seconds between two looks whether what waits for a pipe of this host is still wanted."""
@@ -192,7 +197,8 @@ class Unpacker:
         read: gives exactly so many bytes of it, or raises.
         path: what the first entry becomes.
         max_bytes: of file data, at most.
-        all_kinds: links that leave the tree and FIFOs are made, too.
+        all_kinds: links that leave the tree and FIFOs are made, too, and modes are kept that let
+            others write.
         count: called with the size in bytes of each piece of file data that has been written.
         wanted: as of `pack`, while a pipe at `path` takes nothing.
     """
@@ -214,6 +220,7 @@ class Unpacker:
         self._max = self._left = max_bytes
         self._entries = 0
         self._all_kinds = all_kinds
+        self._modes = MODES_OF_ALL if all_kinds else MODES
         self._stack: list[tuple[int, tuple[int, int, int]]] = []
         self._dir = -1
 
@@ -296,7 +303,7 @@ class Unpacker:
         if kind == UP:
             if not self._stack:
                 raise AgentError("the guest's tree goes up from its root")
-            _settle(self._dir, self._stack[-1][1])
+            self._settle(self._dir, self._stack[-1][1])
             os.close(self._dir)
             self._dir, _ = self._stack.pop()
             return bool(self._stack)
@@ -371,7 +378,7 @@ class Unpacker:
         try:
             with open(os.open(new, flags, 0o600, dir_fd=self._dir), "wb", buffering=0) as file:
                 self._fill(file)
-                _settle(file.fileno(), how)
+                self._settle(file.fileno(), how)
             if first:
                 os.rename(new, name, src_dir_fd=self._dir, dst_dir_fd=self._dir)
         except BaseException as err:
@@ -395,10 +402,14 @@ class Unpacker:
             while view:
                 view = view[file.write(view) :]
 
+    def _settle(self, fd: int, how: tuple[int, int, int]) -> None:
+        """Set mode and times of what is open."""
+        os.fchmod(fd, how[0] & self._modes)
+        os.utime(fd, ns=_times(how))
+
     def _stamp(self, name: str, how: tuple[int, int, int]) -> None:
-        """Times of what is not opened."""
-        times = (how[1] * NANOSECONDS + how[2],) * 2
-        os.utime(name, ns=times, dir_fd=self._dir, follow_symlinks=False)
+        """Set times of what is not opened."""
+        os.utime(name, ns=_times(how), dir_fd=self._dir, follow_symlinks=False)
 
     def _make_way(self, name: str) -> None:
         """Remove what is called so, whatever it is, if it is no directory."""
@@ -421,8 +432,7 @@ def _leaves(target: bytes, depth: int) -> bool:
     return up > depth or b".." in words[up:]
 
 
-def _settle(fd: int, how: tuple[int, int, int]) -> None:
-    """Mode and times; never set-user-ID, which is the guest's business, not the host's."""
-    mode, seconds, nanoseconds = how
-    os.fchmod(fd, mode & 0o1777)
-    os.utime(fd, ns=(seconds * NANOSECONDS + nanoseconds,) * 2)
+def _times(how: tuple[int, int, int]) -> tuple[int, int]:
+    """Access and modification time in nanoseconds."""
+    _, seconds, nanoseconds = how
+    return (min(max(seconds, TIME_MIN), TIME_MAX) * NANOSECONDS + nanoseconds,) * 2

@@ -75,9 +75,7 @@ class RawImage:
         self.direct = cache == "none"
         self.unmaps = discard != "off"
         self.align = self.block = 1
-        file = HostFile(
-            path, readonly=readonly, direct=self.direct, format=format, follow=follow
-        )
+        file = HostFile(path, readonly=readonly, direct=self.direct, format=format, follow=follow)
         self.fd, self.is_device = file.fd, file.is_device
         try:
             self.size = self._checked(file.size)

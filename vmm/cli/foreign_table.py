@@ -190,9 +190,7 @@ TABLE = (
     ),
     Foreign("-i", _i, takes="initrd.img", why="standard input goes to the guest anyway"),
     Foreign("-it -ti --interactive", "--tty"),
-    Foreign(
-        "-serial --serial", _serial, takes="stdio", why=_LEAVE_SCREEN, instead=_OTHER_CONSOLE
-    ),
+    Foreign("-serial --serial", _serial, takes="stdio", why=_LEAVE_SCREEN, instead=_OTHER_CONSOLE),
     Foreign("-console --consoles -chardev", _console, takes="stdio", instead=_OTHER_CONSOLE),
     Foreign(SNAPSHOT, instead="a disk has it: --drive disk.img,snapshot"),
     Foreign("--vsock-cid --guest-cid --cid", "--vsock cid={},path=/tmp/vm.vsock", takes="3"),

@@ -13,6 +13,7 @@ import stat
 import time
 from contextlib import suppress
 
+from vmm.agent.connection import AFTER, SILENCE
 from vmm.agent.wire import ERR, EXECUTE, IN, OUT, TERMINAL, Session
 from vmm.cli.say import say
 from vmm.cli.supervise import GRACE, MOMENT
@@ -60,6 +61,8 @@ class Relay:
         self._grace = grace
         self._terminated: float | None = None  # when the first SIGTERM came
         self._counted = 0.0  # when the last one did that counts
+        self._asked_for = 0.0  # when the command was
+        self._late = 0  # turns in which it should have been started
         self._pending = {OUT: b"", ERR: b""}
         self._chunk = {stream: _chunk(stream) for stream in (OUT, ERR)}
         self._input = True
@@ -114,11 +117,12 @@ class Relay:
         """Run the command whose request is `first` to its end, or the machine's.
 
         Raises:
-            AgentError: the connection to the agent is lost.
+            AgentError: the connection to the agent is lost, or it does not start the command.
         """
         agent = self._machine.platform.agent
         assert agent is not None
         self.session.out += first
+        self._asked_for = time.monotonic()
         with agent.connect() as sock:
             sock.setblocking(False)
             while not self._done():
@@ -144,7 +148,8 @@ class Relay:
         for stream, pending in self._pending.items():
             if pending or session.available(stream):
                 poll.register(stream, select.POLLOUT)
-        ready = dict(poll.poll(self._patience()))
+        waits = [wait for wait in (self._patience(), self._starts_within()) if wait is not None]
+        ready = dict(poll.poll(min(waits, default=None)))
         if sock.fileno() in ready:
             self._exchange(sock)
         for stream in self._pending:
@@ -256,6 +261,18 @@ class Relay:
             self._end(_signal.SIGTERM, why)
             return 0
         return int(left * 1000) + 1
+
+    def _starts_within(self) -> int | None:
+        """Milliseconds the agent has left to start the command; None: it has."""
+        if self.session.pid or self.session.failed:
+            return None
+        left = self._asked_for + SILENCE - time.monotonic()
+        if left > 0:
+            return int(left * 1000) + 1
+        self._late += 1  # it may have come while this process was stopped
+        if self._late > AFTER:
+            raise AgentError(f"the guest's agent has not started the command within {SILENCE:g} s")
+        return 0
 
 
 def _chunk(fd: int) -> int:

@@ -110,7 +110,8 @@ class GuestCalls:
     ) -> None:
         """Copy a file, or a directory with all that is in it, from the guest to the host.
 
-        As `put` the other way round; what arrives is the caller's, and never set-user-ID. Whatever
+        As `put` the other way round; what arrives is the caller's, never set-user-ID, and without
+        the bits of its mode that let others write (`filter="all"` keeps those). Whatever
         the guest sends, nothing is written but at `target` and below it. A file appears when it is
         whole.
 

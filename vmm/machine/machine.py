@@ -42,6 +42,8 @@ PARKED_WITHIN = 0.2
 """Seconds in which vCPUs park, unless the guest has called a function of the program."""
 UNSEEN_PATIENCE = 0.25
 """Seconds in which a guest that has no driver for the power button yet may look at it."""
+CRASH_KERNELS_TOLD = 10
+"""How often a guest can tell that its crash kernel takes over: other events stay in the log."""
 END_WITHIN = 0.4
 """Seconds that `stop` and `close` wait for the machine's threads, which only a function of the
 program can hold up."""
@@ -127,7 +129,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         self._watchdog: threading.Timer | None = None
         self._vcpus: list[Vcpu] = []
         self._checkpoint: Checkpoint | None = None
-        self._clones = 0
+        self._clones = self._crash_kernels = 0
         self._faults: Faults | None = None
         drop_in_child(self)
         descriptors.raise_limit()
@@ -605,9 +607,12 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def panicked(self, event: str) -> None:
         """The guest told pvpanic of a panic."""
+        if event != "panicked":  # a crash kernel takes over
+            self._crash_kernels += 1
+            if self._crash_kernels <= CRASH_KERNELS_TOLD:
+                self.panic_seen(event)
+            return
         self.panic_seen(event)
-        if event != "panicked":
-            return  # a crash kernel takes over
         if self.config.on_panic == "exit":
             self.end(MachineExit(exits.PANIC, "the guest's kernel panicked"))
             return

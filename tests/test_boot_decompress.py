@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support.boot_files import PACKERS, pack
 from vmm.boot import decompress
-from vmm.boot.decompress import BLOCK
+from vmm.boot.decompress import BLOCK, BLOCKS_MAX
 from vmm.errors import BootError
 
 LIBRARIES = {"lz4": "lz4.block", "zstd": "zstandard", "lzo": "lzo"}
@@ -147,3 +148,43 @@ def test_libraries_are_imported_only_when_needed() -> None:
         [sys.executable, "-S", "-c", code, "."], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+# --- what is made to take long, or all memory ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*PACKERS])
+def test_no_more_is_unpacked_than_is_wanted(kind: str) -> None:
+    """100 MiB of zeroes, of a few bytes: the unpacker is left alone after the first blocks."""
+    need(kind)
+    image = pack(bytes(100 << 20), kind)
+    taken = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal taken
+        for block in decompress.blocks(image, kind):
+            taken += len(block)
+            yield block
+
+    with pytest.raises(BootError, match="unpack to more than 16777216 bytes"):
+        decompress.joined(counted(), f"its {kind} data unpack", 16 << 20)
+    assert taken <= (16 << 20) + BLOCK
+    with pytest.raises(BootError, match=f"its {kind} data unpack to more than 1000 bytes"):
+        decompress.decompress(image, kind, 1000)
+
+
+EMPTY_BLOCKS = {
+    # A frame header with a window of 1 KiB, then raw blocks of no bytes, none of them the last.
+    "zstd": b"\x28\xb5\x2f\xfd\x00\x00" + bytes(3 << 20),
+    "lz4": decompress.LZ4_LEGACY_MAGIC * (1 << 20),
+    "lz4 blocks": decompress.LZ4_LEGACY_MAGIC + b"\x01\0\0\0\0" * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_BLOCKS)
+def test_blocks_without_end_that_hold_nothing(name: str) -> None:
+    kind = name.split()[0]
+    need(kind)
+    with pytest.raises(BootError, match=rf"its {kind} data are broken: .* {BLOCKS_MAX} blocks"):
+        for block in decompress.blocks(EMPTY_BLOCKS[name], kind):
+            assert block

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.boot_files import CODE, LINUX_NOTE, MIB, elf, note, pvh_note
 from vmm import layout
-from vmm.boot.elf import Elf
+from vmm.boot.elf import NOTES_MAX, Elf
 from vmm.boot.file import InputFile
 from vmm.boot.loader import load
 from vmm.boot.source import FileSource, PayloadSource
@@ -238,3 +238,42 @@ def test_what_compilers_make(tmp_path: Path, kind: str) -> None:
     subprocess.run(["gcc", *options, "-o", str(path), str(source)], check=True)
     with GuestMemory(16 * MIB) as memory, pytest.raises(BootError, match=says):
         load(memory, str(path), [], "")
+
+
+def test_notes_are_looked_into_as_far_as_they_are_notes(tmp_path: Path) -> None:
+    """128 segments of 1 MiB full of empty notes would be 11 million of them."""
+    data = bytearray(elf(notes=pvh_note(MIB)))
+    with GuestMemory(4 * MIB) as memory:
+        assert loaded(tmp_path / "k", bytes(data), memory).pvh_entry == MIB
+    empty = bytes(MIB)
+    ehdr, phdr, count = 64, 56, 127
+    headers = bytearray(data[:ehdr])
+    struct.pack_into("<H", headers, 56, count + 1)
+    at = ehdr + phdr * (count + 1)
+    load_at = at + len(empty)
+    rows = [(1, 7, load_at, 0, MIB, len(CODE), 4096, 4096)]
+    rows += [(4, 4, at, 0, 0, len(empty), len(empty), 4)] * count
+    table = b"".join(struct.pack("<IIQQQQQQ", *row) for row in rows)
+    data = headers + table + empty + CODE
+    with InputFile(str(tmp_path / "k"), "kernel"):
+        (tmp_path / "k").write_bytes(data)
+    with InputFile(str(tmp_path / "k"), "kernel") as file, GuestMemory(4 * MIB) as memory:
+        parsed = Elf(FileSource(file))
+        assert sum(size for _, size, _ in parsed._notes) <= NOTES_MAX
+        parsed.load(memory)
+        assert parsed.pvh_entry is None
+
+
+def test_segments_over_one_another(tmp_path: Path) -> None:
+    """128 times all of guest memory, out of a sparse file."""
+    row = (1, 7, 8192, 0, MIB, 6 * MIB, 6 * MIB, 4096)
+    data = bytearray(elf())[:64]
+    struct.pack_into("<H", data, 56, 128)
+    data += struct.pack("<IIQQQQQQ", *row) * 128
+    (tmp_path / "k").write_bytes(data)
+    with open(tmp_path / "k", "r+b") as sparse:
+        sparse.truncate(8 * MIB)
+    with InputFile(str(tmp_path / "k"), "kernel") as file, GuestMemory(8 * MIB) as memory:
+        parsed = Elf(FileSource(file))
+        with pytest.raises(BootError, match="its segments have 805306368 bytes, more than all of"):
+            parsed.load(memory)

@@ -57,6 +57,8 @@ def test_ikconfig(tmp_path: Path) -> None:
     # Cut short, damaged, or a bomb: none, and in bounds.
     for data in (packed[:-8], packed[:20] + b"IKCFG_ED", noise, b"IKCFG_ST" * 1000):
         assert kconfig.embedded(data) is None
+    many = (b"IKCFG_ST" * 1000 + bytes(5 << 20)) * 3 + b"IKCFG_ED"  # each would be unpacked
+    assert kconfig.embedded(many) is None
     bomb = b"IKCFG_ST" + gzip.compress(bytes(64 << 20)) + b"IKCFG_ED"
     assert kconfig.embedded(bomb) is None
 

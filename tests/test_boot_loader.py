@@ -318,3 +318,31 @@ def test_debians_kernel_boots_to_init(
     assert "test=ünïcode" in text
     total = re.search(r"MemTotal: *([0-9]+) kB", text)
     assert total and 0.6 * memory < int(total[1]) * 1024 < memory
+
+
+# --- bombs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gzip", "xz", "bzip2"])
+def test_a_vmlinux_has_a_limit(tmp_path: Path, kind: str) -> None:
+    """A kernel with 100 MiB of zeroes after it, as one file of some KiB."""
+    path = write(tmp_path / "k", bzimage(pack(LINUX + bytes(100 * MIB), kind)))
+    with pytest.raises(BootError, match=f"^kernel {path} unpacks to more than 33554432 bytes$"):
+        extract_vmlinux(path, 32 * MIB)
+    assert len(extract_vmlinux(path)) == len(LINUX) + 100 * MIB
+    with GuestMemory(32 * MIB) as memory:
+        load(memory, path, [], "")  # takes what its segments are, and leaves the rest packed
+    elf_file = write(tmp_path / "elf", LINUX)
+    with pytest.raises(BootError, match=r"^kernel .*elf has \d+ bytes, more than 100$"):
+        extract_vmlinux(elf_file, 100)
+
+
+def test_a_payload_that_no_kernel_has(tmp_path: Path) -> None:
+    """3 GiB, by the header of a sparse file: none of it is read."""
+    data = bytearray(bzimage(b"\x1f\x8b", payload_length=3 << 30))
+    struct.pack_into("<I", data, 0x1F4, (4 << 30) // 16 - 1)
+    path = Path(write(tmp_path / "k", bytes(data)))
+    with open(path, "r+b") as file:
+        file.truncate(5 << 30)
+    with pytest.raises(BootError, match=f"its payload of {3 << 30} bytes is no kernel"):
+        extract_vmlinux(str(path))

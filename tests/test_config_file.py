@@ -216,7 +216,7 @@ def test_no_such_file_and_not_a_file(place: Path) -> None:
         ("shared.toml", "Is a directory"),
         ("machine.yaml", "a configuration's name ends in .toml or .json"),
         ("latin.json", "line 2: not UTF-8 text"),
-        ("huge.toml", "over 16 MiB is no configuration"),
+        ("huge.toml", "over 1 MiB is no configuration"),
     ):
         path = place / name
         if name.startswith("shared"):
@@ -248,3 +248,42 @@ def test_a_complaint_names_whose_value_it_was(place: Path) -> None:
         configure(path, {"memory": 64 * MIB})
     assert str(caught.value) == f"{path}: cpus: 2000 is not a number from 1 to 254"
     assert configure(path, {"cpus": 2}).memory == 64 * MIB
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join(["a"] * 50_000) + " = 1",
+        "[" + ".".join(["a"] * 50_000) + "]",
+        "[[" + " . ".join(["'a'"] * 50_000) + "]]",
+        'kernel = "k"\nx = {' + ".".join(['"a"'] * 50_000) + " = 1}",
+    ],
+    ids=["key", "table", "tables", "inline"],
+)
+@pytest.mark.timeout(60)
+def test_keys_of_very_many_parts(place: Path, text: str) -> None:
+    """tomllib takes minutes for each; hours for a file of the size that is allowed."""
+    with pytest.raises(UsageError, match=r"line \d: a key of more than 200 parts"):
+        MachineConfig.load(write(place, text))
+
+
+def test_dots_in_text_are_no_parts_of_keys(place: Path) -> None:
+    append = "a." * 300
+    assert MachineConfig.load(write(place, f"append = '{append}'")).append == append
+    assert MachineConfig.load(write(place, f'append = "\\"{append}"')).append == f'"{append}'
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.toml"])
+@pytest.mark.parametrize("levels", [10, 150, 300, 900, 100_000])
+def test_a_value_that_is_nested_deeply(place: Path, name: str, levels: int) -> None:
+    value = "[" * levels + "]" * levels
+    text = f'{{"cpus": {value}}}' if name.endswith("json") else f"cpus = {value}"
+    with pytest.raises(UsageError) as caught:
+        MachineConfig.load(write(place, text, name))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_fifo_is_not_waited_for(place: Path) -> None:
+    os.mkfifo(place / "fifo.toml")
+    with pytest.raises(UsageError, match=r"fifo\.toml: it is a FIFO, not a file"):
+        MachineConfig.load(str(place / "fifo.toml"))

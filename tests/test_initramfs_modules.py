@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vmm.errors import UsageError
-from vmm.initramfs import Initramfs, ModuleTree
+from vmm.initramfs import Initramfs, ModuleTree, modules
 from vmm.testing.kernels import Kernel
 
 NAMES = [
@@ -132,3 +133,28 @@ def test_a_damaged_module_is_named(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_module_tree_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no directory 'kernel'"):
         ModuleTree(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["xz", "gz", "zst", "zst by the program"])
+def test_a_module_that_unpacks_to_too_much(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB of zeroes, where a module may have 1 MiB."""
+    pack = {"xz": "xz", "gz": "gzip"}.get(suffix, "zstd")
+    if shutil.which(pack) is None:
+        pytest.skip(f"no {pack} here to pack with")
+    if suffix == "zst":
+        pytest.importorskip("zstandard")
+    elif suffix.startswith("zst"):
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setattr(modules, "_SIZE_MAX", 1 << 20)
+    path = tmp_path / f"bomb.ko.{suffix.split()[0]}"
+    path.write_bytes(
+        subprocess.run([pack, "-c"], input=bytes(64 << 20), capture_output=True, check=True).stdout
+    )
+    with pytest.raises(UsageError, match=r"kernel module .*bomb\.ko\.\w+: its .* unpack to "):
+        modules.Module("bomb", str(path), "bomb.ko").read()
+    large = tmp_path / "large.ko"
+    large.write_bytes(bytes(2 << 20))
+    with pytest.raises(UsageError, match="its data unpack to over 1 MiB"):
+        modules.Module("large", str(large), "large.ko").read()

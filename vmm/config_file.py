@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SUFFIXES = (".toml", ".json")
-SIZE_MAX = 16 << 20
+SIZE_MAX = 1 << 20
 """Bytes of a file; more is taken for another kind of file."""
+DOTS_MAX = 200
+"""Dots in a line of TOML, outside of text: what tomllib takes for a key grows with their square."""
 KEYS = {
     "--initrd": "initrds",
     "--drive": "drives",
@@ -53,8 +55,10 @@ def read(path: str) -> dict[str, object]:
 def _parse(path: str) -> object:
     if not is_file_name(path):
         raise UsageError(f"{path}: a configuration's name ends in {' or '.join(SUFFIXES)}")
+    from vmm.fifo import open_stored
+
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             raw = file.read(SIZE_MAX + 1)
     except OSError as err:
         raise UsageError(f"{path}: {err.strerror}") from None
@@ -69,6 +73,7 @@ def _parse(path: str) -> object:
         return _parse_json(path, text)
     import tomllib
 
+    _check_dots(path, text)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
@@ -78,6 +83,16 @@ def _parse(path: str) -> object:
         raise UsageError(f"{path}: {where}: {what}" if what else f"{path}: {err}") from None
     except (RecursionError, ValueError) as err:
         raise _extreme(path, err) from None
+
+
+def _check_dots(path: str, text: str) -> None:
+    """UsageError: a key of very many parts, with which tomllib is busy for hours."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > DOTS_MAX:
+            import re
+
+            if re.sub(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'', "", line).count(".") > DOTS_MAX:
+                raise UsageError(f"{path}: line {number}: a key of more than {DOTS_MAX} parts")
 
 
 def _extreme(path: str, err: Exception) -> UsageError:

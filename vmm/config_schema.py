@@ -9,6 +9,7 @@ from __future__ import annotations
 from vmm.block.drive import CACHES, DISCARDS, QUEUES_MAX, WERRORS
 from vmm.block.probe import FORMATS
 from vmm.config import BOOT_MODES, MAX_CPUS, ON_PANIC, TRANSPORTS
+from vmm.config_types import shown
 from vmm.errors import UsageError
 from vmm.net.config import KINDS, VHOSTS
 from vmm.virtio.console_config import PORTS_MAX
@@ -261,5 +262,5 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = "true" if value is True else "false" if value is False else repr(value)
+    text = "true" if value is True else "false" if value is False else shown(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ import struct
 
 from vmm import layout
 from vmm.boot import decompress
-from vmm.boot.source import PayloadSource, close
+from vmm.boot.source import PAYLOAD_MAX, PayloadSource, close
 from vmm.errors import BootError
 
 TYPE_CHECKING = False
@@ -136,9 +136,14 @@ class BzImage:
         kind = self.compression
         return kind == "none" or decompress.available(kind)
 
-    def vmlinux(self) -> bytes:
-        """The ELF kernel in the payload, unpacked and whole."""
-        return b"".join(self._blocks())
+    def vmlinux(self, limit: int = decompress.UNPACKED_MAX) -> bytes:
+        """The ELF kernel in the payload, unpacked and whole. Raises BootError, also where that is
+        more than `limit` bytes."""
+        blocks = self._blocks()
+        try:
+            return decompress.joined(blocks, f"{self.name} unpacks", limit)
+        finally:
+            close(blocks)
 
     def source(self) -> PayloadSource:
         """The ELF kernel in the payload, unpacked as it is read."""
@@ -151,6 +156,8 @@ class BzImage:
             raise BootError(f"{self.name} does not tell where its vmlinux is; try --boot bzimage")
         if kind == "unknown":
             raise BootError(f"{self.name}: its payload has an unknown compression")
+        if size > PAYLOAD_MAX:
+            raise BootError(f"{self.name}: its payload of {size} bytes is no kernel")
         payload = self.file.read(start, size)
         if kind == "none":
             blocks: Iterator[bytes] = iter((payload,))

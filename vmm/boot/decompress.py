@@ -13,7 +13,7 @@ from vmm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 BLOCK = 8 << 20
@@ -22,6 +22,12 @@ MEMORY_MAX = 256 << 20
 """What xz and lzma may use at most, bytes; a broken header can ask for 4 GiB."""
 INPUT = 1 << 20
 """Packed bytes given to a library at a time."""
+
+UNPACKED_MAX = 512 << 20
+"""Bytes of an unpacked kernel; Debian's has 60 MiB. Some formats make a GiB of 100 bytes."""
+BLOCKS_MAX = 1 << 17
+"""Blocks that are told of one by one in the data; 2 GiB at least, if they are as large as packers
+make them. More are there to keep the reader busy."""
 
 LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 LZOP_MAGIC = b"\x89LZO\x00\r\n\x1a\n"
@@ -91,16 +97,22 @@ def blocks(data: bytes | memoryview, name: str) -> Iterator[bytes]:
         raise BootError(f"its {name} data are broken: {err}") from None
 
 
-def decompress(data: bytes | memoryview, name: str, limit: int = 1 << 30) -> bytes:
+def decompress(data: bytes | memoryview, name: str, limit: int = UNPACKED_MAX) -> bytes:
     """Unpack `data` of format `name` to at most `limit` bytes; raises as `blocks` does."""
-    parts: list[bytes] = []
+    return joined(blocks(data, name), f"its {name} data unpack", limit)
+
+
+def joined(parts: Iterable[bytes], what: str, limit: int) -> bytes:
+    """`parts` as one. Raises BootError, in the name of `what`, where that is more than `limit`
+    bytes; no more of them are taken then."""
+    found: list[bytes] = []
     total = 0
-    for block in blocks(data, name):
-        total += len(block)
+    for part in parts:
+        total += len(part)
         if total > limit:
-            raise BootError(f"its {name} data unpack to more than {limit} bytes")
-        parts.append(block)
-    return b"".join(parts)
+            raise BootError(f"{what} to more than {limit} bytes")
+        found.append(part)
+    return b"".join(found)
 
 
 def _gzip(data: memoryview) -> Iterator[bytes]:
@@ -169,8 +181,9 @@ def _zstd_frame_size(data: memoryview) -> int:
     import zstandard
 
     at: int = zstandard.frame_header_size(data)
-    last = 0
+    last = count = 0
     while not last:
+        count = _counted(count)
         if at + 3 > len(data):
             raise ValueError("they end early")
         header = int.from_bytes(data[at : at + 3], "little")
@@ -190,8 +203,9 @@ def _lz4(data: memoryview) -> Iterator[bytes]:
     from lz4.block import decompress as unpack
 
     at = 0
-    total = 0
+    total = count = 0
     while at + 4 <= len(data):
+        count = _counted(count)
         size = int.from_bytes(data[at : at + 4], "little")
         if data[at : at + 4] == LZ4_LEGACY_MAGIC:  # archives may follow each other
             at += 4
@@ -204,9 +218,17 @@ def _lz4(data: memoryview) -> Iterator[bytes]:
         block: bytes = unpack(data[at : at + size], uncompressed_size=BLOCK)
         at += size
         total += len(block)
-        yield block
+        if block:
+            yield block
     if at < len(data):
         raise ValueError("they end early")
+
+
+def _counted(count: int) -> int:
+    """The number of one block more. Raises ValueError where there are too many."""
+    if count >= BLOCKS_MAX:
+        raise ValueError(f"there are more than {BLOCKS_MAX} blocks")
+    return count + 1
 
 
 def _lzo(data: memoryview) -> Iterator[bytes]:
@@ -221,7 +243,9 @@ def _lzo(data: memoryview) -> Iterator[bytes]:
     at += 1 + data[at] + 4  # file name, header checksum
     unpacked_sums = 4 * bool(flags & 0x1) + 4 * bool(flags & 0x100)  # F_ADLER32_D, F_CRC32_D
     packed_sums = 4 * bool(flags & 0x2) + 4 * bool(flags & 0x200)  # F_ADLER32_C, F_CRC32_C
+    count = 0
     while True:
+        count = _counted(count)
         if at + 4 > len(data):
             raise ValueError("they end early")
         unpacked = int.from_bytes(data[at : at + 4], "big")

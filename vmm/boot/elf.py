@@ -30,8 +30,8 @@ MULTIBOOT_SEARCH = 32768
 """Bytes of a file in which its multiboot header is (8192 for the first version, in the words of its
 specification; linkers put it farther back)."""
 MAX_SEGMENTS = 128
-NOTES_MAX = 1 << 20
-"""A larger note segment is not looked into, bytes."""
+NOTES_MAX = 64 << 10
+"""Bytes of notes that are looked into, all together; what is behind them is not. Linux has 500."""
 
 _MACHINES = {
     2: "SPARC",
@@ -159,7 +159,8 @@ class Elf:
                 f"{offset + size}"
             )
         if kind == PT_NOTE:
-            if size <= NOTES_MAX:
+            room = NOTES_MAX - sum(size for _, size, _ in self._notes)
+            if 0 < size <= room:
                 self._notes.append((offset, size, 8 if align == 8 else 4))
         elif size > memory_size:
             raise BootError(f"{self.name}: an ELF segment is larger in the file than in memory")
@@ -211,7 +212,16 @@ class Elf:
                 raise BootError(f"{self.name} loads at {start:#x}, where there is never RAM")
 
     def load(self, memory: GuestMemory) -> None:
-        """Fill guest memory, which is zero until now, and read the notes on the way."""
+        """Fill guest memory, which is zero until now, and read the notes on the way.
+
+        Raises:
+            BootError: the segments lie over one another so often that to load them takes long.
+        """
+        total = sum(segment.size for segment in self.segments)
+        if total > memory.size:
+            raise BootError(
+                f"{self.name}: its segments have {total} bytes, more than all of guest memory"
+            )
         notes = [
             (offset, memoryview(bytearray(size)), align) for offset, size, align in self._notes
         ]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG_MAX = 8 << 20
 """Bytes of a configuration; a distribution's is 0.3 MB."""
-IMAGE_MAX = 1 << 30
+IMAGE_MAX = 512 << 20
+MARKS_MAX = 16
+"""Places that look like a configuration's, and are looked at."""
 STEP = 4 << 20
 """Bytes looked through at a time."""
 BEGIN, END = b"IKCFG_ST", b"IKCFG_ED"
@@ -69,7 +71,7 @@ class KernelFile:
             if file.read(0x202, 4) != b"HdrS":
                 return file.read(0, min(file.size, IMAGE_MAX))
             try:
-                return BzImage(file).vmlinux()
+                return BzImage(file).vmlinux(IMAGE_MAX)
             except BootError:  # the loader says what is wrong with it, or boots it packed
                 return b""
 
@@ -128,8 +130,10 @@ def build_tree(kernel: str) -> str | None:
 
 def read(path: str) -> dict[str, str]:
     """The symbols of a .config. Raises UsageError."""
+    from vmm.fifo import open_stored
+
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             data = file.read(CONFIG_MAX + 1)
     except OSError as err:
         raise UsageError(f"--config {path}: {err.strerror}; give a kernel's .config") from None
@@ -154,7 +158,9 @@ def embedded(image: bytes) -> bytes | None:
     import zlib
 
     at = image.find(BEGIN)
-    while at >= 0:
+    for _ in range(MARKS_MAX):
+        if at < 0:
+            break
         end = image.find(END, at, at + CONFIG_MAX)
         if end > 0:
             unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)

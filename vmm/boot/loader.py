@@ -17,6 +17,7 @@ from __future__ import annotations
 from vmm import layout
 from vmm.boot import formats, pvh, zeropage
 from vmm.boot.bzimage import ENTRY_64, BzImage
+from vmm.boot.decompress import UNPACKED_MAX
 from vmm.boot.elf import Elf
 from vmm.boot.file import InputFile
 from vmm.boot.initrd import Initrds
@@ -86,14 +87,24 @@ def load(
             source.close()
 
 
-def extract_vmlinux(path: str) -> bytes:
-    """The ELF kernel inside a bzImage; an ELF file as it is. BootError if there is none."""
+def extract_vmlinux(path: str, limit: int = UNPACKED_MAX) -> bytes:
+    """The ELF kernel inside a bzImage; an ELF file as it is.
+
+    Args:
+        path: of the kernel.
+        limit: the most bytes that the result may have.
+
+    Raises:
+        BootError: there is none, or it is larger.
+    """
     with InputFile(path, "kernel") as whole:
         unified = _unified(whole)
         file = unified.kernel if unified is not None else whole
         if formats.identify(file) == formats.ELF:
+            if file.size > limit:
+                raise BootError(f"{file.name} has {file.size} bytes, more than {limit}")
             return file.read(0, file.size)
-        return BzImage(file).vmlinux()
+        return BzImage(file).vmlinux(limit)
 
 
 def _unified(file: InputFile) -> Uki | None:

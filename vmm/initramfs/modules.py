@@ -18,6 +18,7 @@ from vmm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 _PACKERS = {".xz": "xz", ".gz": "gzip", ".zst": "zstd"}
@@ -42,7 +43,7 @@ class Module:
         """The module's ELF image, decompressed."""
         if self._data is None:
             with open(self.file, "rb") as file:
-                data = file.read()
+                data = _bounded(_read_some(file), self.file)
             kind = _PACKERS.get(os.path.splitext(self.file)[1])
             self._data = _unpacked(data, kind, self.file) if kind else data
         return self._data
@@ -84,6 +85,7 @@ def _by_zstd(data: bytes, path: str) -> bytes:
     """By the reference library, or else the program."""
     import shutil
     import subprocess
+    import tempfile
 
     try:
         import zstandard
@@ -91,10 +93,11 @@ def _by_zstd(data: bytes, path: str) -> bytes:
         pass
     else:
         try:
-            made: bytes = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+                made = _read_some(reader)
         except zstandard.ZstdError as error:
             raise UsageError(f"kernel module {path}: its zstd data are broken: {error}") from error
-        return made
+        return _bounded(made, path)
 
     program = shutil.which("zstd")
     if program is None:
@@ -102,11 +105,34 @@ def _by_zstd(data: bytes, path: str) -> bytes:
             f"kernel module {path} is packed with zstd: apt-get install zstd, or pip install "
             "zstandard"
         )
-    done = subprocess.run([program, "-dc"], input=data, capture_output=True, check=False)
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip()
-        raise UsageError(f"kernel module {path}: its zstd data are broken: {said}")
-    return done.stdout
+    with tempfile.TemporaryFile() as packed:
+        packed.write(data)
+        packed.seek(0)
+        with subprocess.Popen(
+            [program, "-dc"], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            made = _read_some(process.stdout)
+            process.stdout.close()  # which ends it, if there is more
+    if process.returncode and len(made) <= _SIZE_MAX:
+        raise UsageError(f"kernel module {path}: its zstd data are broken: {program} refuses them")
+    return _bounded(made, path)
+
+
+def _read_some(file: Any) -> bytes:
+    """All of a file, or a little more than `_SIZE_MAX` bytes of it."""
+    parts: list[bytes] = []
+    size = 0
+    while size <= _SIZE_MAX and (part := file.read(1 << 20)):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+def _bounded(made: bytes, path: str) -> bytes:
+    if len(made) > _SIZE_MAX:
+        raise UsageError(f"kernel module {path}: its data unpack to over {_SIZE_MAX >> 20} MiB")
+    return made
 
 
 class ModuleTree:

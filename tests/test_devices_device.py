@@ -3,6 +3,7 @@
 import pytest
 
 from vmm.devices.device import ByteDevice, Device, state_bytes, state_int
+from vmm.errors import ShapeError
 
 
 class Four(ByteDevice):
@@ -45,7 +46,7 @@ def test_bytes_past_the_end_read_ones_and_are_dropped() -> None:
 
 def test_state_of_a_wrong_type_is_refused() -> None:
     assert state_int({"a": 0x1FF}, "a", 0xFF) == 0xFF
-    with pytest.raises(TypeError, match="a is 'x', not an integer"):
+    with pytest.raises(ShapeError, match="a is 'x', not an integer"):
         state_int({"a": "x"}, "a", 0xFF)
-    with pytest.raises(TypeError, match="b is 3, not bytes"):
+    with pytest.raises(ShapeError, match="b is 3, not bytes"):
         state_bytes({"b": 3}, "b")

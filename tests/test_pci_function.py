@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmm.devices.device import Device
+from vmm.errors import ShapeError
 from vmm.pci import spec
 from vmm.pci.function import PciFunction
 
@@ -153,7 +154,7 @@ def test_a_state_changes_no_constants(function: PciFunction) -> None:
     assert bytes(function.config) == before
     with pytest.raises(ValueError, match="state of f: 3 bytes of configuration space"):
         function.restore({"config": b"abc"})
-    with pytest.raises(TypeError):
+    with pytest.raises(ShapeError):
         function.restore({"config": None})
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
 from tests.support.virtio_pci import PciDriver
+from vmm.errors import ShapeError
 from vmm.virtio import mmio, spec
 from vmm.virtio.device import VirtioDevice
-from vmm.virtio.queue import Chain, QueueError, VirtQueue
+from vmm.virtio.queue import Chain, VirtQueue
 
 READY = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK | spec.DRIVER_OK
 
@@ -319,5 +320,5 @@ def test_a_saved_ring_outside_memory(driver: Driver) -> None:
     queues = state["queues"]
     assert isinstance(queues, list)
     queues[0]["desc"] = 1 << 40
-    with pytest.raises(QueueError, match="outside guest memory"):
+    with pytest.raises(ShapeError, match=r"state of recorder: .* outside guest memory"):
         driver.device.restore(state)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.virtio_driver import BUFFERS, Driver
+from vmm.errors import ShapeError
 from vmm.virtio import mmio, spec
 from vmm.virtio.device import VirtioDevice
 from vmm.virtio.mmio import MmioTransport
@@ -204,5 +205,5 @@ def test_a_closed_transport_has_no_descriptors() -> None:
 
 @pytest.mark.parametrize("change", [{"device": 1}, {"interrupt": None}, {"queue_sel": "1"}])
 def test_a_state_that_is_none(driver: Driver, change: dict[str, object]) -> None:
-    with pytest.raises(TypeError, match="state of "):
+    with pytest.raises(ShapeError, match="state of "):
         driver.transport.restore(driver.transport.save() | change)

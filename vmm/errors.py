@@ -50,6 +50,11 @@ class SnapshotError(UsageError):
     """A snapshot cannot be used, or not here; exit status 2."""
 
 
+class ShapeError(ValueError):
+    """Data that somebody else may have written has another shape than it should (vmm.shapes), or
+    is no state of the device that is to take it over."""
+
+
 class BootError(UsageError):
     """A kernel or initrd file cannot be booted as asked; exit status 2."""
 

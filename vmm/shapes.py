@@ -11,6 +11,8 @@ What a shape does not name is ignored: a later version may have put it there.
 
 from __future__ import annotations
 
+from vmm.errors import ShapeError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
 U8, U16, U32, U64 = 0xFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 SHOWN_MAX = 60
 """Characters of a value in a message."""
-
-
-class ShapeError(ValueError):
-    """Data has another shape than it should; the message is one line."""
 
 
 class Shape:

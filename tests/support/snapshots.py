@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -55,5 +56,7 @@ def age(path: Path, seconds: int) -> None:
 
 
 def descriptors() -> list[str]:
-    """What this process has open, to be compared with later."""
+    """What this process has open, to be compared with later. (Guest memory, and the file behind it,
+    goes when the last view of it does: that of a ring, in a machine that is garbage.)"""
+    gc.collect()
     return sorted(os.listdir("/proc/self/fd"))

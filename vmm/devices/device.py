@@ -8,9 +8,13 @@ a value that fits `size`. vCPU threads call them at the same time.
 
 from __future__ import annotations
 
+from vmm.errors import ShapeError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vmm.shapes import Shape
 
     IrqLine = Callable[[int], None]
     """Set an interrupt line to level 0 or 1; called on a change of level only."""
@@ -42,8 +46,14 @@ class Device:
         """Guest-visible state as plain data (ints, bytes, str, lists and dicts of them)."""
         return {}
 
+    def shape(self) -> Shape:
+        """What shape `save` gives its state. A state out of a file has it before it is restored."""
+        from vmm.shapes import Shape
+
+        return Shape()
+
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave."""
+        """Take over what `save` gave. Raises ShapeError where it is not this device's."""
 
     def reset(self) -> None:
         """Registers as after power-on."""
@@ -88,7 +98,7 @@ def state_int(state: dict[str, object], key: str, mask: int) -> int:
     """The integer `state[key]`, cut to `mask`: a state file may hold anything."""
     value = state[key]
     if not isinstance(value, int):
-        raise TypeError(f"state of a device: {key} is {value!r}, not an integer")
+        raise ShapeError(f"state of a device: {key} is {value!r}, not an integer")
     return value & mask
 
 
@@ -96,5 +106,5 @@ def state_bytes(state: dict[str, object], key: str) -> bytes:
     """The bytes `state[key]`."""
     value = state[key]
     if not isinstance(value, (bytes, bytearray)):
-        raise TypeError(f"state of a device: {key} is {value!r}, not bytes")
+        raise ShapeError(f"state of a device: {key} is {value!r}, not bytes")
     return bytes(value)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from vmm.devices.device import Device, state_int
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.shapes import Shape
+
 
 class NoPci(Device):
     """CONFIG_ADDRESS keeps what is written to it, CONFIG_DATA reads all ones."""
@@ -30,6 +34,11 @@ class NoPci(Device):
 
     def save(self) -> dict[str, object]:
         return {"address": self._address}
+
+    def shape(self) -> Shape:
+        from vmm.shapes import U32, Table, Whole
+
+        return Table({"address": Whole(0, U32)})
 
     def restore(self, state: dict[str, object]) -> None:
         self._address = state_int(state, "address", 0xFFFFFFFF)

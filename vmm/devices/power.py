@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.devices.device import IrqLine
+    from vmm.shapes import Shape
 
 SLEEP_CONTROL = 0
 SLEEP_STATUS = 1
@@ -96,6 +97,11 @@ class AcpiPower(ByteDevice):
 
     def save(self) -> dict[str, object]:
         return {"slp_typ": self._slp_typ, "pending": self._pending}
+
+    def shape(self) -> Shape:
+        from vmm.shapes import U32, Table, Whole
+
+        return Table({"slp_typ": Whole(0, SLP_TYP_MASK), "pending": Whole(0, U32)})
 
     def restore(self, state: dict[str, object]) -> None:
         self._slp_typ = state_int(state, "slp_typ", SLP_TYP_MASK)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.devices.device import IrqLine
+    from vmm.shapes import Shape
 
 SECONDS = 0x00
 SECONDS_ALARM = 0x01
@@ -383,6 +384,19 @@ class Rtc(ByteDevice):
                 "flags": self._flags,
                 "looked": self._looked,
             }
+
+    def shape(self) -> Shape:
+        from vmm.shapes import U8, Data, Table, Whole
+
+        return Table(
+            {
+                "index": Whole(0, 0x7F),
+                "offset": Whole(-MAX_OFFSET, MAX_OFFSET),
+                "cmos": Data(128),
+            },
+            {"flags": Whole(0, U8), "looked": Whole(0, (1 << 63) - 1)},
+            lambda state: "" if ("flags" in state) == ("looked" in state) else "half a clock",
+        )
 
     def restore(self, state: dict[str, object]) -> None:
         with self._lock:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.devices.device import IrqLine
+    from vmm.shapes import Shape
 
 # Registers (table II of the data sheet); RBR, THR, IER with DLAB 0, DLL, DLM with DLAB 1.
 RBR = THR = DLL = 0
@@ -81,6 +82,8 @@ MSR_DCD = 0x80
 MSR_TERI = 0x04
 
 FIFO_SIZE = 16
+QUEUE_MAX = 16 << 20
+"""Bytes of input that a state may hold for a guest that reads none."""
 OUTPUT_LIMIT = 4096
 """Bytes of output that wait at most; a pipe takes as many in one piece (PIPE_BUF)."""
 
@@ -461,6 +464,22 @@ class Uart(Device):
             state["queue"] = bytes(self._queue)
             state["queue_flags"] = bytes(self._queue_flags)
             return state
+
+    def shape(self) -> Shape:
+        from vmm.shapes import U8, U16, Data, Flag, Table, Whole
+
+        fifo, queue = Data(0, FIFO_SIZE), Data(0, QUEUE_MAX)
+        return Table(
+            {
+                **dict.fromkeys(self._SAVED, Whole(0, U8)),
+                "divisor": Whole(0, U16),
+                "thri": Flag(),
+                "fifo": fifo,
+                "fifo_flags": fifo,
+                "queue": queue,
+                "queue_flags": queue,
+            }
+        )
 
     def restore(self, state: dict[str, object]) -> None:
         with self._lock:

@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 
-from vmm.errors import KvmError
+from vmm.errors import KvmError, ShapeError
 from vmm.forked import drop_in_child
 from vmm.kvm import constants, cpuid, ioctls
 from vmm.kvm.ffi import ffi, new
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vmm.kvm.vm import Vm
 
 MSRS_A_CALL = 255
+NESTED_HEADER = 128
+"""sizeof(struct kvm_nested_state), which KVM reads first."""
 """KVM takes fewer than 256 MSRs in one KVM_GET_MSRS or KVM_SET_MSRS (MAX_IO_MSRS)."""
 
 
@@ -128,8 +130,12 @@ class Vcpu:
     def set_xsave(self, area: bytearray) -> None:
         """KVM_SET_XSAVE; takes what `get_xsave` and `get_xsave2` gave.
 
-        A component whose bit in XSTATE_BV (offset 512) is clear is put into its initial state.
+        A component whose bit in XSTATE_BV (offset 512) is clear is put into its initial state. KVM
+        reads as much as it would give, so a shorter area is filled up with zeroes.
         """
+        size = max(self.vm.check_extension(constants.CAP_XSAVE2), 4096)
+        if len(area) < size:
+            area = area.ljust(size, b"\0")
         ioctl_struct(self.fd, ioctls.SET_XSAVE, ffi.from_buffer(area))
 
     def get_xcrs(self) -> Any:
@@ -220,7 +226,12 @@ class Vcpu:
         return bytes(area[: int.from_bytes(area[4:8], "little")])
 
     def set_nested_state(self, state: bytes) -> None:
-        """KVM_SET_NESTED_STATE, with EFER and CR4 already as the guest had them."""
+        """KVM_SET_NESTED_STATE, with EFER and CR4 already as the guest had them.
+
+        ShapeError: `state` is not as long as its header says, which is as much as KVM reads.
+        """
+        if len(state) < NESTED_HEADER or int.from_bytes(state[4:8], "little") > len(state):
+            raise ShapeError(f"nested state of {len(state)} bytes, not as long as it says")
         ioctl_struct(self.fd, ioctls.SET_NESTED_STATE, ffi.from_buffer(bytearray(state)))
 
     # --- interrupts and run state ----------------------------------------------------------------

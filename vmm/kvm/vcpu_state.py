@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.kvm.vcpu import Vcpu
+    from vmm.shapes import Table
 
 MSR_IA32_TSC = 0x10
 MSR_IA32_FEATURE_CONTROL = 0x3A
@@ -25,6 +26,22 @@ MSR_IA32_TSC_DEADLINE = 0x6E0
 MSR_KVM_ASYNC_PF_EN = 0x4B564D02
 
 _STRUCTS = ("regs", "xcrs", "debugregs", "lapic", "vcpu_events")
+_KINDS = {
+    "regs": "kvm_regs",
+    "sregs": "kvm_sregs",
+    "xcrs": "kvm_xcrs",
+    "debugregs": "kvm_debugregs",
+    "lapic": "kvm_lapic_state",
+    "vcpu_events": "kvm_vcpu_events",
+}
+XSAVE_MIN, XSAVE_MAX = 4096, 1 << 16
+"""Bytes of an XSAVE area: struct kvm_xsave, and more with AMX."""
+NESTED_MAX = 1 << 16
+MSRS_MAX = 4096
+CPUID_MAX = 256
+"""KVM_MAX_CPUID_ENTRIES."""
+MP_STATE_MAX = 9
+"""KVM_MP_STATE_AP_RESET_HOLD, the last of those of x86."""
 _LAST = (MSR_KVM_ASYNC_PF_EN, MSR_IA32_TSC_DEADLINE)
 """Set after the others: the first wakes the guest by an interrupt other MSRs tell, the second
 starts a timer by what the TSC reads."""
@@ -49,6 +66,26 @@ def save(vcpu: Vcpu, msr_indices: Sequence[int]) -> dict[str, Any]:
         (e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in vcpu.get_cpuid2()
     ]
     return state
+
+
+def shape() -> Table:
+    """What shape `save` gives a state (`vmm.shapes`): sizes are the structures' of KVM, which reads
+    each as a whole."""
+    from vmm.shapes import U32, U64, Data, Each, Items, Pairs, Table, Whole
+
+    word = Whole(0, U32)
+    structs = {name: Data(ffi.sizeof(f"struct {kind}")) for name, kind in _KINDS.items()}
+    return Table(
+        {
+            "mp_state": Whole(0, MP_STATE_MAX),
+            **structs,
+            "xsave": Data(XSAVE_MIN, XSAVE_MAX),
+            "nested": Data(0, NESTED_MAX),
+            "msrs": Pairs(word, Whole(0, U64), MSRS_MAX),
+            "tsc_khz": Whole(1, 0x7FFFFFFF),
+            "cpuid": Items(Each([word] * 7), 1, CPUID_MAX),
+        }
+    )
 
 
 def restore(

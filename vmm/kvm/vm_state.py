@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.kvm.vm import Vm
+    from vmm.shapes import Table
 
+TIME_MAX = 1 << 62
+"""Nanoseconds, 146 years."""
 CHIPS = (constants.IRQCHIP_PIC_MASTER, constants.IRQCHIP_PIC_SLAVE, constants.IRQCHIP_IOAPIC)
 
 
@@ -33,15 +36,28 @@ def save(vm: Vm, *, pit: bool = True) -> dict[str, Any]:
     return state
 
 
+def shape() -> Table:
+    """What shape `save` gives a state (`vmm.shapes`)."""
+    from vmm.shapes import Data, Items, Table, Whole
+
+    time = Whole(0, TIME_MAX)
+    chip = Data(ffi.sizeof("struct kvm_irqchip"))
+    return Table(
+        {"irqchips": Items(chip, len(CHIPS)), "clock": time, "realtime": time},
+        {"pit": Data(ffi.sizeof("struct kvm_pit_state2"))},
+    )
+
+
 def restore(vm: Vm, state: dict[str, Any], *, elapse: bool = False) -> None:
     """Put it back into a VM that has an irqchip, and a PIT if there is one in `state`.
 
     The clock goes on from where it was saved: time the VM was not there does not pass for it. With
     `elapse` it does (KVM_CLOCK_REALTIME): the guest's clocks agree with the host's again.
     """
-    for data in state["irqchips"]:
+    for number, data in zip(CHIPS, state["irqchips"], strict=True):
         chip = new("kvm_irqchip")
         ffi.buffer(chip)[:] = data
+        chip.chip_id = number
         vm.set_irqchip(chip)
     if "pit" in state:
         pit = new("kvm_pit_state2")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from vmm.errors import ShapeError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from vmm.shapes import Shape
 
 BROADCAST = b"\xff" * 6
 TPID_VLAN = b"\x81\x00"
 TABLE_MAX = 256
 """Addresses of a kind; with more the card takes all of that kind (5.1.6.5.1 lets it)."""
 VLANS = 4096
+STATE_ADDRESSES_MAX = 1 << 16
+"""Addresses of a kind in a state."""
 
 
 class Filter:
@@ -79,13 +85,28 @@ class Filter:
         state["vlans"] = None if self.vlans is None else sorted(self.vlans)
         return state
 
+    def shape(self) -> Shape:
+        """Of what `save` gives."""
+        from vmm.shapes import Data, Flag, Items, Maybe, Table, Whole
+
+        table = Data(0, STATE_ADDRESSES_MAX * 6)
+        return Table(
+            {
+                **dict.fromkeys(self.MODES, Flag()),
+                "mac": Data(6),
+                "unicast": table,
+                "multicast": table,
+                "vlans": Maybe(Items(Whole(0, VLANS - 1), 0, VLANS)),
+            }
+        )
+
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave. Raises ValueError."""
+        """Take over what `save` gave. Raises ShapeError."""
         mac, vlans = state["mac"], state["vlans"]
         if not isinstance(mac, bytes) or len(mac) != 6:
-            raise ValueError(f"state of a network filter: mac is {mac!r}")
+            raise ShapeError(f"state of a network filter: mac is {mac!r}")
         if vlans is not None and not isinstance(vlans, list):
-            raise ValueError("state of a network filter: vlans is no list")
+            raise ShapeError("state of a network filter: vlans is no list")
         self.mac = mac
         for mode in self.MODES:
             setattr(self, mode, bool(state[mode]))
@@ -95,5 +116,5 @@ class Filter:
 
 def _split(table: object) -> Sequence[bytes]:
     if not isinstance(table, bytes) or len(table) % 6:
-        raise ValueError("state of a network filter: a table is not 6-byte addresses")
+        raise ShapeError("state of a network filter: a table is not 6-byte addresses")
     return [table[at : at + 6] for at in range(0, len(table), 6)]

@@ -7,6 +7,7 @@ on the register (4 bytes, aligned). Nothing a guest writes is an error.
 from __future__ import annotations
 
 from vmm.devices.device import state_bytes
+from vmm.errors import ShapeError
 from vmm.pci import spec
 
 TYPE_CHECKING = False
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.devices.device import Device
+    from vmm.shapes import Shape
 
 
 class Bar:
@@ -219,11 +221,17 @@ class PciFunction:
         """The configuration space, as plain data."""
         return {"config": bytes(self.config)}
 
+    def shape(self) -> Shape:
+        """Of what `save` gives."""
+        from vmm.shapes import Data, Table
+
+        return Table({"config": Data(len(self.config))})
+
     def restore(self, state: dict[str, object]) -> None:
         """Take over what `save` gave: the bits a guest may write, the rest is ours."""
         config = state_bytes(state, "config")
         if len(config) != len(self.config):
-            raise ValueError(f"state of {self.name}: {len(config)} bytes of configuration space")
+            raise ShapeError(f"state of {self.name}: {len(config)} bytes of configuration space")
         if not self._initial:
             self._initial = bytes(self.config)
         for at, (given, own, mask) in enumerate(

@@ -13,7 +13,7 @@ from _thread import RLock
 from vmm import layout
 from vmm.devices.bus import BusError
 from vmm.devices.device import Device, state_int
-from vmm.errors import UsageError
+from vmm.errors import ShapeError, UsageError
 from vmm.pci import spec
 from vmm.pci.function import PciFunction
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from vmm.devices.bus import AddressSpace
     from vmm.pci.function import Bar
+    from vmm.shapes import Shape
 
 VENDOR_REDHAT = 0x1B36
 HOST_BRIDGE = 0x0008
@@ -153,10 +154,16 @@ class PciHost(Device):
         functions = [function.save() for function in self.functions.values()]
         return {"functions": functions, "address": self.ports.address}
 
+    def shape(self) -> Shape:
+        from vmm.shapes import U32, Each, Table, Whole
+
+        functions = Each([function.shape() for function in self.functions.values()])
+        return Table({"functions": functions, "address": Whole(0, U32)})
+
     def restore(self, state: dict[str, object]) -> None:
         given = state["functions"]
         if not isinstance(given, list) or len(given) != len(self.functions):
-            raise ValueError(f"state of the PCI bus: not {len(self.functions)} functions")
+            raise ShapeError(f"state of the PCI bus: not {len(self.functions)} functions")
         with self._lock:
             for function, each in zip(self.functions.values(), given, strict=True):
                 function.restore(each)

@@ -13,6 +13,7 @@ import struct
 from _thread import allocate_lock
 
 from vmm.devices.device import Device, state_bytes, state_int
+from vmm.errors import ShapeError
 from vmm.pci import spec
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.pci.function import PciFunction
+    from vmm.shapes import Shape
 
 LOW = 0xFFFFFFFF
 _ENTRY = struct.Struct("<QII")
@@ -163,11 +165,17 @@ class Msix(Device):
     def save(self) -> dict[str, object]:
         return {"table": bytes(self._table), "pending": self._pending}
 
+    def shape(self) -> Shape:
+        from vmm.shapes import Data, Table, Whole
+
+        pending = Whole(0, (1 << self.vectors) - 1)
+        return Table({"table": Data(len(self._table)), "pending": pending})
+
     def restore(self, state: dict[str, object]) -> None:
         """After the function's, whose registers say what is open."""
         table = state_bytes(state, "table")
         if len(table) != len(self._table):
-            raise ValueError(f"state of {self.name}: not {self.vectors} vectors")
+            raise ShapeError(f"state of {self.name}: not {self.vectors} vectors")
         with self._lock:
             self._table[:] = table
             for vector in range(self.vectors):

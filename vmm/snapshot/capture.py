@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Of what `capture` gives; a number higher than this is not understood."""
+STATE = "state.json"
+"""What a state is called in messages."""
 STATES = ("created", "paused")
 """A machine's, in which it can be captured and applied to."""
 _2_64 = 1 << 64
@@ -123,6 +125,51 @@ def apply(
         machine.memory.write(layout.VMGENID, os.urandom(layout.VMGENID_SIZE))
         platform.power.generation_changed()
     machine.restored = True
+
+
+def check_shape(machine: Machine, state: dict[str, Any]) -> None:
+    """Whether `state`, which somebody else may have written, can be that of a machine such as
+    this one; nothing has been done with it yet.
+
+    Raises:
+        ShapeError: it has another shape, or no guest can have brought it about.
+        SnapshotError: it is the state of another machine.
+    """
+    from vmm.shapes import (
+        U64,
+        Each,
+        Either,
+        Flag,
+        Items,
+        Pairs,
+        Shape,
+        Table,
+        Text,
+        Whole,
+    )  # fmt: skip
+
+    word = Whole(0, U64)
+    shape = {
+        "memory": word,
+        "cpus": word,
+        "transport": Text(20),
+        "devices": Items(Text(100), 0, 500),
+    }
+    Table({"schema": word, "shape": Table(shape)}).check(state, STATE)
+    state_of = {name: device.shape() for name, device in _devices(machine).items()}
+    Table({"devices": Pairs(Text(100), Shape(), 500)}).check(state, STATE)
+    _check(machine, state)
+    cpus = len(machine.vcpus)
+    Table(
+        {
+            "vm": vm_state.shape(),
+            "tsc": Table({"value": word, "offsets": Either(Items(word, 0), Items(word, cpus))}),
+            "vcpus": Items(vcpu_state.shape(), cpus),
+            "devices": Table({}, state_of),
+            "virtio": Each([transport.shape() for transport in _transports(machine)]),
+            "vmgenid": Flag(),
+        }
+    ).check(state, STATE)
 
 
 def _restore_virtio(machine: Machine, states: list[Any]) -> None:

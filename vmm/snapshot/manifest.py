@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 
-from vmm.errors import SnapshotError
+from vmm.errors import ShapeError, SnapshotError
 from vmm.shapes import (
     U64,
     Either,
@@ -18,7 +18,6 @@ from vmm.shapes import (
     Maybe,
     Pairs,
     Shape,
-    ShapeError,
     Table,
     Text,
     Whole,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from vmm.config import HVC, MachineConfig
 from vmm.config_types import shown
-from vmm.errors import KvmError, SnapshotError, UsageError
+from vmm.errors import KvmError, ShapeError, SnapshotError, UsageError
 from vmm.machine import Machine
 from vmm.machine.begin import begin
 from vmm.snapshot import disks, host, trust
-from vmm.snapshot.capture import apply
+from vmm.snapshot.capture import apply, check_shape
 from vmm.snapshot.checkpoint import watch_files
 from vmm.snapshot.manifest import KEEP
 from vmm.snapshot.memory import map_layers
@@ -55,8 +55,9 @@ class FromFiles(Restored):
     def apply(self, machine: Machine) -> None:
         watch_files(machine)
         try:
+            check_shape(machine, self._state)
             apply(machine, self._state, elapse=self.elapse)
-        except (KeyError, ValueError, TypeError) as err:
+        except ShapeError as err:
             raise SnapshotError(
                 f"{self._snapshot.path}: its state does not fit this machine: {err}"
             ) from err

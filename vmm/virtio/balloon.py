@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from _thread import allocate_lock
 
-from vmm.errors import StateError, UsageError
+from vmm.errors import ShapeError, StateError, UsageError
 from vmm.kvm.ffi import address_of
 from vmm.layout import PAGE_SIZE
 from vmm.virtio import spec
@@ -208,6 +208,13 @@ class Balloon(VirtioDevice):
             self.config[offset : offset + len(data)] = data
 
     # --- life and state ---------------------------------------------------------------------------
+
+    CONFIG_STATE = ((0, ACTUAL + 4),)
+
+    def restore(self, state: dict[str, object]) -> None:
+        super().restore(state)
+        if self.wanted > self.memory.size:
+            raise ShapeError(f"state of {self.name}: a balloon of {self.wanted} bytes")
 
     def stopped(self) -> None:
         self._stats_chain = None

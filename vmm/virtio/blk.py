@@ -17,7 +17,7 @@ import struct
 from _queue import SimpleQueue
 from _thread import allocate_lock
 
-from vmm.errors import HostError, StateError
+from vmm.errors import HostError, ShapeError, StateError
 from vmm.virtio import spec
 from vmm.virtio.device import Interrupted, VirtioDevice
 from vmm.virtio.queue import QueueError
@@ -523,10 +523,12 @@ class Block(VirtioDevice):
             self.config_changed()
         return self.capacity * SECTOR
 
+    CONFIG_STATE = ((WRITEBACK, WRITEBACK + 1),)
+
     def restore(self, state: dict[str, object]) -> None:
         config = state["config"]
         if not isinstance(config, bytes) or config[:8] != self.config[:8]:
-            raise ValueError(f"state of {self.name}: its disk did not have {self.capacity} sectors")
+            raise ShapeError(f"state of {self.name}: its disk did not have {self.capacity} sectors")
         super().restore(state)
 
     # --- life ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 
+from vmm.errors import ShapeError
 from vmm.virtio import spec
 from vmm.virtio.on_loop import LoopDevice
 
@@ -17,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.shapes import Table
     from vmm.virtio.console_ports import ConsolePort, Port
     from vmm.virtio.queue import Chain, VirtQueue
 
@@ -320,11 +322,21 @@ class VirtioConsole(LoopDevice):
         finally:
             self.release()
 
+    CONFIG_STATE = ((0, 4),)
+
+    def shape(self) -> Table:
+        from vmm.shapes import Data, Items, Table
+        from vmm.virtio.console_config import NAME_MAX
+
+        ports = Table({}, {str(port.number): port.shape() for port in self.ports if port})
+        messages = Items(Data(CONTROL.size, CONTROL.size + NAME_MAX + 1), 0, MESSAGES_MAX)
+        return super().shape().with_more(ports=ports, messages=messages)
+
     def restore(self, state: dict[str, object]) -> None:
         super().restore(state)
         ports, messages = state["ports"], state["messages"]
         if not isinstance(ports, dict) or not isinstance(messages, list):
-            raise ValueError(f"state of {self.name}: no ports, or no messages")
+            raise ShapeError(f"state of {self.name}: no ports, or no messages")
         self._messages.extend(bytes(each) for each in messages)
         for port in self.ports:
             saved = None if port is None else ports.get(str(port.number))

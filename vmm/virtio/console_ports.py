@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from vmm.errors import UsageError
+from vmm.errors import ShapeError, UsageError
 from vmm.fifo import Output
 from vmm.forked import drop_in_child
 from vmm.virtio import unix
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from vmm.shapes import Shape
     from vmm.virtio.console import VirtioConsole
     from vmm.virtio.queue import Chain
 
 INPUT_MAX = 16 << 10
 """Bytes kept of what a program has written; the rest waits in its socket."""
+STATE_INPUT_MAX = 16 << 20
+"""The same of a state, which has what was typed at the console too."""
 CHUNK = 4096
 """Bytes the console's back end takes at once without waiting, when it says it is ready."""
 RETRY = 0.02
@@ -114,11 +117,25 @@ class Port:
             "input": bytes(self._input),
         }
 
+    def shape(self) -> Shape:
+        """Of what `save` gives."""
+        from vmm.shapes import Data, Flag, Table, Whole
+
+        return Table(
+            {
+                "ready": Flag(),
+                "open": Flag(),
+                "connected": Flag(),
+                "done": Whole(0, 1 << 62),
+                "input": Data(0, STATE_INPUT_MAX),
+            }
+        )
+
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave, but for who is connected. Raises ValueError."""
+        """Take over what `save` gave, but for who is connected. Raises ShapeError."""
         done, data = state["done"], state["input"]
         if not isinstance(done, int) or not isinstance(data, bytes):
-            raise ValueError(f"state of console port {self.number}: no position, or no input")
+            raise ShapeError(f"state of console port {self.number}: no position, or no input")
         self.ready, self.open, self.done = bool(state["ready"]), bool(state["open"]), done
         self._input[:] = data
 

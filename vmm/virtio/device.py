@@ -19,6 +19,7 @@ from __future__ import annotations
 from _thread import RLock, allocate_lock
 
 from vmm import priority
+from vmm.errors import ShapeError
 from vmm.virtio import spec
 from vmm.virtio.queue import Chain, QueueError, VirtQueue
 
@@ -26,8 +27,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from vmm.memory import GuestMemory
+    from vmm.shapes import Table
     from vmm.virtio.kernel import KernelRing
 
 RING_FEATURES = spec.bits(
@@ -37,6 +40,8 @@ RING_FEATURES = spec.bits(
 
 
 COMPLAINTS = 10
+CONFIG_MAX = 4096
+"""Bytes of a configuration space, in a state."""
 
 
 class Interrupted(Exception):
@@ -106,6 +111,9 @@ class VirtioDevice:
     """The largest size of each queue."""
     EXTERNAL = False
     """Another process serves the queues: a `VhostUserDevice`, whose `connect` gets the eventfds."""
+    CONFIG_STATE: tuple[tuple[int, int], ...] | None = None
+    """The parts of `config` (first byte, end) that a restored device has as they were: what the
+    driver or a person writes. The rest is the device's own. None: all of it is as it was."""
     external: Sequence[int] = ()
     """The queues somebody else serves, if not all: the host's kernel (vmm.virtio.vhost)."""
     ON_LOOP = False
@@ -469,17 +477,48 @@ class VirtioDevice:
             "queues": queues,
         }
 
+    def shape(self) -> Table:
+        """What shape `save` gives the state; see `vmm.devices.device.Device.shape`."""
+        from vmm.shapes import U8, U16, U32, U64, Data, Items, Table, Whole
+
+        word, index = Whole(0, U64), Whole(0, U16)
+        queue = {"size": Whole(0, U32), "desc": word, "driver": word, "device": word}
+        ring = Table({"next_used": index}, {"last_avail": index, "next_avail": index})
+        return Table(
+            {
+                "status": Whole(0, U8),
+                "features": word,
+                "config": Data(0, CONFIG_MAX),
+                "generation": Whole(0, U8),
+                "queues": Items(Table(queue, {"ring": ring}), len(self.slots)),
+            },
+            rule=self._impossible,
+        )
+
+    def _impossible(self, state: dict[str, Any]) -> str:
+        """How no driver can have brought `state` about; empty: one can."""
+        status, features = state["status"], state["features"]
+        if status & spec.FEATURES_OK and not features >> spec.F_VERSION_1 & 1:
+            return "its driver has no features of this version"
+        if status & spec.DRIVER_OK and not status & spec.FEATURES_OK:
+            return "its driver is at work before its features are"
+        kind = "next_avail" if features >> spec.F_RING_PACKED & 1 else "last_avail"
+        for number, queue in enumerate(state["queues"]):
+            if "ring" in queue and (not status & spec.FEATURES_OK or kind not in queue["ring"]):
+                return f"queue {number} is not of what was negotiated"
+        return ""
+
     def restore(self, state: dict[str, object]) -> None:
-        """Take over what `save` gave; raises ValueError where it is not this device's.
+        """Take over what `save` gave; raises ShapeError where it is not this device's.
 
         Nothing is served until `resume`.
         """
         queues = state["queues"]
         if not isinstance(queues, list) or len(queues) != len(self.slots):
-            raise ValueError(f"state of {self.name}: not {len(self.slots)} queues")
+            raise ShapeError(f"state of {self.name}: not {len(self.slots)} queues")
         features = _int(state, "features")
-        if features & ~self.features:
-            raise ValueError(
+        if features & ~self.features and _int(state, "status") & spec.FEATURES_OK:
+            raise ShapeError(
                 f"state of {self.name}: its driver has features {features & ~self.features:#x}, "
                 "which are not to be had here"
             )
@@ -490,17 +529,24 @@ class VirtioDevice:
         self.config_generation = _int(state, "generation") & 0xFF
         config = state["config"]
         if isinstance(config, bytes) and len(config) == len(self.config):
-            self.config[:] = config
+            for start, end in self._config_state():
+                self.config[start:end] = config[start:end]
         for slot, given in zip(self.slots, queues, strict=True):
             slot.size = _int(given, "size")
             slot.desc, slot.driver = _int(given, "desc"), _int(given, "driver")
             slot.device = _int(given, "device")
             if "ring" in given:
-                slot.queue = self._ring(slot)
+                try:
+                    slot.queue = self._ring(slot)
+                except QueueError as err:
+                    raise ShapeError(f"state of {self.name}: {err}") from None
                 slot.queue.restore(given["ring"])
                 slot.queue.broken = bool(self.status & spec.DEVICE_NEEDS_RESET)
         if self.status & spec.DRIVER_OK and not self.ON_LOOP:
             self.started()
+
+    def _config_state(self) -> tuple[tuple[int, int], ...]:
+        return ((0, len(self.config)),) if self.CONFIG_STATE is None else self.CONFIG_STATE
 
     def resume(self) -> None:
         """The machine goes on: after a pause, or for the first time after `restore`."""
@@ -526,5 +572,5 @@ def _nothing() -> None:
 def _int(state: dict[str, object], key: str) -> int:
     value = state[key]
     if not isinstance(value, int):
-        raise ValueError(f"state of a device: {key} is {value!r}, not an integer")
+        raise ShapeError(f"state of a device: {key} is {value!r}, not an integer")
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 
+from vmm.errors import ShapeError
 from vmm.net.filter import Filter
 from vmm.net.port import GONE, LinkLost
 from vmm.virtio import kernel, net_kernel, spec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.net.port import Backend, Port
+    from vmm.shapes import Table
     from vmm.virtio.limit import Limit
     from vmm.virtio.net_kernel import NetKernel
     from vmm.virtio.net_limit import NicLimits
@@ -343,12 +345,28 @@ class Nic(VirtioDevice):
         for receiver in self.receivers:
             receiver.give_back()
 
+    CONFIG_STATE = ((0, n.CONFIG_STATUS + 2),)
+
+    def shape(self) -> Table:
+        from vmm.shapes import U64, Flag, Whole
+
+        return (
+            super()
+            .shape()
+            .with_more(
+                filter=self.filter.shape(),
+                pairs=Whole(1, self._max_pairs),
+                offloads=Whole(0, U64),
+                plugged=Flag(),
+            )
+        )
+
     def restore(self, state: dict[str, object]) -> None:
         found, pairs, offloads = state["filter"], state["pairs"], state["offloads"]
         if not isinstance(found, dict) or not isinstance(pairs, int):
-            raise ValueError(f"state of {self.name}: no filter, or no pairs")
+            raise ShapeError(f"state of {self.name}: no filter, or no pairs")
         if not 1 <= pairs <= self._max_pairs or not isinstance(offloads, int):
-            raise ValueError(f"state of {self.name}: {pairs} queue pairs, not {self._max_pairs}")
+            raise ShapeError(f"state of {self.name}: {pairs} queue pairs, not {self._max_pairs}")
         own = bytes(self.config)
         super().restore(state)
         told = self.config[n.CONFIG_STATUS]

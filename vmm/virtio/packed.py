@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from vmm.errors import ShapeError
 from vmm.virtio.queue import (
     BATCH_BUFFERS,
     BATCH_MAX,
@@ -192,9 +193,9 @@ class PackedQueue(VirtQueue):
     def restore(self, state: dict[str, object]) -> None:
         avail, used = state["next_avail"], state["next_used"]
         if not isinstance(avail, int) or not isinstance(used, int):
-            raise TypeError("state of a queue: its positions are not integers")
+            raise ShapeError("state of a queue: its positions are not integers")
         if not (0 <= avail & ~_WRAP < self.size and 0 <= used & ~_WRAP < self.size):
-            raise ValueError("state of a queue: a position outside the ring")
+            raise ShapeError("state of a queue: a position outside the ring")
         self._next_avail, self._avail_wrap = avail & ~_WRAP, avail >> 15 & 1
         self._next_used, self._used_wrap = used & ~_WRAP, used >> 15 & 1
         self._old = self._next_used

@@ -11,6 +11,7 @@ import struct
 from _thread import allocate_lock
 
 from vmm.devices.device import state_int
+from vmm.errors import ShapeError
 from vmm.pci import spec as pci
 from vmm.pci.function import PciFunction
 from vmm.pci.msix import Msix
@@ -21,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.shapes import Table
     from vmm.virtio.device import QueueSlot, VirtioDevice
 
 VENDOR = 0x1AF4
@@ -327,13 +329,27 @@ class PciTransport(Transport):
             "vectors": list(self._vectors),
         }
 
+    def shape(self) -> Table:
+        from vmm.shapes import Items, Whole
+
+        vector = Whole(0, NO_VECTOR)
+        return (
+            super()
+            .shape()
+            .with_more(
+                msix=self.msix.shape(),
+                config_vector=vector,
+                vectors=Items(vector, len(self._vectors)),
+            )
+        )
+
     def restore(self, state: dict[str, object]) -> None:
         """After the bus, whose configuration spaces say which vectors are open."""
         vectors, msix = state["vectors"], state["msix"]
         if not isinstance(vectors, list) or len(vectors) != len(self._vectors):
-            raise ValueError(f"state of {self.name}: not {len(self._vectors)} queues' vectors")
+            raise ShapeError(f"state of {self.name}: not {len(self._vectors)} queues' vectors")
         if not isinstance(msix, dict):
-            raise TypeError(f"state of {self.name}: no MSI-X in it")
+            raise ShapeError(f"state of {self.name}: no MSI-X in it")
         super().restore(state)
         self.msix.restore(msix)
         self._config_vector = self._vector(state_int(state, "config_vector", NO_VECTOR))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmm.errors import ShapeError
 from vmm.virtio.queue import (
     BATCH_BUFFERS,
     BATCH_MAX,
@@ -170,6 +171,6 @@ class SplitQueue(VirtQueue):
     def restore(self, state: dict[str, object]) -> None:
         last, used = state["last_avail"], state["next_used"]
         if not isinstance(last, int) or not isinstance(used, int):
-            raise TypeError("state of a queue: its indices are not integers")
+            raise ShapeError("state of a queue: its indices are not integers")
         self._last_avail = last & 0xFFFF
         self._next_used = self._published = used & 0xFFFF

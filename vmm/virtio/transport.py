@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 
 from vmm.devices.device import Device, state_int
+from vmm.errors import ShapeError
 from vmm.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.shapes import Table
     from vmm.virtio.device import QueueSlot, VirtioDevice
 
 LOW = 0xFFFFFFFF
@@ -139,12 +141,26 @@ class Transport(Device):
             "driver_features": self._driver_features,
         }
 
+    def shape(self) -> Table:
+        from vmm.shapes import U32, U64, Table, Whole
+
+        return Table(
+            {
+                "device": self.device.shape(),
+                "interrupt": Whole(0, 3),
+                "features_sel": Whole(0, U32),
+                "driver_sel": Whole(0, U32),
+                "queue_sel": Whole(0, U32),
+                "driver_features": Whole(0, U64),
+            }
+        )
+
     def restore(self, state: dict[str, object]) -> None:
         """Take over what `save` gave. Nothing is served until `resume`, which is for when memory
         and interrupt controllers have their state back too."""
         device = state["device"]
         if not isinstance(device, dict):
-            raise TypeError(f"state of {self.name}: no device in it")
+            raise ShapeError(f"state of {self.name}: no device in it")
         if state_int(device, "status", spec.DRIVER_OK):
             self._connect()
         self.device.restore(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import LOOSE
 from vmm.child import SAID_MAX, Child, find
 from vmm.errors import HostError
 
@@ -31,7 +32,7 @@ def wait_for_pid(path: Path) -> int:
 
 
 def test_close_ends_it(tmp_path: Path) -> None:
-    child = Child(["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 1000"])
+    child = Child(["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 1000"], LOOSE)
     pid = wait_for_pid(tmp_path / "pid")
     assert running(pid)
     child.close()
@@ -42,12 +43,13 @@ def test_close_ends_it(tmp_path: Path) -> None:
 def test_descriptors_beyond_the_limit_are_kept_from_it(tmp_path: Path) -> None:
     """A shell's own descriptor 250, then `ulimit -n 64`."""
     code = (
-        "import os, resource, time; from vmm.child import Child\n"
+        "import os, resource, time\n"
+        "from vmm.child import Child; from tests.support.helpers import LOOSE\n"
         "os.dup2(1, 250)\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
         f"c = Child(['/bin/sh', '-c', 'ls /proc/self/fd > {tmp_path}/list; echo $$ > "
-        f"{tmp_path}/pid; exec sleep 1000'])\n"
+        f"{tmp_path}/pid; exec sleep 1000'], LOOSE)\n"
         f"while not os.path.exists('{tmp_path}/pid'): time.sleep(0.01)\n"
         "c.close(); print(os.get_inheritable(250))"
     )
@@ -63,7 +65,8 @@ def test_one_that_does_not_listen_is_killed(
 ) -> None:
     monkeypatch.setattr("vmm.child.GRACE", 0.5)
     child = Child(
-        ["/bin/sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"]
+        ["/bin/sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done"],
+        LOOSE,
     )
     pid = wait_for_pid(tmp_path / "pid")
     child.close()
@@ -73,8 +76,8 @@ def test_one_that_does_not_listen_is_killed(
 @pytest.mark.parametrize("stopped", [False, True])
 def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path, stopped: bool) -> None:
     code = (
-        "import time; from vmm.child import Child\n"
-        f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'])\n"
+        "import time; from vmm.child import Child; from tests.support.helpers import LOOSE\n"
+        f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'], LOOSE)\n"
         "time.sleep(1000)"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
@@ -92,13 +95,13 @@ def test_it_ends_with_us_even_when_we_are_killed(tmp_path: Path, stopped: bool) 
 def test_it_does_not_begin_without_its_keeper(tmp_path: Path) -> None:
     """We are killed between the two processes a child is made of."""
     code = (
-        "import os, signal; from vmm.child import Child\n"
+        "import os, signal; from vmm.child import Child; from tests.support.helpers import LOOSE\n"
         "real = os.posix_spawn\n"
         "def spawn(*args, **options):\n"
         "    print(real(*args, **options), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "os.posix_spawn = spawn\n"
-        f"Child(['/bin/sh', '-c', 'touch {tmp_path}/began; exec sleep 1000'])\n"
+        f"Child(['/bin/sh', '-c', 'touch {tmp_path}/began; exec sleep 1000'], LOOSE)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -118,6 +121,7 @@ def test_it_inherits_only_what_it_is_given(tmp_path: Path) -> None:
                 "-c",
                 f"ls /proc/self/fd | wc -l > {tmp_path}/n; echo given >/dev/fd/{write}",
             ],
+            LOOSE,
             pass_fds=[write],
         )
         assert os.read(read, 100) == b"given\n"
@@ -131,13 +135,13 @@ def test_it_inherits_only_what_it_is_given(tmp_path: Path) -> None:
 def test_what_this_process_was_given_is_not_passed_on(tmp_path: Path) -> None:
     """Such as a descriptor that a shell opened, a signal that nohup ignores."""
     code = (
-        "import os, signal; from vmm.child import Child\n"
+        "import os, signal; from vmm.child import Child; from tests.support.helpers import LOOSE\n"
         "os.set_inheritable(os.open('/etc/passwd', os.O_RDONLY), True)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
         "for keeper in (False, True):\n"
         f"    c = Child(['/bin/sh', '-c', 'ls -l /proc/self/fd > {tmp_path}/fds; '\n"
-        f"               'cat /proc/self/status > {tmp_path}/status'], keeper=keeper)\n"
+        f"               'cat /proc/self/status > {tmp_path}/status'], LOOSE, keeper=keeper)\n"
         "    assert c.wait(20) and c.how() == 'has ended (status 0)', c.how()\n"
         "    c.close()\n"
     )
@@ -154,9 +158,9 @@ def test_what_this_process_was_given_is_not_passed_on(tmp_path: Path) -> None:
 
 def test_without_standard_descriptors(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from vmm.child import Child\n"
+        "import os, sys; from vmm.child import Child; from tests.support.helpers import LOOSE\n"
         "for fd in range(3): os.close(fd)\n"
-        "c = Child(['/bin/sh', '-c', 'echo out; echo err >&2; cat'])\n"
+        "c = Child(['/bin/sh', '-c', 'echo out; echo err >&2; cat'], LOOSE)\n"
         f"with open('{tmp_path}/said', 'w') as f: print(c.wait(20), repr(c.text()), file=f)\n"
         "c.close()\n"
     )
@@ -166,7 +170,9 @@ def test_without_standard_descriptors(tmp_path: Path) -> None:
 
 def test_what_it_says_is_bounded() -> None:
     """A helper with an enemy for a guest complains for ever."""
-    child = Child(["/bin/sh", "-c", "yes 'something is wrong' >&2; echo $? >&2; exec sleep 1000"])
+    child = Child(
+        ["/bin/sh", "-c", "yes 'something is wrong' >&2; echo $? >&2; exec sleep 1000"], LOOSE
+    )
     try:
         limit = time.monotonic() + 20
         while len(child.text()) < SAID_MAX - 20:
@@ -185,7 +191,7 @@ def test_how_it_ended() -> None:
         ("kill -9 $$", "was killed by SIGKILL"),
         ("kill -40 $$", "was killed by signal 40"),
     ):
-        child = Child(["/bin/sh", "-c", command])
+        child = Child(["/bin/sh", "-c", command], LOOSE)
         assert child.wait(20)
         assert child.how() == how
         child.close()
@@ -193,12 +199,14 @@ def test_how_it_ended() -> None:
 
 def test_one_that_cannot_be_started() -> None:
     with pytest.raises(HostError, match=r"^program cannot be started: No such file or directory$"):
-        Child(["/nowhere/program"], keeper=False)
+        Child(["/nowhere/program"], LOOSE, keeper=False)
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == ""
 
 
 def test_what_it_said_last() -> None:
-    child = Child(["/bin/sh", "-c", "echo first >&2; echo cannot do that >&2; echo >&2; exit 3"])
+    child = Child(
+        ["/bin/sh", "-c", "echo first >&2; echo cannot do that >&2; echo >&2; exit 3"], LOOSE
+    )
     limit = time.monotonic() + 20
     while child.said() != "cannot do that":
         assert time.monotonic() < limit
@@ -215,8 +223,8 @@ def test_a_missing_program_is_named_with_its_package() -> None:
 def test_a_forked_child_keeps_nothing_of_it(tmp_path: Path) -> None:
     """It neither ends the helper nor keeps it alive when this process has ended."""
     code = (
-        "import os, time; from vmm.child import Child\n"
-        f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'])\n"
+        "import os, time; from vmm.child import Child; from tests.support.helpers import LOOSE\n"
+        f"c = Child(['/bin/sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 1000'], LOOSE)\n"
         "if not os.fork():\n"
         "    c.close()\n"
         f"    open('{tmp_path}/forked', 'w').write(str(os.getpid()))\n"

@@ -22,9 +22,10 @@ def run(soft: int, hard: int, code: str, *arguments: object) -> str:
 def test_the_soft_limit_is_raised_and_helpers_have_the_former() -> None:
     code = """
 from tests.support.bare import bare_machine
+from tests.support.helpers import LOOSE
 from vmm.child import Child
 machines = [bare_machine("1: hlt; jmp 1b", console="none") for _ in range(30)]
-child = Child(["/bin/sh", "-c", "sleep 0.1; ulimit -Sn >&2; ulimit -Hn >&2"])
+child = Child(["/bin/sh", "-c", "sleep 0.1; ulimit -Sn >&2; ulimit -Hn >&2"], LOOSE)
 child.wait(20)
 print(resource.getrlimit(resource.RLIMIT_NOFILE), child.text().split())
 child.close()

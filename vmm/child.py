@@ -1,5 +1,8 @@
 """The one launcher of helper programs: passt, virtiofsd, qemu-storage-daemon, the uffd handler.
 
+A helper gets what its Confinement says and no more (vmm.sandbox.helper): files, capabilities,
+system calls, a few names of the environment.
+
 A helper ends when this process does, however this process ends: a shell beside the helper waits for
 the end of a pipe, which the kernel closes with this process, and ends the helper then.
 (PR_SET_PDEATHSIG would tell of the death of the thread that started it, not of the process.) The
@@ -22,12 +25,15 @@ from contextlib import suppress
 from vmm import descriptors
 from vmm.errors import HostError
 from vmm.forked import drop_in_child
+from vmm.sandbox.helper import RUN, Confinement, loader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SHELL = "/bin/sh"
+_MFD_EXEC = 0x10
+"""memfd_create(2): programs may be run from it (Linux 6.3)."""
 _STARTER = 'read -r _ && exec "$@" </dev/null'
 _KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null; kill -s CONT "$1" 2>/dev/null'
 """SIGCONT has a helper that somebody stopped take its SIGTERM."""
@@ -56,6 +62,8 @@ class Child:
 
     Args:
         argv: the command; its first word is the program's path.
+        confine: what it needs; None: it is this package itself, which has all that this process
+            has until it confines itself.
         pass_fds: descriptors it inherits, under their numbers.
         stdout: the descriptor of its standard output, else where `said` looks.
         keeper: have a shell end it when this process ends.
@@ -71,6 +79,7 @@ class Child:
     def __init__(
         self,
         argv: Sequence[str],
+        confine: Confinement | None,
         *,
         pass_fds: Sequence[int] = (),
         stdout: int = -1,
@@ -94,11 +103,11 @@ class Child:
             if not keeper:
                 null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    self.pid = _spawn(argv, (null, *out), pass_fds)
+                    self.pid = _spawn(argv[0], argv, confine, (null, *out), pass_fds)
                 finally:
                     os.close(null)
             else:
-                self._start_kept(argv, out, pass_fds)
+                self._start_kept(argv, confine, out, pass_fds)
         except BaseException as err:
             self.close()
             if isinstance(err, OSError):
@@ -117,22 +126,32 @@ class Child:
             self._life = -1
 
     def _start_kept(
-        self, argv: Sequence[str], out: tuple[int, int], pass_fds: Sequence[int]
+        self,
+        argv: Sequence[str],
+        confine: Confinement | None,
+        out: tuple[int, int],
+        pass_fds: Sequence[int],
     ) -> None:
         began, go = os.pipe2(os.O_CLOEXEC)
+        starter = -1
         try:
             shell = [_SHELL, "-c", _STARTER, "sh", *argv]
-            self.pid = _spawn(shell, (began, *out), pass_fds)
+            starter = _copied_shell()
+            path = f"/proc/self/fd/{starter}" if starter >= 0 else _SHELL
+            self.pid = _spawn(argv[0], shell, confine, (began, *out), pass_fds, through=path)
             life, self._life = os.pipe2(os.O_CLOEXEC)
             try:
                 # Without `pass_fds`: a socket's other end must see it close when the program ends.
                 shell = [_SHELL, "-c", _KEEPER, "sh", str(self.pid)]
-                self._keeper = _spawn(shell, (life, self._output, self._output), ())
+                standard = (life, self._output, self._output)
+                self._keeper = _spawn(_SHELL, shell, Confinement(signals=True), standard, ())
             finally:
                 os.close(life)
             with suppress(BrokenPipeError):  # the shell was killed
                 os.write(go, b"go\n")
         finally:
+            if starter >= 0:
+                os.close(starter)
             os.close(began)
             os.close(go)
 
@@ -213,8 +232,43 @@ class Child:
             self._output = -1
 
 
-def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequence[int]) -> int:
-    """Start a program with these standard descriptors and `pass_fds`. Raises OSError."""
+def _copied_shell() -> int:
+    """A descriptor of a copy of the shell: the program that it starts may not run the shell itself,
+    nor see this copy. -1: such copies do not run on this host (sysctl vm.memfd_noexec)."""
+    try:
+        try:
+            fd = os.memfd_create("vmm-starter", os.MFD_CLOEXEC | _MFD_EXEC)
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+            fd = os.memfd_create("vmm-starter", os.MFD_CLOEXEC)
+    except PermissionError:
+        return -1
+    if fd <= 2:  # the standard descriptors' numbers are the program's
+        import fcntl
+
+        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
+    try:
+        with open(_SHELL, "rb", buffering=0) as shell:
+            while os.sendfile(fd, shell.fileno(), None, 1 << 20):
+                pass
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _spawn(
+    program: str,
+    argv: Sequence[str],
+    confine: Confinement | None,
+    standard: tuple[int, int, int],
+    pass_fds: Sequence[int],
+    through: str = "",
+) -> int:
+    """Start `program`, confined, with these standard descriptors and `pass_fds`; or the program at
+    `through`, which becomes it. Raises OSError."""
     import fcntl
 
     # Where this process has no standard descriptors, ours may have their numbers.
@@ -237,16 +291,22 @@ def _spawn(argv: Sequence[str], standard: tuple[int, int, int], pass_fds: Sequen
     actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(standard_now)]
     # A descriptor that is made a copy of itself is inherited (posix_spawn(3)).
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
-    try:
-        pid = os.posix_spawn(
-            argv[0],
+    variables = os.environ if confine is None else confine.variables()
+    more = [(each, RUN) for each in (loader(_SHELL), through) if each] if through else []
+
+    def start() -> int:
+        return os.posix_spawn(
+            through or program,
             list(argv),
-            os.environ,
+            variables,
             file_actions=actions,
             setsid=True,
             setsigmask=(),
             setsigdef=_DEFAULT,
         )
+
+    try:
+        pid = start() if confine is None else confine.run(program, start, more)
         descriptors.give_former(pid)
         return pid
     finally:

@@ -30,9 +30,10 @@ CHAIN_MAX = 100
 """Backing files below an image."""
 
 
-def nodes(drive: Drive) -> list[Node]:
+def nodes(drive: Drive, files: list[tuple[str, bool]] | None = None) -> list[Node]:
     """The block nodes of `drive`, each after those it is made of: the arguments of the daemon's
-    `--blockdev`. Raises UsageError, HostError."""
+    `--blockdev`. All files that it opens for them, and whether to write, are added to `files`.
+    Raises UsageError, HostError."""
     if len(drive.backing) > CHAIN_MAX:
         raise UsageError(f"--drive {drive.path}: backing= more than {CHAIN_MAX} times")
     readonly = drive.readonly or drive.snapshot
@@ -54,7 +55,8 @@ def nodes(drive: Drive) -> list[Node]:
             "its key; give a copy that is not, or have the guest encrypt a raw disk"
         )
     _check_backing(drive, header)
-    made = _backing(drive, header)
+    extents: list[tuple[str, bool]] = []
+    made = _backing(drive, header, extents)
     extra: Node = {"backing": f"backing{len(drive.backing)}" if drive.backing else None}
     if drive.format not in probe.LAYERED:
         extra = {}
@@ -62,10 +64,13 @@ def nodes(drive: Drive) -> list[Node]:
         made.append(_data_file(drive, header, readonly))
         extra["data-file"] = "data"
     if drive.format == "vmdk":
-        _check_extents(drive, header)
+        extents += [(each, not readonly) for each in _check_extents(drive, header)]
+    made.append(_protocol(drive, "file", drive.path, file.is_device, readonly))
+    if files is not None:
+        files += extents
+        files += [(each["filename"], not each["read-only"]) for each in made if "filename" in each]
     return [
         *made,
-        _protocol(drive, "file", drive.path, file.is_device, readonly),
         {**_common(drive, DISK, readonly), "driver": drive.format, "file": "file", **extra},
     ]
 
@@ -130,7 +135,7 @@ def _unnamed(drive: Drive, path: str, how: str, name: str, key: str) -> UsageErr
     )
 
 
-def _backing(drive: Drive, top: Header) -> list[Node]:
+def _backing(drive: Drive, top: Header, extents: list[tuple[str, bool]]) -> list[Node]:
     """The nodes of the backing files, the lowest first: `backingN`, the nearest with the highest
     number."""
     made: list[Node] = []
@@ -152,7 +157,7 @@ def _backing(drive: Drive, top: Header) -> list[Node]:
         finally:
             os.close(file.fd)
         if format == "vmdk":
-            _check_extents(drive, told, path)
+            extents += [(each, False) for each in _check_extents(drive, told, path)]
         if told.data_file:
             raise _unnamed(drive, path, "keeps its data in", told.data_file, "data-file")
         if told.backing and number + 1 == count:
@@ -193,15 +198,18 @@ def _data_file(drive: Drive, header: Header, readonly: bool) -> Node:
     return _protocol(drive, "data", drive.data_file, file.is_device, readonly)
 
 
-def _check_extents(drive: Drive, header: Header, path: str = "") -> None:
-    """Whether each extent of a VMDK descriptor is, or lies in, what `data-file=` says."""
+def _check_extents(drive: Drive, header: Header, path: str = "") -> list[str]:
+    """The files of a VMDK descriptor's extents, each of which is, or lies in, what `data-file=`
+    says. Raises UsageError."""
     path = path or drive.path
     allowed = os.path.realpath(drive.data_file) if drive.data_file else ""
+    found = []
     for _, name in header.extents:
         file = _resolved(path, name)
         real = os.path.realpath(file) if file else ""
         if not real or not allowed or allowed not in (real, os.path.dirname(real)):
             raise _unnamed(drive, path, "keeps its data in", name, "data-file")
+        found.append(real)
         extent = HostFile(real, readonly=True, format="raw")
         try:
             if probe.detect(extent.fd, extent.size) == "vmdk":
@@ -217,3 +225,4 @@ def _check_extents(drive: Drive, header: Header, path: str = "") -> None:
             f"--drive {drive.path}: data-file={drive.data_file}, but the image keeps its data "
             "itself; leave it out"
         )
+    return found

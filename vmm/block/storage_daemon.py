@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vmm.block.remote_limit import RemoteLimit
     from vmm.child import Child
     from vmm.errors import VmmError
+    from vmm.sandbox.helper import Confinement
     from vmm.virtio.queue import Chain
 
 CONFIG_BYTES = 60
@@ -140,9 +141,9 @@ class ExternalDisk(VhostUserDevice):
         return 1
 
 
-def command(drive: Drive, monitor: int) -> list[str]:
-    """The daemon's arguments: what it opens, and the descriptor of a socket for its monitor. Raises
-    UsageError, HostError."""
+def command(drive: Drive, monitor: int) -> tuple[list[str], Confinement]:
+    """The daemon's arguments: what it opens, and the descriptor of a socket for its monitor; and
+    what it needs for that. Raises UsageError, HostError."""
     import json
 
     more = []
@@ -155,8 +156,18 @@ def command(drive: Drive, monitor: int) -> list[str]:
             "--object", f"throttle-group,id={GROUP}{given}",
             "--blockdev", f"driver=throttle,node-name={LIMITED},throttle-group={GROUP},file=disk",
         ]  # fmt: skip
-    opened = [word for each in layers.nodes(drive) for word in ("--blockdev", json.dumps(each))]
-    return [*opened, *more, "--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
+    from vmm.sandbox.helper import DEVICE, READ, SERVE, Confinement
+
+    files: list[tuple[str, bool]] = []
+    nodes = layers.nodes(drive, files)
+    opened = [word for each in nodes for word in ("--blockdev", json.dumps(each))]
+    rights: list[tuple[str | int, int]] = [
+        (path, (SERVE if write else READ) | DEVICE) for path, write in files
+    ]
+    if any(node["driver"] == "host_device" for node in nodes):
+        rights += [("/sys/dev/block", READ), ("/sys/devices", READ)]  # queue limits
+    words = [*opened, *more, "--chardev", f"socket,id=qmp,fd={monitor}", "--monitor", "chardev=qmp"]
+    return words, Confinement(rights)
 
 
 def start(
@@ -174,8 +185,8 @@ def start(
         ours, theirs = socket.socketpair()
         drop_in_child(ours)
         fds = [listener.sock.fileno(), theirs.fileno()]
-        words = [program, *command(drive, fds[1]), *arguments(fds[0])]
-        child = Child(words, pass_fds=fds)
+        words, confine = command(drive, fds[1])
+        child = Child([program, *words, *arguments(fds[0])], confine, pass_fds=fds)
     except BaseException:
         listener.close()
         if ours is not None:

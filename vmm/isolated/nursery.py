@@ -170,6 +170,7 @@ class _Zygote:
         try:
             self.child = Child(
                 [sys.executable, "-I", "-S", "-c", _PROGRAM, str(theirs.fileno()), path],
+                None,
                 pass_fds=(theirs.fileno(),),
                 keeper=False,
             )

@@ -18,6 +18,7 @@ from vmm.errors import HostError, UsageError
 from vmm.net.loopback import HEAD, Guard, gateways, local_resolver
 from vmm.net.port import collect
 from vmm.net.stream import StreamBackend, StreamPort
+from vmm.sandbox.helper import Confinement
 from vmm.virtio import net_spec as n
 from vmm.virtio.spec import bits
 
@@ -37,6 +38,13 @@ PORT_WITHIN = 1.0
 """Seconds to wait for a port in use."""
 _DATA_VALID = n.HEADER.pack(n.HDR_F_DATA_VALID, n.HDR_GSO_NONE, 0, 0, 0, 0, 0)
 """passt has made the checksum, and what it came through does not damage frames."""
+
+CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 6, 7, 10
+_CONFINEMENT = Confinement(
+    None, keep=(CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE), sockets=True, tcp=True
+)
+"""passt goes to an empty root of its own, under a seccomp filter of its own, before it looks at
+what the guest sends. As root it becomes nobody; the last capability is for ports below 1024."""
 
 
 class _PortInUse(UsageError):
@@ -176,7 +184,9 @@ def _spawn(program: str, sock: int, arguments: list[str]) -> tuple[Child, int]:
     ready, told = os.pipe2(os.O_CLOEXEC)
     try:
         os.fchmod(told, 0o666)  # as root it becomes nobody before it opens it
-        child = Child([program, *arguments], pass_fds=[sock], stdout=told, keeper=False)
+        child = Child(
+            [program, *arguments], _CONFINEMENT, pass_fds=[sock], stdout=told, keeper=False
+        )
     except HostError as err:
         os.close(ready)
         raise HostError(f"--net user: {err}") from err

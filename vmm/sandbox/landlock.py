@@ -74,7 +74,7 @@ def handled(version: int) -> int:
 
 
 def restrict(
-    files: Iterable[tuple[str | int, int]],
+    files: Iterable[tuple[str | int, int]] | None,
     *,
     ports: Iterable[tuple[int, int]] | None = (),
     scopes: int = SCOPE_ABSTRACT_UNIX | SCOPE_SIGNAL,
@@ -86,7 +86,8 @@ def restrict(
 
     Args:
         files: paths, or descriptors, and the rights on each and on what is below it. A path that is
-            not there is passed over: there is nothing at it to reach.
+            not there is passed over: there is nothing at it to reach. None: files are not
+            restricted (otherwise mounts cannot be made, nor removed).
         ports: TCP ports and BIND_TCP or CONNECT_TCP of each; None: TCP is not restricted.
         scopes: SCOPE_* to keep to this domain.
 
@@ -99,13 +100,15 @@ def restrict(
     version = abi()
     if not version:
         return 0
-    fs = handled(version)
+    fs = handled(version) if files is not None else 0
     net = BIND_TCP | CONNECT_TCP if version >= 4 and ports is not None else 0
     size = _ATTRIBUTES.size if version >= 6 else _NET_ATTRIBUTES if version >= 4 else _FS_ATTRIBUTES
+    if not fs and not net and not (scopes and version >= 6):
+        return version
     attributes = _ATTRIBUTES.pack(fs, net, scopes)[:size]
     ruleset = libc.syscall(SYS_CREATE_RULESET, attributes, size, 0)
     try:
-        for file, rights in files:
+        for file, rights in files or ():
             _allow(ruleset, file, rights & fs)
         for port, rights in (ports or ()) if net else ():
             libc.syscall(SYS_ADD_RULE, ruleset, _RULE_NET_PORT, _NET_PORT.pack(rights, port), 0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from vmm import libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 SYS_CAPGET, SYS_CAPSET, SYS_PRCTL = 125, 126, 157
 SYS_UNSHARE = 272
@@ -72,6 +72,20 @@ def drop_capabilities(keep: Iterable[int] = ()) -> None:
     low = 0xFFFFFFFF
     data = (effective & low, permitted & low, 0, effective >> 32, permitted >> 32, 0)
     libc.syscall(SYS_CAPSET, bytearray(_HEADER), _SETS.pack(*data))
+
+
+@contextmanager
+def none_effective() -> Iterator[None]:
+    """This thread does without its capabilities for as long. Raises OSError."""
+    data = bytearray(_SETS.size)
+    libc.syscall(SYS_CAPGET, bytearray(_HEADER), data)
+    _, permitted, inheritable, _, permitted2, inheritable2 = _SETS.unpack(data)
+    without = _SETS.pack(0, permitted, inheritable, 0, permitted2, inheritable2)
+    libc.syscall(SYS_CAPSET, bytearray(_HEADER), without)
+    try:
+        yield
+    finally:
+        libc.syscall(SYS_CAPSET, bytearray(_HEADER), data)
 
 
 def unshare(flags: int) -> None:

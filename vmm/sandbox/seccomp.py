@@ -10,6 +10,7 @@ argument is an int, and where all its flags are. The memory behind a pointer can
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from vmm import libc
@@ -52,9 +53,19 @@ def fails(number: int) -> int:
     return 0x50000 | number
 
 
-def compile_filter(calls: Calls, otherwise: int, others: Mapping[str, int] | None = None) -> bytes:
+def compile_filter(
+    calls: Calls,
+    otherwise: int,
+    others: Mapping[str, int] | None = None,
+    *,
+    refusal: int | None = None,
+) -> bytes:
     """The BPF program: `others` have an action of their own, `calls` are allowed, all the rest (a
     listed call whose arguments do not pass, too) has the action `otherwise`.
+
+    With `refusal`, which is for lists of what is denied, that is the action of listed calls whose
+    arguments do not pass; calls that NUMBERS does not know yet, and the x32 ABI's, which have other
+    numbers, fail with ENOSYS.
 
     Raises:
         KeyError: there is no call of that name.
@@ -62,7 +73,7 @@ def compile_filter(calls: Calls, otherwise: int, others: Mapping[str, int] | Non
     """
     leaves: dict[int, list[tuple[int, int, int, int]]] = {}
     for name, tests in calls.items():
-        leaves[NUMBERS[name]] = _leaf(tests, otherwise)
+        leaves[NUMBERS[name]] = _leaf(tests, otherwise if refusal is None else refusal)
     for name, action in (others or {}).items():
         leaves[NUMBERS[name]] = [(_RETURN, 0, 0, action)]
     # Runs of numbers that have the same answer: (first number, code).
@@ -72,6 +83,8 @@ def compile_filter(calls: Calls, otherwise: int, others: Mapping[str, int] | Non
         code = leaves.get(number, rest)
         if not runs or runs[-1][1] != code:
             runs.append((number, code))
+    if refusal is not None:
+        runs.append((max(NUMBERS.values()) + 1, [(_RETURN, 0, 0, fails(errno.ENOSYS))]))
     program = [
         (_LOAD, 0, 0, _ARCH_AT),
         (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64),

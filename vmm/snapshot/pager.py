@@ -15,6 +15,7 @@ from vmm.kvm.ffi import address_of
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
 from vmm.memory import GuestMemory, userfault
+from vmm.sandbox.helper import PYTHON_ENVIRONMENT, READ, Confinement, python_files
 from vmm.snapshot.restore import FromFiles
 from vmm.virtio import unix
 
@@ -85,7 +86,9 @@ class FromHandler(FromFiles):
                 if self._snapshot.is_trusted:
                     program.append("--trusted")
                 program += [self._snapshot.path, "--fd", number]
-                self._child = Child(program, pass_fds=[other.fileno()])
+                self._child = Child(
+                    program, _confinement(self._snapshot), pass_fds=[other.fileno()]
+                )
         sock = self._sock
         assert sock is not None
         line = json.dumps(request).encode() + b"\n"
@@ -153,6 +156,15 @@ class FromHandler(FromFiles):
             child.close()
         if sock is not None:
             sock.close()
+
+
+def _confinement(snapshot: Snapshot | None) -> Confinement:
+    """What a handler needs: Python's own files, and the snapshot with those it is based on."""
+    files = python_files()
+    while snapshot is not None:
+        files.append((snapshot.path, READ))
+        snapshot = snapshot.base
+    return Confinement(files, environment=PYTHON_ENVIRONMENT)
 
 
 def _lost(said: bytes) -> MachineExit:

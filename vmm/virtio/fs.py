@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from vmm.child import Child
+    from vmm.sandbox.helper import Confinement
     from vmm.virtio.queue import Chain
     from vmm.virtio.vhost_user_wire import Connection
 
@@ -31,6 +32,12 @@ ROOT_TAG = "vmm-root"
 """The tag of the directory that is `--root`."""
 PACKAGE = "virtiofsd (Debian 12: qemu-system-common)"
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+CAPABILITIES = (
+    0, 1, 3, 4,  # CHOWN, DAC_OVERRIDE, FOWNER, FSETID
+    6, 7, 8,  # SETGID, SETUID; SETPCAP, to give up others
+    18, 21,  # SYS_CHROOT, SYS_ADMIN, until the mounts are made
+    27, 31,  # MKNOD, SETFCAP
+)  # fmt: skip
 _CONFIG = struct.Struct("<36sI")
 _IN = struct.Struct("<IIQ")
 """struct fuse_in_header's beginning: len, opcode, unique."""
@@ -111,7 +118,8 @@ class Share:
         try:
             fd = listener.sock.fileno()
             script = [sys.executable, "-I", "-S", fs_sandbox.__file__]
-            child = Child([*script, kind, access, path, program, str(fd)], pass_fds=[fd])
+            words = [*script, kind, access, path, program, str(fd)]
+            child = Child(words, _confinement(), pass_fds=[fd])
         except BaseException:
             listener.close()
             raise
@@ -135,6 +143,15 @@ class Share:
     def _what(self) -> str:
         """The option this is of, for messages."""
         return f"{'--root' if self.tag == ROOT_TAG else '--fs'} {self.path}"
+
+
+def _confinement() -> Confinement:
+    """What virtiofsd needs: mounts of its own (vmm.virtio.fs_sandbox), in which it sees the shared
+    directory and nothing else; of root's capabilities those that act on files, and those that it
+    gives up once it is there."""
+    from vmm.sandbox.helper import Confinement
+
+    return Confinement(None, keep=CAPABILITIES)
 
 
 def _no_directory(path: str) -> str:

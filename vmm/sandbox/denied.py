@@ -29,9 +29,10 @@ MOUNTS = (
 METADATA = (
     "chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "setxattr",
     "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr", "utime", "utimes",
-    "futimesat", "utimensat",
+    "futimesat", "utimensat", "truncate",
 )  # fmt: skip
-"""What changes owners, modes, attributes and times of files, which Landlock lets anybody."""
+"""What changes files by name that Landlock lets anybody change: owners, modes, attributes, times;
+before its ABI 3 their lengths."""
 
 PROCESSES = (
     "sched_setscheduler", "sched_setparam", "sched_setattr", "sched_setaffinity", "setpriority",

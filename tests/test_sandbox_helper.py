@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import images, netns
-from tests.support.bare import bare_machine
+from tests.support.bare import bare_machine, until
 from tests.support.ordinary_user import ordinary_user
 from vmm import HostError, Machine
 from vmm.block import storage_daemon
@@ -344,8 +344,9 @@ def test_passt_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             ((pid,),) = started(of=before).values()
             assert field(pid, "Name").startswith("passt")
+            # It tells that it is ready just before it has its own filter besides ours.
+            until(lambda: field(pid, "Seccomp_filters") == "2")
             check(pid, "s3cret")
-            assert field(pid, "Seccomp_filters") == "2"
             assert field(pid, "Uid").split()[1] != "0"
             assert all(each.startswith(("/memfd:", "/dev/null")) for each in opened(pid))
             # The root that passt made: nothing is in it. (From outside, with our capabilities.)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vmm.console import backends
 from vmm.console.backends import Backend, FileBackend, PtyBackend, StdioBackend, open_backend
 from vmm.errors import UsageError
 
@@ -102,6 +103,42 @@ def test_a_stuck_reader_does_not_hold_the_end_up(how: str) -> None:
     writer.join(30)
     assert not writer.is_alive()
     assert backend.error or how == "close"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_write_under_way_returns_at_a_pause_and_nothing_is_lost() -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    backend = StdioBackend(-1, writing)
+    data = os.urandom(40_000)
+    writer = threading.Thread(target=backend.write, args=(data[:20_000],), daemon=True)
+    writer.start()
+    writer.join(0.1)
+    assert writer.is_alive()
+    backend.hold()
+    writer.join(30)
+    assert not writer.is_alive()
+    backend.write(data[20_000:30_000])  # of another vCPU; it does not wait either
+    got = bytearray(os.read(reading, 4096))
+    backend.go_on()
+    writer = threading.Thread(target=backend.write, args=(data[30_000:],), daemon=True)
+    writer.start()
+    while len(got) < len(data):
+        got += os.read(reading, 4096)
+    writer.join(30)
+    assert got == data
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_a_pause_keeps_is_bounded() -> None:
+    reading, writing = os.pipe()
+    backend = StdioBackend(-1, writing)
+    backend.hold()
+    for _ in range(5):
+        backend.write(bytes(backends.KEPT_MAX))
+    assert len(backend._kept) == backends.KEPT_MAX
     os.close(reading)
     os.close(writing)
 

@@ -6,16 +6,20 @@ as a request can name.
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.support import tiny
 from tests.support.bare import DriverOn, bare_machine, until
 from tests.support.virtio_driver import table
-from vmm import Machine
+from vmm import Machine, MachineConfig
 from vmm.layout import GIB, MIB
 from vmm.net.pcap import FifoCapture
 from vmm.virtio import blk, mmio
@@ -200,6 +204,58 @@ def test_nobody_waits_for_the_guest(cases: tuple[str, ...], tmp_path: Path) -> N
         within("close", machine.close)
 
 
+@pytest.mark.timeout(120)
+def test_a_console_that_nobody_reads_holds_up_no_pause(tmp_path: Path) -> None:
+    """A vCPU waits for a reader that takes nothing for now. No byte is lost, none comes twice."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    prints = b"\x66\xba\xf8\x03\xee\xfe\xc0\xeb\xfb"  # out dx, al; inc al; once more
+    kernel = tiny.kernel(tmp_path, prints)
+    got = bytearray()
+    with Machine(MachineConfig(kernel, memory=16 * MIB, console=f"file:{fifo}")) as machine:
+        machine.start()
+        for turn in range(3):
+            wait_until_stuck(machine)
+            within("pause", machine.pause)
+            within("checkpoint", machine.checkpoint)
+            if turn == 1:
+                within("snapshot", lambda: machine.snapshot(tmp_path / "snapshot"))
+            got += read_all(reader)
+            within("resume", machine.resume)
+        wait_until_stuck(machine)
+        within("rollback", machine.rollback)
+        wait_until_stuck(machine)
+        within("pause", machine.pause)
+        printed = machine.console.position
+        closing = threading.Thread(target=machine.close)
+        closing.start()
+        while closing.is_alive():
+            got += read_all(reader)
+            closing.join(0.01)
+    got += read_all(reader)
+    os.close(reader)
+    assert len(got) >= printed > 4 * 50_000
+    breaks = [at for at in range(1, len(got)) if got[at] != (got[at - 1] + 1) % 256]
+    assert got[0] == 0 and len(breaks) <= 1  # at the rollback
+
+
+def wait_until_stuck(machine: Machine) -> None:
+    """Until the guest has printed, and can print no more."""
+    before = -1
+    while machine.console.position == 0 or machine.console.position != before:
+        before = machine.console.position
+        time.sleep(0.3)
+
+
+def read_all(reader: int) -> bytes:
+    got = b""
+    with suppress(BlockingIOError):
+        while part := os.read(reader, 1 << 20):
+            got += part
+    return got
+
+
 def test_output_goes_on_after_a_turn(tmp_path: Path) -> None:
     """A long chain is put out to its end, a turn after the other."""
     machine = machine_with_all(tmp_path)
@@ -217,7 +273,6 @@ def test_output_goes_on_after_a_turn(tmp_path: Path) -> None:
 
 def test_a_capture_copies_a_frame_and_not_its_buffers(tmp_path: Path) -> None:
     import mmap
-    import os
 
     os.mkfifo(tmp_path / "fifo")
     capture = FifoCapture(str(tmp_path / "fifo"))

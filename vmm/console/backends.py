@@ -22,6 +22,9 @@ CHUNK = 4096
 """Bytes a write that was told "writable" hands over at once: a pipe takes these without
 blocking (PIPE_BUF)."""
 POLL_MS = 100
+KEPT_MAX = 1 << 20
+"""Bytes of output kept while a machine is paused and its reader takes nothing: each vCPU may have a
+write under way, of some KiB."""
 END_PATIENCE_MS = 1000
 PTY_PATIENCE_MS = 1000
 """How long output waits for a slow reader of a pty before it is dropped."""
@@ -51,6 +54,13 @@ class Backend:
         """Whether a short write would not wait; it may become so within `patience` seconds."""
         return True
 
+    def hold(self) -> None:
+        """The machine pauses: from now on a write that would wait keeps what is left, and returns:
+        a vCPU that waits for a reader could not park. At most KEPT_MAX bytes."""
+
+    def go_on(self) -> None:
+        """The machine goes on: what was kept is put out before what comes next."""
+
     def end(self) -> None:
         """The machine is ending: a reader that takes nothing for END_PATIENCE_MS is given up on,
         so that neither a vCPU nor `close` waits for it for ever."""
@@ -78,6 +88,8 @@ class FdBackend(Backend):
         super().__init__(name)
         self.fd = fd
         self._poll: select.poll | None = None
+        self._held = False
+        self._kept = b""
         if fd >= 0:
             self._watch()
 
@@ -89,13 +101,24 @@ class FdBackend(Backend):
             self._poll = select.poll()
             self._poll.register(self.fd, select.POLLOUT)
 
+    def hold(self) -> None:
+        self._held = True
+
+    def go_on(self) -> None:
+        self._held = False
+
     def write(self, data: bytes) -> None:
         with self._lock:
-            view = memoryview(data)
+            view = memoryview(self._kept + data if self._kept else data)
+            self._kept = b""
             waited = 0
             while view and not self._closed and not self.error:
+                held = self._held and not self._ending
                 # Without this wait, a vCPU thread would sit in write(2), deaf to `end`.
-                if self._poll is not None and not self._poll.poll(POLL_MS):
+                if self._poll is not None and not self._poll.poll(0 if held else POLL_MS):
+                    if held:
+                        self._kept = bytes(view[:KEPT_MAX])
+                        return
                     waited += POLL_MS if self._ending else 0
                     if waited >= END_PATIENCE_MS:
                         self._give_up()

@@ -97,6 +97,14 @@ class Console:
         if self._terminal is not None:
             self._terminal.reclaim()
 
+    def hold(self) -> None:
+        """The machine pauses: do not let its vCPUs wait for a stuck reader."""
+        self.backend.hold()
+
+    def go_on(self) -> None:
+        """The machine goes on."""
+        self.backend.go_on()
+
     def end(self) -> None:
         """The machine is about to stop: do not let its vCPUs wait for a stuck reader."""
         self.backend.end()
@@ -114,6 +122,7 @@ class Console:
             self._pump = None
         if self._uart is not None:
             self._uart.flush()
+            self.backend.write(b"")  # what a pause has had it keep
         self.tail.close()
         if self._terminal is not None:
             self._terminal.restore()

@@ -414,6 +414,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         with priority.first:
             with self._lock:
                 self.need("pause", RUNNING)
+                self.platform.console.hold()
                 for thread in self._threads:
                     thread.request(PAUSED)
                 self._state = PAUSED
@@ -435,6 +436,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                 thread.resumed()
             self._state = RUNNING
             self.paused_for = ""
+            self.platform.console.go_on()
             self._tell("resumed")
             self.let_go()  # after that was told: what the vCPUs do comes after it
         self.platform.resumed()
@@ -452,6 +454,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def wait_parked(self) -> None:
         """Wait until no vCPU runs: a device or a panic pauses a machine without waiting."""
         if self._state == PAUSED:
+            self.platform.console.hold()
             for thread in self._threads:
                 thread.wait_parked()
 

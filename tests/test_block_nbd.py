@@ -20,6 +20,7 @@ from tests.support import images
 from tests.support.virtio_driver import Driver
 from tests.test_virtio_blk import request, submit, wait_used
 from tests.test_virtio_vhost_user import External, blocks, kill, leftovers
+from vmm.block import nbd
 from vmm.block.drive import Drive
 from vmm.block.nbd import NbdImage
 from vmm.block.overlay import Overlay
@@ -255,6 +256,65 @@ def test_an_answer_out_of_order() -> None:
         with pytest.raises(OSError, match=r"out of order|has ended"):
             image.read([memoryview(bytearray(512))], 0)
     image.close()
+    thread.join()
+
+
+@pytest.mark.parametrize("size", [(1 << 64) - 1, 1 << 63])
+def test_a_size_that_no_file_has(size: int) -> None:
+    info = struct.pack(">HQH", 0, size, 1)
+    says = GREETING + REPLY + struct.pack(">III", 7, 3, len(info)) + info
+    says += REPLY + struct.pack(">III", 7, 1, 0)
+    ours, thread = serve(lambda sock: (sock.sendall(says), sock.recv(99), sock.recv(99)))
+    with pytest.raises(HostError, match=f"a disk of {size} bytes"):
+        NbdImage("x", [ours])
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (struct.pack(">IIQ", 0x67446698, (1 << 32) - 1, 0), "Input/output error"),
+        (struct.pack(">IIQ", 0x67446698, 100_000, 0), "Input/output error"),
+        (struct.pack(">IIQ", 0x67446698, 28, 0), "No space left"),
+        (struct.pack(">IIQ", 0x67446698, 0, 7) + bytes(512), "out of order"),
+    ],
+)
+def test_answers_that_lie(answer: bytes, says: str) -> None:
+    """Each is an error of the request, and none ends the disk's thread."""
+
+    def main(sock: socket.socket) -> None:
+        info = struct.pack(">HQH", 0, MIB, 1)
+        sock.sendall(GREETING + REPLY + struct.pack(">III", 7, 3, len(info)) + info)
+        sock.sendall(REPLY + struct.pack(">III", 7, 1, 0))
+        while sock.recv(4096):
+            sock.sendall(answer)
+
+    ours, thread = serve(main)
+    image = NbdImage("x", [ours])
+    with pytest.raises(OSError, match=says):
+        image.read([memoryview(bytearray(512))], 0)
+    image.close()
+    thread.join()
+
+
+def test_a_greeting_byte_by_byte_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd, "TIMEOUT", 0.3)
+    over = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        info = REPLY + struct.pack(">III", 7, 3, 4096) + bytes(4096)
+        for byte in GREETING + info * 99:
+            if over.wait(0.02):
+                return
+            sock.sendall(bytes([byte]))
+
+    ours, thread = serve(drip)
+    threading.Timer(30, over.set).start()
+    begun = time.monotonic()
+    with pytest.raises(HostError, match="has ended"):
+        NbdImage("x", [ours])
+    assert time.monotonic() - begun < 20
+    over.set()
     thread.join()
 
 

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import time
 from _queue import SimpleQueue
 from contextlib import suppress
 
@@ -41,6 +42,8 @@ MAGIC, OPTION_MAGIC, REPLY_MAGIC = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 OPT_GO, REP_ACK, REP_INFO, INFO_EXPORT = 7, 1, 3, 0
 OPTION_BYTES_MAX = 4096
+SIZE_MAX = (1 << 63) - 1
+"""Bytes of a disk: what a file's offset can be."""
 FLAG_TRIM, FLAG_WRITE_ZEROES, FLAG_MULTI_CONN = 1 << 5, 1 << 6, 1 << 8
 CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES = 0, 1, 3, 4, 6
 CMD_NO_HOLE = 1 << 1
@@ -94,9 +97,9 @@ class NbdImage:
         self._free: SimpleQueue[socket.socket] = SimpleQueue()
         self.size = 0
         try:
+            limit = time.monotonic() + TIMEOUT
             for number, connection in enumerate(self._connections):
-                connection.settimeout(TIMEOUT)
-                self.size, flags = _greet(connection)
+                self.size, flags = _greet(connection, limit)
                 connection.settimeout(None)
                 if number and not flags & FLAG_MULTI_CONN:
                     break  # a flush would not be one of the others' writes
@@ -216,13 +219,14 @@ class NbdImage:
         try:
             head = _REQUEST.pack(REQUEST_MAGIC, flags, kind, 0, offset, size)
             _send(connection, [memoryview(head), *out])
-            magic, error, _ = _SIMPLE.unpack(_exactly(connection, _SIMPLE.size))
-            if magic != SIMPLE_MAGIC:
+            magic, error, handle = _SIMPLE.unpack(_exactly(connection, _SIMPLE.size))
+            if magic != SIMPLE_MAGIC or handle:
                 with suppress(OSError):  # whatever comes next on it is no answer either
                     connection.shutdown(socket.SHUT_RDWR)
                 raise OSError(errno.EIO, "the NBD server answers out of order")
             if error:
-                raise OSError(error, os.strerror(error))
+                number = error if error in errno.errorcode else errno.EIO
+                raise OSError(number, os.strerror(number))
             _receive(connection, into)
         finally:
             self._free.put(connection)
@@ -266,19 +270,37 @@ def _receive(connection: socket.socket, views: Sequence[memoryview]) -> None:
             _, views = cut(views, done)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _exactly(connection: socket.socket, size: int, limit: float | None = None) -> bytes:
+    """`size` bytes; all of them before the time `limit`, where there is one."""
     data = bytearray(size)
+    if limit is not None:
+        view = memoryview(data)
+        while view:
+            connection.settimeout(max(limit - time.monotonic(), 0.001))
+            view = view[_some(connection, view) :]
+        return bytes(data)
     _receive(connection, [memoryview(data)])
     return bytes(data)
+
+
+def _some(connection: socket.socket, view: memoryview) -> int:
+    """Receive what is there into `view`; how many bytes."""
+    try:
+        done = connection.recv_into(view)
+    except OSError as err:
+        raise _gone() from err
+    if not done:
+        raise _gone()
+    return done
 
 
 def _gone() -> OSError:
     return OSError(errno.EIO, "the NBD server has ended")
 
 
-def _greet(connection: socket.socket) -> tuple[int, int]:
-    """Begin a session: the export's size in bytes, and its flags."""
-    greeting = _exactly(connection, 18)
+def _greet(connection: socket.socket, limit: float) -> tuple[int, int]:
+    """Begin a session, until the time `limit`: the export's size in bytes, and its flags."""
+    greeting = _exactly(connection, 18, limit)
     if greeting[:16] != MAGIC + OPTION_MAGIC or not greeting[17] & FIXED_NEWSTYLE:
         raise ValueError("not an NBD server's greeting")
     name = EXPORT.encode()
@@ -289,11 +311,13 @@ def _greet(connection: socket.socket) -> tuple[int, int]:
     )])  # fmt: skip
     size = flags = 0
     for _ in range(100):
-        magic, option, kind, length = _OPTION_REPLY.unpack(_exactly(connection, 20))
+        magic, option, kind, length = _OPTION_REPLY.unpack(_exactly(connection, 20, limit))
         if magic != REPLY_MAGIC or option != OPT_GO or length > OPTION_BYTES_MAX:
             raise ValueError("not an NBD server's answer")
-        answer = _exactly(connection, length)
+        answer = _exactly(connection, length, limit)
         if kind == REP_ACK:
+            if size > SIZE_MAX:
+                raise ValueError(f"a disk of {size} bytes")
             return size, flags
         if kind != REP_INFO:
             raise ValueError(f"no export: {answer.decode(errors='replace')[:200]!r}")

@@ -26,6 +26,10 @@ CLUSTER = 64 << 10
 """Bytes. Large enough that the bitmap of 1 TiB is 2 MiB, small enough to be copied in no time."""
 
 
+SIZE_MAX = 128 << 40
+"""Bytes of the largest disk: its bitmap takes 256 MiB."""
+
+
 class Overlay:
     """An image as `vmm.block.raw.RawImage` is one, over `base`, which is only read.
 
@@ -47,6 +51,11 @@ class Overlay:
         self.direct: bool = base.direct
         where = directory or os.environ.get("TMPDIR") or "/var/tmp"
         self._fd = -1
+        if self.size > SIZE_MAX:  # an image's header can say anything
+            raise HostError(
+                f"--drive {base.path},snapshot: a disk of {self.size} bytes is too large for an "
+                f"overlay, which takes {SIZE_MAX >> 40} TiB"
+            )
         try:
             self._fd = _nameless(where)
             os.truncate(self._fd, self.size)

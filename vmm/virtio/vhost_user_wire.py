@@ -47,6 +47,8 @@ REPLY = 1 << 2
 NEED_REPLY = 1 << 3
 PAYLOAD_MAX = 4096
 CONFIG_MAX = 256
+FDS_MAX = 8
+"""Descriptors that may come with one answer before it is given up on."""
 _HEADER = struct.Struct("<III")
 _U64 = struct.Struct("<Q")
 _VRING = struct.Struct("<II")
@@ -147,11 +149,16 @@ class Connection:
         with self._lock:
             self._send(GET_INFLIGHT_FD, VERSION, description, ())
             fds: list[int] = []
-            answer = self._receive(GET_INFLIGHT_FD, len(description), fds)
-            if len(fds) != 1:
+            try:
+                answer = self._receive(GET_INFLIGHT_FD, len(description), fds)
+                if len(fds) != 1:
+                    raise BackEndGone(
+                        f"{self.name} gave {len(fds)} descriptors for inflight, not one"
+                    )
+            except BaseException:
                 for fd in fds:
                     os.close(fd)
-                raise BackEndGone(f"{self.name} gave {len(fds)} descriptors for inflight, not one")
+                raise
             return fds[0], answer
 
     def set_inflight(self, fd: int, description: bytes) -> None:
@@ -200,6 +207,16 @@ class Connection:
             raise BackEndGone(f"{self.name}: {length} bytes answer request {request}, not {size}")
         return payload
 
+    def _with_fds(self, size: int, fds: list[int]) -> bytes:
+        """Receive up to `size` bytes, and a descriptor, where one comes with them. (`recv_fds` of
+        the socket module ignores its flags: a program started meanwhile would inherit it.)"""
+        room = socket.CMSG_LEN(4)
+        piece, ancillary, _, _ = self.sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds += array.array("i", data[: len(data) // 4 * 4])
+        return piece
+
     def _exactly(self, size: int, fds: list[int] | None = None) -> bytes:
         data = b""
         while len(data) < size:
@@ -207,8 +224,9 @@ class Connection:
                 if fds is None:
                     piece = self.sock.recv(size - len(data))
                 else:
-                    piece, found, _, _ = socket.recv_fds(self.sock, size - len(data), 4)
-                    fds += found
+                    piece = self._with_fds(size - len(data), fds)
+                    if len(fds) > FDS_MAX:
+                        raise BackEndGone(f"{self.name} sends descriptors without end")
             except OSError as err:
                 raise self._gone(err) from err
             if not piece:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from vmm import HostError, Machine, UsageError
 from vmm.errors import SnapshotError
 from vmm.machine import exits
 from vmm.memory import GuestMemory, userfault
+from vmm.snapshot.store import Snapshot
+from vmm.virtio import unix
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(180)]
 
@@ -295,3 +298,54 @@ def test_pages_that_are_there_stay() -> None:
             assert list(userfault.faults(fd)) == []
         finally:
             os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"", b"nonsense", b"[1]", b"null", b"[" * 60_000, b'{"snapshot": 1}',
+        b'{"snapshot": "SUM"}', b'{"snapshot": "SUM", "regions": 1}',
+        b'{"snapshot": "SUM", "regions": [[1]]}', b'{"snapshot": "SUM", "regions": [[1, 2, -3]]}',
+        b'{"snapshot": "SUM", "regions": [["x", 2, 3]]}',
+        b'{"snapshot": "SUM", "regions": [[1e999, 2, 3]]}',
+    ],
+    ids=lambda says: says[:40].decode(),
+)  # fmt: skip
+def test_a_handler_goes_on_after_a_client_that_lies(made: Path, says: bytes) -> None:
+    """The other machines' pages come from it."""
+    path = made / "handler"
+    command = [sys.executable, "-m", "vmm.snapshot.uffd", str(made / "full"), str(path)]
+    with Snapshot(str(made / "full")) as snapshot:
+        says = says.replace(b"SUM", snapshot.checksum.encode())
+    handler = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        liar = connected(path)
+        with liar, open(os.devnull) as one:
+            if says:
+                socket.send_fds(liar, [says], [one.fileno()] * 5)
+            liar.shutdown(socket.SHUT_WR)
+            assert b"error" in liar.recv(4096)
+        with Machine.restore(str(made / "full"), pages=f"uffd={path}") as m:
+            m.memory.read(DATA, 1)
+        fds = Path(f"/proc/{handler.pid}/fd")
+        assert not [each for each in fds.iterdir() if os.readlink(each) == os.devnull][3:]
+    finally:
+        handler.kill()
+        _, said = handler.communicate()
+    assert said == b""
+
+
+def connected(path: Path) -> socket.socket:
+    """A client of the handler, once that listens."""
+
+    def connect() -> bool:
+        try:
+            unix.connect(sock, str(path))
+        except OSError:
+            return False
+        return True
+
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(60)
+    until(connect)
+    return sock

@@ -201,7 +201,7 @@ class DiskFaults:
             raise UsageError(f"{where}: {path} is the disk itself")
         unfinished = f"{path}.{os.getpid()}.part"
         try:
-            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 copy(image, fd)
                 cut = log.cut(

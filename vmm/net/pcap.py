@@ -6,6 +6,7 @@ those whose checksum was left to others do not have it yet.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from _thread import allocate_lock
@@ -36,7 +37,9 @@ class Capture:
 
     def __init__(self, path: str) -> None:
         try:
-            self._file = open(path, "wb", BUFFER)  # noqa: SIM115 (closed by `close`)
+            # What passes on a network is for its user alone, as with dumpcap.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._file = open(fd, "wb", BUFFER)  # noqa: SIM115 (closed by `close`)
         except OSError as err:
             raise UsageError(
                 f"--net pcap={path}: {err.strerror}; give a file that can be written"

@@ -11,6 +11,7 @@ import struct
 from _socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_STREAM
 from _socket import socket as Socket  # the C type: the socket module costs a start 3 ms
 
+from vmm import socket_owner
 from vmm.errors import UsageError
 from vmm.forked import drop_in_child
 from vmm.net.port import GONE, Backend, LinkLost, Port, scatter
@@ -26,6 +27,8 @@ STAGE = 512 << 10
 GATHER_BYTES = 192 << 10
 GATHER_VIEWS = 960
 """What one sendmsg takes: about a socket's buffer; less than IOV_MAX."""
+CONNECT_WITHIN = 20.0
+"""Seconds to wait for a program whose queue of connections is full."""
 ADDRESS_MAX = 107
 """Bytes of a socket's path that its address has room for."""
 _HEADER = bytes(HEADER_SIZE)
@@ -177,6 +180,7 @@ def connect(path: str, *, mtu: int = 0, what: str) -> StreamBackend:
     """Connect to the UNIX socket `path`. Raises UsageError."""
     sock = Socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
     try:
+        sock.settimeout(CONNECT_WITHIN)  # where the program takes no more connections
         if len(os.fsencode(path)) > ADDRESS_MAX:
             from vmm.virtio import unix
 
@@ -184,6 +188,8 @@ def connect(path: str, *, mtu: int = 0, what: str) -> StreamBackend:
             unix.connect(sock, path)
         else:
             sock.connect(path)
+            socket_owner.check(sock, path)
+        sock.settimeout(None)
     except (OSError, ValueError) as err:
         sock.close()
         reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err)

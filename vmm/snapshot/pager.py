@@ -31,6 +31,12 @@ KIND = "uffd"
 """Of memory regions: what is not there is somewhere else."""
 ANSWER_WITHIN = 60.0
 """Seconds; a Python starts in between."""
+HANDLER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from vmm.snapshot.uffd import command; command()"
+)
+"""The handler's program; its first argument is PACKAGES."""
+PACKAGES = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The directory that has this package."""
 
 
 class FromHandler(FromFiles):
@@ -82,7 +88,9 @@ class FromHandler(FromFiles):
             self._sock, other = socket.socketpair()
             with other:
                 number = str(other.fileno())
-                program = [sys.executable, "-m", "vmm.snapshot.uffd"]
+                # -P: no module comes from the current directory, which may be anybody's; this
+                # package comes from where it is now.
+                program = [sys.executable, "-P", "-c", HANDLER, PACKAGES]
                 if self._snapshot.is_trusted:
                     program.append("--trusted")
                 program += [self._snapshot.path, "--fd", number]
@@ -104,10 +112,15 @@ class FromHandler(FromFiles):
         if not answer:
             said = self._child.said() if self._child is not None else ""
             raise HostError(f"the handler of {self._snapshot.path} ended at once: {said}")
-        told = json.loads(answer)
-        if "error" in told:
-            raise SnapshotError(f"the handler of {self._snapshot.path}: {told['error']}")
-        self.pid = int(told["pid"])
+        try:
+            told = json.loads(answer)
+            if "error" not in told:
+                self.pid = int(told["pid"])
+                return
+            said = str(told["error"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            said = "it does not answer as a handler does"
+        raise SnapshotError(f"the handler of {self._snapshot.path}: {said}")
 
     def apply(self, machine: Machine) -> None:
         thread = threading.Thread(target=self._watch, args=(machine,), name="pager", daemon=True)

@@ -23,6 +23,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 
 from vmm.errors import SnapshotError, VmmError
@@ -39,9 +40,15 @@ if TYPE_CHECKING:
 
 USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N [before DIR: --trusted]"
 LINE_MAX = 1 << 16
-GREETING_WITHIN = 30.0
+GREETING_WITHIN = 5.0
+"""Seconds that a machine has to say what it wants; those that are served wait for that."""
+ACCEPT_AGAIN = 0.2
 STOP_WITHIN = 2.0
 """Seconds a machine has to stop its vCPUs when it is told that pages are lost."""
+
+
+WRONG = (VmmError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
+"""What reading a machine's request may raise."""
 
 
 class Pages:
@@ -116,24 +123,31 @@ class Client:
             regions = self._greeting(snapshot)
             self._start(pages, regions, snapshot.memory_size)
             self.tell(pid=self.pid)
-        except (VmmError, OSError, ValueError, KeyError) as err:
+        except WRONG as err:
             self.tell(error=str(err))
             self.close()
             raise SnapshotError(str(err)) from err
 
     def _greeting(self, snapshot: Snapshot) -> list[list[int]]:
         self.sock.settimeout(GREETING_WITHIN)
-        data, control, _, _ = self.sock.recvmsg(LINE_MAX, socket.CMSG_SPACE(4))
+        # Room for one descriptor has room for two, in whole words.
+        flags = socket.MSG_CMSG_CLOEXEC
+        data, control, _, _ = self.sock.recvmsg(LINE_MAX, socket.CMSG_SPACE(4), flags)
         self.sock.settimeout(None)
         for level, kind, part in control:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self.uffd = array.array("i", part[:4])[0]
+                self.uffd, *more = array.array("i", part[: len(part) // 4 * 4])
+                for fd in more:
+                    os.close(fd)
         request = json.loads(data)
         if self.uffd < 0:
             raise ValueError("no userfaultfd came with the request")
         if request["snapshot"] != snapshot.checksum:
             raise SnapshotError(f"the handler serves {snapshot.path}, which is another snapshot")
-        return [[int(number) for number in region] for region in request["regions"]]
+        regions = [[int(number) for number in region] for region in request["regions"]]
+        if any(len(region) != 3 or min(region) < 0 for region in regions):
+            raise ValueError("a region is [address, bytes, offset]")
+        return regions
 
     def _start(self, pages: Pages, regions: list[list[int]], size: int) -> None:
         self.pid = os.fork()
@@ -230,8 +244,12 @@ def _watch(
             else:
                 client.close()
         if listener is not None and listener.fileno() in ready:
-            sock, _ = listener.accept()
-            add(sock)
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # gone again, or no descriptors for now: those served go on
+                time.sleep(ACCEPT_AGAIN)
+            else:
+                add(sock)
 
 
 def main(argv: list[str]) -> int:
@@ -262,6 +280,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments that it was started with."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

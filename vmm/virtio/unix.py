@@ -7,8 +7,10 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from contextlib import contextmanager, suppress
 
+from vmm import socket_owner
 from vmm.errors import HostError, UsageError
 from vmm.forked import drop_in_child
 
@@ -23,6 +25,8 @@ LAST_MAX = PATH_MAX - len("/proc/self/fd/1234567/")
 """Bytes of a path's last part, where the whole is longer than PATH_MAX."""
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 NOBODY = (-1, -1)
+LOCKED_WITHIN = 2.0
+"""Seconds to wait for a directory that another process has locked."""
 
 
 def check_path(option: str, path: str, more: int = 0) -> None:
@@ -55,9 +59,11 @@ def reachable(path: str) -> Iterator[str]:
 
 
 def connect(sock: socket.socket | _socket.socket, path: str) -> None:
-    """Connect to the socket `path`, however long that is. OSError, ValueError."""
+    """Connect to the socket `path`, however long that is, unless it may be another user's (see
+    `vmm.socket_owner`). OSError, ValueError."""
     with reachable(path) as name:
         sock.connect(name)
+    socket_owner.check(sock, path)
 
 
 def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
@@ -68,7 +74,7 @@ def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
         # Two monitors that find one stale socket must not remove each other's new one.
         directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+            _lock(directory)
             _make_way(path, option)
             # What bind(2) gives the name, whatever the umask: it is for this user's programs only.
             os.fchmod(listener.fileno(), 0o600)
@@ -105,10 +111,27 @@ def remove_stale(path: str) -> None:
     with suppress(OSError, UsageError):
         directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+            _lock(directory)
             _make_way(path, path)
         finally:
             os.close(directory)
+
+
+def _lock(directory: int) -> None:
+    """Lock the open `directory`, against other monitors. OSError where somebody else has it locked
+    and does not let it go: whoever may read a directory may lock it."""
+    limit = time.monotonic() + LOCKED_WITHIN
+    while True:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                raise OSError(
+                    errno.EAGAIN, "another process keeps the directory locked (flock)"
+                ) from None
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _make_way(path: str, option: str) -> None:

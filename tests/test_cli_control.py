@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.bare import bare_machine
 from vmm import Machine
 from vmm.cli import control
 from vmm.cli.control import Control, ask
+from vmm.errors import VmmError
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
@@ -181,3 +183,71 @@ def test_the_end_with_a_request_in_the_queue(slow: Slow, tmp_path: Path) -> None
     assert slow.made == ["first"]
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"[" * 200_000, b'{"snapshot":' * 50_000, b"9" * 100_000, b"\xff\xfe", b"null", b"[]",
+        b'{"snapshot": null}', b'{"snapshot": []}', b'{"snapshot": {}}',
+        b'{"snapshot": {"path": 1}}', b'{"snapshot": {"path": "a\\u0000b"}}',
+        b'{"snapshot": {"path": "\\ud800"}}', b'{"snapshot": {"path": "x", "track": 1}}',
+        b'{"snapshot": {"path": "x", "base": "\\u0000"}}', b'{"snapshot": {"path": ""}}',
+        b'{"snapshot": {"path": "' + b"y" * 100_000 + b'"}}',
+        b'{"snapshot": {"path": "x", "disks": "' + b"y" * 100_000 + b'"}}',
+        b'{"snapshot": {"path": "x", "machine": {}}}', b'{"resize": null}', b'{"resize": {}}',
+        b'{"resize": {"disk": [], "size": 1}}', b'{"resize": {"disk": "blk0", "size": 1e999}}',
+        b'{"resize": {"disk": "blk0", "size": true}}',
+        b'{"resize": {"disk": "' + b"z" * 100_000 + b'"}}',
+    ],
+    ids=lambda says: says[:40].decode(errors="replace"),
+)  # fmt: skip
+def test_every_request_is_answered_in_a_line(
+    says: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none ends its thread with a traceback, or costs the machine anything."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "c")
+    with bare_machine("1: hlt; jmp 1b") as machine:
+        machine.start()
+        with Control(path, machine), connected(path) as sock:
+            sock.sendall(says + b"\n")
+            with sock.makefile("rb") as stream:
+                answer = stream.readline()
+            told = json.loads(answer)
+            assert set(told) == {"error", "status"} and told["status"] in (2, 69), told
+            assert "\n" not in told["error"]
+            ask(path, {"snapshot": {"path": str(tmp_path / "a")}})  # others are served
+            assert machine.state == "running"
+    assert failed == []
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"", b"nonsense\n", b"[1]\n", b"7\n", b"[" * 100_000 + b"\n", b"x" * (3 << 20),
+        b'{"error": {"a": 1}}\n', b'{"error": "a\\nb", "status": "x"}\n',
+        b'{"error": "no", "status": 99999}\n', b'{"error": "no", "status": 0}\n',
+    ],
+    ids=lambda says: says[:40].decode(errors="replace"),
+)  # fmt: skip
+def test_a_machine_that_lies_to_who_asks(says: bytes, tmp_path: Path) -> None:
+    """A monitor that its guest has taken over still has its socket."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "c"))
+    listener.listen()
+
+    def serve() -> None:
+        with listener.accept()[0] as sock, suppress(OSError):
+            sock.recv(4096)
+            sock.sendall(says)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(VmmError) as raised:
+        ask(str(tmp_path / "c"), {"snapshot": {}})
+    assert "\n" not in str(raised.value) and 0 < raised.value.exit_status < 128
+    thread.join()
+    listener.close()

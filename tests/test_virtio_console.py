@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import socket
 import struct
 import threading
@@ -257,6 +258,37 @@ def test_a_socket_port(multi: Guest, tmp_path: Path) -> None:
             multi.give(4)
             assert multi.take(4) == b"hi " + word
         assert multi.told() == (1, PORT_OPEN, 0, b"")
+
+
+def test_without_descriptors_a_client_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop, which has other devices to serve, does not turn on it; the client is served when
+    there are some again."""
+    tries = []
+    accept = SocketPort._accept
+    monkeypatch.setattr(SocketPort, "_accept", lambda port: (tries.append(1), accept(port)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = []
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    with Guest([None, SocketPort(1, "chat", str(tmp_path / "s"))]) as guest, client:
+        most = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    spare.append(os.dup(0))
+            client.connect(str(tmp_path / "s"))
+            time.sleep(0.7)
+            assert 0 < len(tries) < 20
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in spare:
+                os.close(fd)
+        guest.control(1, PORT_READY)
+        assert guest.told()[1:3] == (PORT_NAME, 1)
+        assert guest.told()[1:3] == (PORT_OPEN, 1)
 
 
 def test_input_before_the_guest_opens_a_port_waits(multi: Guest, tmp_path: Path) -> None:

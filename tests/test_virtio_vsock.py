@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.vsock_guest import CID, Guest
 from vmm.errors import UsageError
-from vmm.virtio import mmio, spec
+from vmm.virtio import mmio, spec, vsock_host
 from vmm.virtio import vsock_packet as vp
 from vmm.virtio.vsock import REPLIES_MAX, TX, Vsock
 from vmm.virtio.vsock_host import VsockHost, connect_port
@@ -317,6 +317,17 @@ def test_the_line_may_come_in_pieces_and_data_right_behind(plain: Guest) -> None
         plain.send(vp.OP_RESPONSE, PORT, port)
         assert plain.expect(vp.OP_RW).data == b"early"
         assert answer(sock) == b"OK %d\n" % port
+
+
+def test_silent_clients_keep_nobody_out(plain: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of too many that say nothing, or half a line for ever, the first ones are closed."""
+    monkeypatch.setattr(vsock_host, "CLIENTS_MAX", 16)
+    silent = [client(plain, line) for line in (b"", b"CONN") * 20]
+    sock, _ = dialled(plain)
+    sock.close()
+    assert gone(silent[0]) and gone(silent[1])
+    for each in silent:
+        each.close()
 
 
 def test_refused_both_ways(plain: Guest) -> None:

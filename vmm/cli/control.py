@@ -38,6 +38,8 @@ PATIENCE = 10.0
 """Seconds from a request's first byte to its last, and for a client to take an answer."""
 LOOK = 0.2
 """Seconds between looks whether a client that waits for its turn is still there."""
+SHOWN_MAX = 200
+"""Characters of a client's words in an answer."""
 OPTION = "--control"
 KEYS = {"path": str, "base": str, "disks": str, "track": bool}
 
@@ -161,7 +163,13 @@ class Control:
                     sock.close()
                     continue
                 self._clients[thread] = client
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the host has no more threads for now
+                with self._lock:
+                    self._clients.pop(thread, None)
+                sock.close()
+                time.sleep(LOOK)
 
     def _make_room(self) -> bool:
         """Close an idle connection where there are too many; whether there is room now."""
@@ -207,7 +215,7 @@ class Control:
 
     def _answer(self, line: bytes, client: Client) -> dict[str, object]:
         try:
-            request = json.loads(line)
+            request = _parse(line)
             if isinstance(request, dict) and list(request) == ["resize"]:
                 with self._turn_of(client):
                     return {"size": self._resize(request["resize"])}
@@ -217,8 +225,6 @@ class Control:
                 self._snapshot(request["snapshot"], client)
         except VmmError as err:
             return {"error": str(err), "status": err.exit_status}
-        except ValueError:
-            return {"error": "a request is one line of JSON", "status": UsageError.exit_status}
         return {}
 
     def _resize(self, request: Any) -> int:
@@ -230,7 +236,8 @@ class Control:
             raise UsageError("resize: it takes disk, and maybe size")
         name, size = request["disk"], request.get("size")
         if not isinstance(name, str) or not (size is None or type(size) is int):
-            raise UsageError(f"resize: disk={name!r}, size={size!r} cannot be")
+            shown = str(name)[:SHOWN_MAX], str(size)[:SHOWN_MAX]
+            raise UsageError(f"resize: disk={shown[0]!r}, size={shown[1]} cannot be")
         try:
             disk = self._machine.virtio_device(name)
         except StateError as err:
@@ -244,8 +251,8 @@ class Control:
             raise UsageError("snapshot: path is missing")
         stop = request.pop("stop", False)
         for key, value in request.items():
-            if key not in KEYS or not isinstance(value, KEYS[key]):
-                raise UsageError(f"snapshot: {key}={value!r} cannot be")
+            if key not in KEYS or type(value) is not KEYS[key] or not _is_name(value):
+                raise UsageError(f"snapshot: {key}={str(value)[:SHOWN_MAX]!r} cannot be")
         machine = self._machine
         self.busy = True
         try:
@@ -260,6 +267,22 @@ class Control:
             if stop and machine.state == "paused":
                 machine.resume()
             self.busy = False
+
+
+def _parse(line: bytes) -> object:
+    """What a client asks for. Raises UsageError."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise UsageError("a request is one line of JSON") from None
+
+
+def _is_name(value: object) -> bool:
+    """Whether a text can be a file's name: JSON can say what none has."""
+    try:
+        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def ask(path: str, request: dict[str, object]) -> dict[str, object]:
@@ -290,9 +313,15 @@ def ask(path: str, request: dict[str, object]) -> dict[str, object]:
                 line = b""
     if not line:
         raise HostError(f"{OPTION} {path}: the machine ended before it was done")
-    answer = json.loads(line)
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise HostError(f"{OPTION} {path}: no machine's answer comes from there")
     if "error" in answer:
-        error = VmmError(answer["error"])
-        error.exit_status = answer["status"]
+        status = answer.get("status")
+        error = VmmError(" ".join(str(answer["error"]).split()))
+        error.exit_status = status if type(status) is int and 0 < status < 128 else 1
         raise error
-    return dict(answer)
+    return answer

@@ -24,6 +24,8 @@ STATE_INPUT_MAX = 16 << 20
 """The same of a state, which has what was typed at the console too."""
 CHUNK = 4096
 """Bytes the console's back end takes at once without waiting, when it says it is ready."""
+ACCEPT_AGAIN = 0.2
+"""Seconds between tries to take a client while this process has no descriptors left."""
 RETRY = 0.02
 """Seconds between looks at a port that takes nothing and cannot tell when it will."""
 PORT_OPEN = 6
@@ -194,6 +196,11 @@ class SocketPort(Port):
         self._started = True
         self.device.watch(self._listener.fileno(), self._accept)
 
+    def _listen(self) -> None:
+        """Take a client, where there is none."""
+        if self._started and self._client is None:
+            self.device.watch(self._listener.fileno(), self._accept)
+
     def stop(self) -> None:
         self._started = False
         self.device.watch(self._listener.fileno(), None)
@@ -202,7 +209,11 @@ class SocketPort(Port):
     def _accept(self) -> None:
         try:
             client = self._listener.accept()[0]
-        except OSError:  # gone again, or no descriptors: the next one will be told
+        except BlockingIOError:  # gone again: the next one will be told
+            return
+        except OSError:  # no descriptors are left: not again at once
+            self.device.watch(self._listener.fileno(), None)
+            self.device.later(ACCEPT_AGAIN, self._listen)
             return
         client.setblocking(False)
         drop_in_child(client)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LINE_MAX = 32
 """Bytes of a client's first line."""
 CLIENTS_MAX = 256
-"""Clients that have not said it yet."""
+"""Clients that have not said it yet. For one more, the one that came first is closed."""
 ANSWER_WITHIN = 20.0
 """Seconds a guest has to answer; its driver may still be starting."""
 RETRY = 0.02
@@ -143,9 +143,13 @@ class VsockHost:
             device.watch(self._listener.fileno(), None)
             device.later(10 * RETRY, self.start)
             return
-        if len(self._clients) >= CLIENTS_MAX or descriptors.scarce(sock.fileno()):
+        if descriptors.scarce(sock.fileno()):
             sock.close()
             return
+        if len(self._clients) >= CLIENTS_MAX:
+            silent = next(iter(self._clients))
+            self._leave(silent)
+            silent.close()
         sock.setblocking(False)
         drop_in_child(sock)
         self._clients[sock] = b""

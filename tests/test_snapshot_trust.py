@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import tiny
-from tests.support.bare import MIB, bare_machine
+from tests.support.bare import MIB, bare_machine, until
 from tests.support.snapshots import (
     descriptors,
     forge,
@@ -400,9 +400,48 @@ def test_a_bare_restore_needs_no_key(snap: Path, state: Path) -> None:
     assert os.listdir(state) == []
 
 
+def test_a_process_without_the_key_seals_what_its_machine_had_before(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `vmm run` does, which reads the key before it gives up reading files."""
+    options: dict[str, Any] = {"console": f"file:{tmp_path}/log", "nets": ["lan=sealed"]}
+    with bare_machine(HALTED, **options) as m:
+        m.start()
+        trust.prepare(m.config, m.directory)
+        key = trust.key()
+        with monkeypatch.context() as patch:
+            patch.setattr(trust, "key", lambda: pytest.fail("it reads the key"))
+            m.snapshot(tmp_path / "snap")
+    monkeypatch.setattr(trust, "_stamps", {})
+    with Machine.restore(tmp_path / "snap"):
+        assert trust.key() == key
+
+
 def test_another_users_key_does_not_fit(own: Path, state: Path) -> None:
     with pytest.raises(SnapshotError, match=FOREIGN):
         Machine.restore(own)
+
+
+def test_a_machine_of_the_commands_goes_on_with_all_it_had(tmp_path: Path) -> None:
+    """`vmm run`, `vmm snapshot`, `vmm restore`: no option again."""
+    kernel, control = tiny.kernel(tmp_path, tiny.COUNTING), tmp_path / "control"
+    (tmp_path / "ro.img").write_bytes(bytes(MIB))
+    given = [
+        *("--drive", f"{tmp_path}/ro.img,readonly", "--vsock", f"cid=5,path={tmp_path}/v"),
+        *("--port", f"name=p,file={tmp_path}/p", "--console", f"file:{tmp_path}/log"),
+    ]
+    command = tiny.command("run", kernel, "--control", str(control), *given)
+    with subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.PIPE) as process:
+        try:
+            until(control.exists)
+            done = tiny.run("snapshot", str(tmp_path / "snap"), "--control", str(control), "--stop")
+            assert done.returncode == 0, done.stderr
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert set(read_manifest(tmp_path / "snap")) > {trust.SEAL}
+    done = tiny.run("restore", str(tmp_path / "snap"), "--timeout", "0.2")
+    assert done.returncode == 124, done.stderr
 
 
 def test_from_the_command_line(own: Path, snap: Path, host: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from vmm.errors import HostError, StateError, UsageError, VmmError
 from vmm.forked import drop_in_child
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
+from vmm.snapshot import trust
 from vmm.virtio import unix
 
 TYPE_CHECKING = False
@@ -108,6 +109,7 @@ class Control:
     def __init__(self, path: str, machine: Machine) -> None:
         option = f"{OPTION} {path}"
         unix.check_path(option, path)
+        trust.prepare(machine.config, machine.directory)
         self.busy = False
         self._path = path
         self._machine = machine

@@ -10,12 +10,10 @@ disk0, ...      disks, where they were copied (disk0.index: checksums)
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import time
 
 from vmm import __version__
-from vmm.config import MachineConfig
 from vmm.errors import HostError, SnapshotError, UsageError
 from vmm.layout import PAGE_SIZE
 from vmm.snapshot import disks, host, manifest, plain, trust
@@ -325,7 +323,7 @@ def _write(
     if below is not None:
         beside = os.path.relpath(below.path, target)
         relative = {"path": beside, "checksum": below.checksum}
-    config = _config(machine.config)
+    config = trust.without_devices(machine.config).to_dict()
     seal = trust.stamp(config, machine.directory, beside)
     manifest.write(
         directory,
@@ -351,13 +349,6 @@ def _write(
 def _is_over(machine: Machine, snapshot: Snapshot) -> bool:
     origin = machine.origin
     return isinstance(origin, Restored) and origin.is_over(machine.memory, snapshot)
-
-
-def _config(config: MachineConfig) -> dict[str, object]:
-    """As plain data; what functions of the program's own make is not in it."""
-    plain_config = copy.copy(config)
-    plain_config.devices = ()
-    return plain_config.to_dict()
 
 
 def go_on_over(machine: Machine, path: str) -> None:

@@ -17,12 +17,15 @@ import contextlib
 import os
 import stat
 
+from vmm.config_paths import is_relative
 from vmm.errors import SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from typing import Any
+
+    from vmm.config import MachineConfig
 
 KEY_SIZE = 32
 NAME = "snapshot.key"
@@ -131,6 +134,23 @@ def stamp(config: Mapping[str, Any], directory: str, base: str | None = None) ->
     if text not in _stamps:
         _stamps[text] = _hash(text)
     return _stamps[text]
+
+
+def prepare(config: MachineConfig, directory: str) -> None:
+    """Make the seal for the snapshots of a machine with `config` now, while this process may read
+    the key. One that is confined later has no key: taken over by its guest, it could put this
+    user's seal on what the machine has anyway, and on nothing else."""
+    if is_relative(config):
+        stamp(without_devices(config).to_dict(), directory)
+
+
+def without_devices(config: MachineConfig) -> MachineConfig:
+    """The same, but for what functions of the program's own make: they are not plain data."""
+    import copy
+
+    made = copy.copy(config)
+    made.devices = ()
+    return made
 
 
 def is_sealed(manifest: Mapping[str, Any]) -> bool:

@@ -106,6 +106,18 @@ def test_connections(guest: Guest, link: Link) -> None:
         assert sock.recv(100) == b""
 
 
+def test_what_the_console_says_has_no_way_to_the_terminal(console: Console, link: Link) -> None:
+    """A traceback prints an exception's text as it is."""
+    console.text = b"\x1b]0;evil\x07\x1b[2Jlast words\x9b\r\n" + "\u202e\n".encode()
+    with pytest.raises(AgentError) as late:
+        link.wait(0.01)
+    console.text += b"vmm-agent: cannot \x1b[2J" + b"x" * 10_000 + b"\n"
+    with pytest.raises(AgentError, match=r"cannot \\x1b\[2Jxxx") as cannot:
+        link.wait(0.01)
+    for text in (str(late.value), str(cannot.value)):
+        assert text.isprintable() and len(text) < 600
+
+
 def test_who_may_call(guest: Guest, link: Link) -> None:
     """A program in the guest that is not root has no such port."""
     guest.send(vp.OP_REQUEST, 2000, PORT)

@@ -13,6 +13,7 @@ from tests.support import boot_files
 from vmm import Machine, MachineConfig
 from vmm.agent import archive
 from vmm.agent.root import HEAD, Root, file_system, size_told
+from vmm.cli import exec as exec_command
 from vmm.errors import EXIT_USAGE, UsageError
 
 
@@ -92,6 +93,20 @@ def test_wrong_usage_is_one_line(files: Path, words: str, line: str) -> None:
     assert done.stderr.startswith(f"vmm: {line}"), done.stderr
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
+
+
+def test_a_console_full_of_complaints_is_not_passed_on_whole(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Full:
+        class console:
+            text = staticmethod(lambda: "vmm-agent: \x1b[2J of many\n" * 3000 + "vmm-agent")
+
+    exec_command._pass_on(Full())  # type: ignore[arg-type]
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "vmm: in the guest: \\x1b[2J of many"
+    assert said[-1] == "vmm: in the guest: and 2985 more lines of this kind"
+    assert len(said) == exec_command.COMPLAINTS + 1
 
 
 def test_a_command_that_cannot_be(files: Path) -> None:

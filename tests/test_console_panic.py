@@ -68,6 +68,13 @@ def test_a_panic(text: bytes) -> None:
     assert PanicWatch().judge(text) == PANIC.decode()
 
 
+def test_a_panic_has_no_way_to_the_terminal() -> None:
+    """Its line is in the message of the machine's end, and whatever prints that."""
+    line = PanicWatch().judge(STAMPED.replace(b"\n", b": \x1b]0;evil\x07\xe2\x80\xae\r\n", 1))
+    assert line.startswith("Kernel panic - not") and "evil" in line
+    assert line.isprintable()
+
+
 @pytest.mark.parametrize("text", OTHERS.values(), ids=list(OTHERS))
 def test_the_text_of_one(text: bytes) -> None:
     assert PanicWatch().judge(text) == ""

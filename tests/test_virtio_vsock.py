@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.vsock_guest import CID, Guest
 from vmm.errors import UsageError
-from vmm.virtio import mmio, spec, vsock_host
+from vmm.virtio import mmio, spec, unix, vsock_host
 from vmm.virtio import vsock_packet as vp
 from vmm.virtio.vsock import REPLIES_MAX, TX, Vsock
 from vmm.virtio.vsock_host import VsockHost, connect_port
@@ -352,6 +352,26 @@ def test_a_full_backlog_is_waited_for(plain: Guest) -> None:
         assert {plain.expect(vp.OP_RESPONSE).dst_port for _ in ports} == set(ports)
         for one in accepted:
             one.close()
+
+
+def test_a_backlog_that_stays_full_is_not_tried_without_an_end(
+    plain: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that has hundreds of connections wait for a busy listener costs little."""
+    tried: list[str] = []
+
+    def connect(sock: socket.socket, path: str) -> None:
+        tried.append(path)
+        raise BlockingIOError
+
+    monkeypatch.setattr(unix, "connect", connect)
+    count = 40
+    for port in range(100, 100 + count):
+        plain.send(vp.OP_REQUEST, port, 5)
+    for _ in range(count):
+        plain.expect(vp.OP_RST)
+    assert count * 5 < len(tried) <= count * 12
+    assert not plain.device.streams
 
 
 def test_many_at_once(plain: Guest) -> None:

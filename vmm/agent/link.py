@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from vmm.agent import wire
 from vmm.errors import AgentError
+from vmm.guest_text import visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Link:
         at = said.rfind(COMPLAINT)
         if at >= 0:
             line = said[at:].split(b"\n", 1)[0].decode("utf-8", "replace").strip()
-            raise AgentError(f"the guest's agent does not run: {line}")
+            raise AgentError(f"the guest's agent does not run: {visible(line)}")
         return False
 
     def wait(self, timeout: float | None = None) -> None:
@@ -193,7 +194,8 @@ class Link:
         lines = self._console().decode("utf-8", "replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         return AgentError(
-            f"the guest's agent has not answered within {limit:g} s; last on the console: {last}"
+            f"the guest's agent has not answered within {limit:g} s; last on the console: "
+            f"{visible(last)}"
         )
 
     def when_ready(self, function: Callable[[], object]) -> None:

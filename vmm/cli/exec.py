@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXIT_CANNOT_EXECUTE, EXIT_NOT_FOUND = 126, 127
 COMPLAINT = "vmm-agent: "
+COMPLAINTS = 15
+"""Of the lines with it, how many are shown."""
 CONSOLE_LINES = 15
 """Lines of the console shown where the machine ended and not the command."""
 SIGNALS = (
@@ -276,9 +278,12 @@ def _kernels_modules(config: MachineConfig) -> str:
 
 def _pass_on(machine: Machine) -> None:
     """What the agent could not do, and went on without: on the console nobody would see it."""
-    for line in machine.console.text().replace("\r", "").split("\n"):
-        if line.startswith(COMPLAINT):
-            say(f"in the guest: {line.removeprefix(COMPLAINT)}")
+    lines = machine.console.text().replace("\r", "").split("\n")
+    said = [line for line in lines if line.startswith(COMPLAINT)]
+    for line in said[:COMPLAINTS]:
+        say(f"in the guest: {line.removeprefix(COMPLAINT)}")
+    if len(said) > COMPLAINTS:
+        say(f"in the guest: and {len(said) - COMPLAINTS} more lines of this kind")
 
 
 def _cannot(failure: Exception, directory: str) -> int:

@@ -56,7 +56,8 @@ class PanicWatch:
         self.since = position
 
     def judge(self, data: bytes) -> str:
-        """The panic's line, where the guest has panicked by all it printed; else an empty string.
+        """The panic's line, for a message, where the guest has panicked by all it printed; else an
+        empty string.
 
         `data` is the end of its output.
         """
@@ -69,7 +70,11 @@ class PanicWatch:
             (line, sure), end = self._cut, 0
         else:
             return ""
-        return line if _is_the_end(data[end:], sure) else ""
+        if not _is_the_end(data[end:], sure):
+            return ""
+        from vmm.guest_text import visible
+
+        return visible(line)
 
 
 def _last(data: bytes) -> tuple[str, bool, int] | None:

@@ -29,9 +29,11 @@ CLIENTS_MAX = 256
 """Clients that have not said it yet. For one more, the one that came first is closed."""
 ANSWER_WITHIN = 20.0
 """Seconds a guest has to answer; its driver may still be starting."""
-RETRY = 0.02
-"""Seconds between tries where a listener's backlog is full, or descriptors have run out."""
-TRIES = 100
+RETRY, RETRY_MAX = 0.02, 0.32
+"""Seconds between tries where a listener's backlog is full, or descriptors have run out: twice as
+long each time. A guest may have a thousand connections that wait so."""
+TRIES = 10
+"""Some two seconds' worth."""
 
 
 class VsockHost:
@@ -251,7 +253,8 @@ class VsockHost:
                 sock.close()
             full = isinstance(err, BlockingIOError)  # a full backlog
             again = full and tries > 0
-            if not again or not device.later(RETRY, lambda: self.connect(stream, tries - 1)):
+            wait = min(RETRY * 2 ** (TRIES - tries), RETRY_MAX)
+            if not again or not device.later(wait, lambda: self.connect(stream, tries - 1)):
                 stream.reset()
             return
         stream.sock = sock

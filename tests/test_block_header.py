@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import images
 from vmm.block import header
 from vmm.block.drive import Drive
 from vmm.errors import UsageError
@@ -73,6 +74,22 @@ def test_no_spelling_hides_an_extent(tmp_path: Path, name: str) -> None:
         file.truncate(max(2048, file.tell()))
     line = refused(path)
     assert f"keeps its data in {VICTIM}" in line or "header of this vmdk image is broken" in line
+
+
+@pytest.mark.parametrize("more", ["", ",serial=1"])
+def test_words_of_an_image_are_escaped(tmp_path: Path, more: str) -> None:
+    """An image names the features that it wants, and the daemon says these names."""
+    path = images.make(tmp_path / "x", "qcow2", 1 << 20)
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">Q", data, 72, 1 << 10)  # an incompatible feature
+    name = b"\0\x0a" + b"\x1b]0;title\x07\x1b[31mred".ljust(46, b"\0")
+    (at,) = struct.unpack_from(">I", data, 100)
+    data[at : at + 64] = struct.pack(">II", 0x6803F857, 48) + name + bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(UsageError) as raised:
+        Drive.parse(f"{path},format=qcow2{more}").open(0)
+    assert str(raised.value).isprintable()
+    assert r"\x1b]0;title\x07\x1b[31mred" in str(raised.value)
 
 
 def read_by_qemu(text: bytes) -> list[bytes]:

@@ -214,6 +214,17 @@ def test_what_it_said_last() -> None:
     child.close()
 
 
+def test_what_it_says_moves_no_terminal() -> None:
+    """An image, for one, chooses the names of features that a daemon tells of."""
+    text = r"\033]0;title\007\033[31mred\r\013\302\205\302\233x\n" + "y" * 5000
+    child = Child(["/bin/sh", "-c", f"printf '{text}' >&2"], LOOSE)
+    assert child.wait(20)
+    first, last = child.text().split("\n")
+    assert first.isprintable() and first.startswith(r"\x1b]0;title\x07\x1b[31mred\r")
+    assert last == child.said() == "y" * 400 + " ..."
+    child.close()
+
+
 def test_a_missing_program_is_named_with_its_package() -> None:
     with pytest.raises(HostError, match=r"^no-such is not installed; apt-get install some-p"):
         find("no-such", "some-package")

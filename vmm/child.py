@@ -25,6 +25,7 @@ from contextlib import suppress
 from vmm import descriptors
 from vmm.errors import HostError
 from vmm.forked import drop_in_child
+from vmm.guest_text import visible
 from vmm.sandbox.helper import RUN, Confinement, loader
 
 TYPE_CHECKING = False
@@ -156,15 +157,17 @@ class Child:
             os.close(go)
 
     def text(self) -> str:
-        """What it wrote to standard error, the first SAID_MAX bytes of it."""
+        """What it wrote to standard error, the first SAID_MAX bytes of it, each line as
+        `vmm.guest_text.visible` has it: an image can choose what qemu-storage-daemon says."""
         if self._output < 0:
             return ""
         data = os.pread(self._output, SAID_MAX, 0)
-        return data.rstrip(b"\0").decode(errors="replace")
+        lines = data.rstrip(b"\0").decode(errors="replace").split("\n")
+        return "\n".join(map(visible, lines))
 
     def said(self) -> str:
         """The last line it wrote to standard error, or an empty string."""
-        lines = [line for line in self.text().splitlines() if line.strip()]
+        lines = [line for line in self.text().split("\n") if line.strip()]
         return lines[-1].strip() if lines else ""
 
     def wait(self, seconds: float) -> bool:

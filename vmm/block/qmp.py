@@ -8,6 +8,7 @@ import time
 from _thread import allocate_lock
 
 from vmm.errors import HostError, UsageError
+from vmm.guest_text import visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ ANSWER_WITHIN = 20.0
 """Seconds, from a command to the last byte of its answer."""
 LINE_MAX = 1 << 16
 """Bytes of an answer."""
-SAID_MAX = 1000
-"""Characters of the daemon's words in a message."""
 EVENTS_MAX = 1000
 """Events that may come before it."""
 
@@ -64,7 +63,8 @@ class Qmp:
             if "error" in answer:
                 error = answer["error"]
                 said = error.get("desc") if isinstance(error, dict) else error
-                raise UsageError(f"qemu-storage-daemon: {' '.join(str(said).split())[:SAID_MAX]}")
+                told = visible(" ".join(str(said).split()))
+                raise UsageError(f"qemu-storage-daemon: {told}")
             if "return" in answer:
                 return
         raise OSError("it tells of events without end")

@@ -7,6 +7,7 @@ as a request can name.
 from __future__ import annotations
 
 import os
+import socket as socket_module
 import struct
 import threading
 import time
@@ -202,6 +203,53 @@ def test_nobody_waits_for_the_guest(cases: tuple[str, ...], tmp_path: Path) -> N
         assert machine.exit.kind == "stopped"
     finally:
         within("close", machine.close)
+
+
+def test_a_guest_cannot_fill_the_loop(tmp_path: Path) -> None:
+    """The loop is slower than the guest: it is asked for each thing once."""
+    machine = machine_with_all(tmp_path)
+    try:
+        machine.start()
+        virtio = machine.platform.virtio
+        assert virtio is not None
+        loop = virtio.loop.loop
+        drivers = {name: Greedy(machine, number_of(machine, name)) for name in ("console", "vsock")}
+        slow = threading.Event()
+        loop.call_soon_threadsafe(slow.wait)
+        for driver in drivers.values():
+            for _ in range(200):
+                driver.write(mmio.QUEUE_SEL, 0)
+                driver.write(mmio.QUEUE_RESET, 1)
+                for queue in range(3):
+                    driver.device.notify(queue)
+                driver.start()
+        waiting = len(loop._ready)  # type: ignore[attr-defined]
+        slow.set()
+        assert waiting < 20
+        # A queue that is served in turns, and kicked all the time.
+        driver = drivers["console"]
+        console(driver)
+        position = machine.console.position
+        most = 0
+        for _ in range(300):
+            driver.kick(1)
+            time.sleep(0.001)
+            most = max(most, len(loop._ready))  # type: ignore[attr-defined]
+        assert most < 20
+        assert machine.console.position > position
+        # The last driver is there for all that: a port's program reaches it, a guest's connects.
+        driver.start()
+        driver.memory.write(driver.area + 0xB0000, b"said")
+        driver.rings[1].add([(driver.area + 0xB0000, 4, False)])
+        driver.kick(1)
+        until(lambda: machine.console.bytes().endswith(b"said"))
+        with socket_module.socket(socket_module.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(f"{tmp_path}/vsock")
+            client.sendall(b"CONNECT nonsense\n")
+            assert client.recv(1) == b""  # it was heard
+    finally:
+        machine.close()
 
 
 @pytest.mark.timeout(120)

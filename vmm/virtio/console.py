@@ -121,7 +121,7 @@ class VirtioConsole(LoopDevice):
         index = self.queues(port)[1]
         while self._transmit(port, index) and not self.quiet:
             if self._loop is not None:
-                self._loop.call_soon(self.notify, index)
+                self.again(index)
                 return
 
     def _transmit(self, port: Port, index: int) -> bool:
@@ -189,18 +189,17 @@ class VirtioConsole(LoopDevice):
                 break
             queue.push(chains[0], port.read_into(chains[0]))
         else:
-            self.call_soon(index)
+            self._go_on(index)
         if queue.publish():
             self.interrupt(index)
         port.drained()
 
-    def call_soon(self, index: int) -> None:
-        """Have queue `index` served after others of the loop; at once where there is no loop."""
-        loop = self._loop
-        if loop is None:
+    def _go_on(self, index: int) -> None:
+        """Serve queue `index` after others of the loop; at once where there is no loop."""
+        if self._loop is None:
             self.notify(index)
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(self.notify, index)
+        else:
+            self.again(index)
 
     # --- control ----------------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class VirtioConsole(LoopDevice):
                     self._controlled(*CONTROL.unpack_from(data))
             if queue.publish():
                 self.interrupt(CONTROL_TX)
-        self.call_soon(CONTROL_TX)
+        self._go_on(CONTROL_TX)
 
     def _controlled(self, number: int, event: int, value: int) -> None:
         if event == DEVICE_READY:
@@ -268,27 +267,29 @@ class VirtioConsole(LoopDevice):
         if any(self.config[:4]) and not self.has(F_MULTIPORT):
             self.config_interrupt()  # Linux looks at the size only when it changes
 
-        def start() -> None:
-            for port in self.ports:
-                if port is not None:
-                    if not self.has(F_MULTIPORT):
-                        port.ready = port.open = True  # there is no control queue to say so
-                    port.start()
-
-        self.call(lambda: self.locked(start))
+        self.once("ports", self._renew_ports)
 
     def stopped(self) -> None:
         self._messages.clear()
         for port in self.ports:
             if port is not None:
                 port.forget()
-        self.call(self._stop_ports)
+        self.once("ports", self._renew_ports)
 
-    def _stop_ports(self) -> None:
+    def _renew_ports(self) -> None:
+        """The former driver is gone; there may be another one by now. On the loop."""
         with self._mutex:
             for port in self.ports:
                 if port is not None:
                     port.stop()
+            self.locked(self._start_ports)
+
+    def _start_ports(self) -> None:
+        for port in self.ports:
+            if port is not None:
+                if not self.has(F_MULTIPORT):
+                    port.ready = port.open = True  # there is no control queue to say so
+                port.start()
 
     def queue_stopped(self, index: int) -> None:
         for port in self.ports:

@@ -33,6 +33,8 @@ class LoopDevice(VirtioDevice):
         self._wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
+        self._asked: set[object] = set()
+        """What the loop has been asked to do and has not begun: see `once`."""
 
     def loop_running(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -52,6 +54,31 @@ class LoopDevice(VirtioDevice):
             function()
         elif not loop.is_closed():
             loop.call_soon_threadsafe(function)
+
+    def once(self, what: object, function: Callable[[], object]) -> None:
+        """As `call`; nothing where the loop has been asked for the same thing, `what`, and has not
+        begun it: a guest may be quicker than the loop."""
+        if self._loop is None or get_ident() == self._thread:
+            function()
+        else:
+            self._soon(what, function)
+
+    def again(self, index: int) -> None:
+        """Have queue `index` served after others of the loop have had their turn; from any
+        thread. There is a loop."""
+        self._soon(index, lambda: self.notify(index))
+
+    def _soon(self, what: object, function: Callable[[], object]) -> None:
+        loop = self._loop
+        if loop is None or what in self._asked or loop.is_closed():
+            return
+
+        def begin() -> None:
+            self._asked.discard(what)  # first: what comes from now on may not be seen
+            function()
+
+        self._asked.add(what)
+        loop.call_soon_threadsafe(begin)
 
     def later(self, seconds: float, function: Callable[[], object]) -> bool:
         """Call `function` on the loop in a while, with the lock; False where there is no loop."""
@@ -104,7 +131,7 @@ class LoopDevice(VirtioDevice):
 
     def notify(self, index: int) -> None:
         if self._loop is not None and get_ident() != self._thread:
-            self.call(lambda: self.notify(index))
+            self.once(index, lambda: self.notify(index))
             return
         if priority.wanted and self._loop is not None:
             priority.give_way()

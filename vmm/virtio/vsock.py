@@ -96,6 +96,8 @@ class Vsock(LoopDevice):
         self.host = host
         self.streams: dict[tuple[int, int], Stream] = {}
         self._lingering: set[Stream] = set()
+        self._former: list[Stream] = []
+        """Those of a driver that is gone, until the loop has closed them."""
         self._next_port = _random_port()
         self._transport_reset = False
         self._clear()
@@ -115,24 +117,28 @@ class Vsock(LoopDevice):
     # --- life -------------------------------------------------------------------------------------
 
     def started(self) -> None:
-        self.call(self.host.start)
+        self.once("host", self._renew_host)
         if self._transport_reset:
             self.call(lambda: self.notify(EVENT))
 
     def stopped(self) -> None:
-        streams = [*self.streams.values(), *self._lingering]
+        self._former += [*self.streams.values(), *self._lingering]
         self.streams = {}
         self._lingering = set()
         self._clear()
+        self.once("host", self._renew_host)
 
-        def end() -> None:
-            with self._mutex:
-                self.host.stop()
-                for stream in streams:
-                    stream.gone = True
-                    stream.drop()
-
-        self.call(end)
+    def _renew_host(self) -> None:
+        """The former driver is gone, with its connections; there may be another one by now. On the
+        loop."""
+        with self._mutex:
+            self.host.stop()
+            former, self._former = self._former, []
+            for stream in former:
+                stream.gone = True
+                stream.drop()
+            if self.status & spec.DRIVER_OK:
+                self.host.start()
 
     def queue_stopped(self, index: int) -> None:
         if index == RX:
@@ -157,7 +163,7 @@ class Vsock(LoopDevice):
                 self._hungry.pop(stream, None)
                 stream.pull()
             if self._hungry and self._buffers and self._loop is not None:
-                self._loop.call_soon(self.notify, RX)
+                self.again(RX)
 
     def _transmit(self, queue: VirtQueue) -> None:
         """Take the guest's packets."""
@@ -180,7 +186,7 @@ class Vsock(LoopDevice):
                     self.interrupt(TX)
             self.flush()
         if self._loop is not None:
-            self._loop.call_soon(self.notify, TX)
+            self.again(TX)
 
     def _packet(self, chain: Chain) -> None:
         """One packet of the guest's."""

@@ -22,9 +22,10 @@ test: compiled
 
 setup: .venv/.ready
 
-# pip writes vmm/_libc.py and vmm/kvm/_abi.py from the C declarations, and compiles vmm/virtio/kernel,
-# so a change of those installs again.
-.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/libc_build.py vmm/kvm/abi_build.py $(wildcard vmm/agent/*.[ch]) \
+# pip writes vmm/_libc.py and vmm/kvm/_abi.py from the C declarations, vmm/sandbox/_filters.py from the
+# lists of calls, and compiles vmm/virtio/kernel, so a change of those installs again.
+.venv/.ready: tools/setup pyproject.toml hatch_build.py vmm/libc_build.py vmm/kvm/abi_build.py vmm/sandbox/calls.py \
+		vmm/sandbox/seccomp.py vmm/sandbox/filter_build.py $(wildcard vmm/agent/*.[ch]) \
 		$(wildcard vmm/virtio/kernel/*.[ch]) vmm/virtio/kernel/build.py
 	tools/setup
 
@@ -46,5 +47,5 @@ fuzz: compiled
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache benchmarks/results
-	rm -f vmm/_libc.py vmm/kvm/_abi.py vmm/virtio/kernel/_abi.py vmm/virtio/kernel/_kernel.so
+	rm -f vmm/_libc.py vmm/sandbox/_filters.py vmm/kvm/_abi.py vmm/virtio/kernel/_abi.py vmm/virtio/kernel/_kernel.so
 	find vmm tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

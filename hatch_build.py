@@ -35,6 +35,7 @@ class WheelHook(BuildHookInterface):  # type: ignore[type-arg]
         kernel = runpy.run_path(str(package / "virtio" / "kernel" / "build.py"))
         sys.path.insert(0, self.root)
         try:
+            self._compile_filters()
             if kernel["build"]():
                 library = package / "virtio" / "kernel" / kernel["LIBRARY"]
                 build_data["pure_python"] = False
@@ -45,6 +46,11 @@ class WheelHook(BuildHookInterface):  # type: ignore[type-arg]
             self._write_share()
         finally:
             sys.path.remove(self.root)
+
+    def _compile_filters(self) -> None:
+        from vmm.sandbox import filter_build
+
+        filter_build.build()
 
     def _compile_agent(self) -> None:
         from vmm.agent import binary

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-_libc: Any = None
+_libc: Any = ffi.dlopen(None)
+_ZEROS = (0, 0, 0, 0, 0, 0)
 
 
 def syscall(number: int, *arguments: int | Buffer) -> int:
@@ -25,18 +26,14 @@ def syscall(number: int, *arguments: int | Buffer) -> int:
     A buffer (bytes, bytearray, mmap) is passed as its address; the kernel may write to it, so give
     a bytearray where it does. The other threads run meanwhile. Raises OSError.
     """
-    global _libc
-    if _libc is None:
-        _libc = ffi.dlopen(None)
+    words = list(arguments)
     kept = []
-    words = []
-    for argument in arguments:
+    for at, argument in enumerate(words):
         if not isinstance(argument, int):
             pointer = ffi.from_buffer(argument)
             kept.append(pointer)
-            argument = int(ffi.cast("long", pointer))
-        words.append(argument)
-    result = int(_libc.syscall(number, *words, *(0,) * (6 - len(words))))
+            words[at] = int(ffi.cast("long", pointer))
+    result = int(_libc.syscall(number, *words, *_ZEROS[len(words) :]))
     if result == -1:
         number = ffi.errno
         raise OSError(number, os.strerror(number))

@@ -97,28 +97,49 @@ def restrict(
     Raises:
         OSError: the kernel refuses.
     """
+    fd = ruleset(files, ports=ports, scopes=scopes)
+    if fd >= 0:
+        enforce(fd)
+    return abi()
+
+
+def ruleset(
+    files: Iterable[tuple[str | int, int]] | None,
+    *,
+    ports: Iterable[tuple[int, int]] | None = (),
+    scopes: int = SCOPE_ABSTRACT_UNIX | SCOPE_SIGNAL,
+) -> int:
+    """A descriptor of what `restrict` restricts to, for `enforce`; -1: that is nothing."""
     version = abi()
     if not version:
-        return 0
+        return -1
     fs = handled(version) if files is not None else 0
     net = BIND_TCP | CONNECT_TCP if version >= 4 and ports is not None else 0
     size = _ATTRIBUTES.size if version >= 6 else _NET_ATTRIBUTES if version >= 4 else _FS_ATTRIBUTES
     if not fs and not net and not (scopes and version >= 6):
-        return version
+        return -1
     attributes = _ATTRIBUTES.pack(fs, net, scopes)[:size]
-    ruleset = libc.syscall(SYS_CREATE_RULESET, attributes, size, 0)
+    fd = libc.syscall(SYS_CREATE_RULESET, attributes, size, 0)
     try:
         for file, rights in files or ():
-            _allow(ruleset, file, rights & fs)
+            _allow(fd, file, rights & fs)
         for port, rights in (ports or ()) if net else ():
-            libc.syscall(SYS_ADD_RULE, ruleset, _RULE_NET_PORT, _NET_PORT.pack(rights, port), 0)
-        libc.syscall(SYS_RESTRICT_SELF, ruleset, 0)
+            libc.syscall(SYS_ADD_RULE, fd, _RULE_NET_PORT, _NET_PORT.pack(rights, port), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def enforce(fd: int) -> None:
+    """Have this thread be restricted to the ruleset `fd`, which is closed. Raises OSError."""
+    try:
+        libc.syscall(SYS_RESTRICT_SELF, fd, 0)
     finally:
-        os.close(ruleset)
-    return version
+        os.close(fd)
 
 
-def _allow(ruleset: int, file: str | int, rights: int) -> None:
+def _allow(rules: int, file: str | int, rights: int) -> None:
     if isinstance(file, int):
         fd = file
     else:
@@ -131,7 +152,7 @@ def _allow(ruleset: int, file: str | int, rights: int) -> None:
             rights &= _OF_A_FILE
         if rights:
             rule = _PATH_BENEATH.pack(rights, fd)
-            libc.syscall(SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
+            libc.syscall(SYS_ADD_RULE, rules, _RULE_PATH_BENEATH, rule, 0)
     except OSError as err:
         # EBADFD: no file of a file system (a socket, a pipe, a memfd): it has no path to be
         # reached by.

@@ -14,7 +14,6 @@ import errno
 import struct
 
 from vmm import libc
-from vmm.sandbox.numbers import NUMBERS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,17 +21,20 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     Test: TypeAlias = tuple[int, str, tuple[int, ...]]
-    """Number of an argument, `in` (it is one of the values), `without` (it has none of the bits of
-    the only value) or `with` (it has all of them)."""
+    """Number of an argument, `in` (it is one of the values), or, with a single value of bits:
+    `without` (it has none of them), `with` (it has all of them), `not all` (it lacks one)."""
     Calls: TypeAlias = Mapping[str, Sequence[Test]]
     """Names of allowed calls, and the tests that must all hold."""
 
 SYS_SECCOMP = 317
 _SET_MODE_FILTER, _GET_ACTION_AVAIL = 1, 2
-_FLAG_TSYNC, _FLAG_TSYNC_ESRCH = 1, 16
+_FLAG_TSYNC, _FLAG_NEW_LISTENER, _FLAG_TSYNC_ESRCH, _FLAG_WAIT_KILLABLE = 1, 8, 16, 32
+"""The last has a call that is being answered not be interrupted by a signal, and made twice."""
 ALLOW = 0x7FFF0000
 KILL = 0x80000000
 """The process ends by SIGSYS."""
+NOTIFY = 0x7FC00000
+"""The process that has the filter's descriptor answers (seccomp_unotify(2))."""
 LOG = 0x7FFC0000
 """Allowed, and the kernel's log says so: for making a list."""
 _AUDIT_ARCH_X86_64 = 0xC000003E
@@ -71,6 +73,8 @@ def compile_filter(
         KeyError: there is no call of that name.
         ValueError: the program is longer than the kernel takes, or a test has no such form.
     """
+    from vmm.sandbox.numbers import NUMBERS
+
     leaves: dict[int, list[tuple[int, int, int, int]]] = {}
     for name, tests in calls.items():
         leaves[NUMBERS[name]] = _leaf(tests, otherwise if refusal is None else refusal)
@@ -123,12 +127,10 @@ def _leaf(tests: Sequence[Test], otherwise: int) -> list[tuple[int, int, int, in
             code.append((_RETURN, 0, 0, otherwise))
         elif how == "without":
             code += [(_ANY_SET, 0, 1, values[0]), (_RETURN, 0, 0, otherwise)]
-        elif how == "with":
-            code += [
-                (_AND, 0, 0, values[0]),
-                (_EQUAL, 1, 0, values[0]),
-                (_RETURN, 0, 0, otherwise),
-            ]
+        elif how in ("with", "not all"):
+            here = (1, 0) if how == "with" else (0, 1)
+            code += [(_AND, 0, 0, values[0]), (_EQUAL, *here, values[0])]
+            code.append((_RETURN, 0, 0, otherwise))
         else:
             raise ValueError(f"no such test: {how}")
     return [*code, (_RETURN, 0, 0, ALLOW)]
@@ -143,14 +145,29 @@ def available(action: int = KILL) -> bool:
     return True
 
 
-def restrict(program: bytes, *, all_threads: bool = False) -> None:
+def restrict(program: bytes, *, all_threads: bool = False, notify: bool = False) -> int:
     """Have this thread, or all of the process, and what they start, run under the filter `program`
     for good, besides those that are there.
 
-    The caller has set no_new_privs (privileges.no_new_privs), or CAP_SYS_ADMIN. Raises OSError.
+    The caller has set no_new_privs (privileges.no_new_privs), or CAP_SYS_ADMIN.
+
+    Returns:
+        With `notify`, a descriptor, close-on-exec: who has it answers the calls whose action is
+        NOTIFY. Without, 0.
+
+    Raises:
+        OSError: the kernel refuses; EBUSY: another filter of the process has such a descriptor.
     """
     header = struct.pack(
         "<HxxxxxxQ", len(program) // _INSTRUCTION.size, libc.address_of(program)
     )  # struct sock_fprog
     flags = _FLAG_TSYNC | _FLAG_TSYNC_ESRCH if all_threads else 0
-    libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags, header)
+    if not notify:
+        return libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags, header)
+    flags |= _FLAG_NEW_LISTENER
+    try:
+        return libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags | _FLAG_WAIT_KILLABLE, header)
+    except OSError as err:
+        if err.errno != errno.EINVAL:  # before Linux 5.19
+            raise
+    return libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags, header)

@@ -102,7 +102,7 @@ def test_a_client_that_goes_before_its_turn_is_dropped(
         assert slow.begun.wait(60)
         second = connected(path)
         second.sendall(line(path=str(tmp_path / "second"), stop=stop))
-        until(lambda: sum(client.busy for client in requests._clients.values()) == 2)
+        until(lambda: sum(client.busy for client in requests._server._clients.values()) == 2)
         second.close()
         third = connected(path)
         third.sendall(line(path=str(tmp_path / "third")))
@@ -123,7 +123,7 @@ def test_no_machine_is_ended_for_a_client_that_has_gone(slow: Slow, tmp_path: Pa
         assert slow.begun.wait(60)
         sock.close()
         slow.go.set()
-        until(lambda: not requests._clients)
+        until(lambda: not requests._server._clients)
         assert slow.made == ["a"]
         assert slow.machine.state == "running"
         assert not requests.busy
@@ -140,7 +140,7 @@ def test_many_clients(slow: Slow, tmp_path: Path) -> None:
         idle = []
         for number in range(3 * control.CLIENTS_MAX):
             idle.append(connected(path))
-            until(lambda wanted=number: bool(requests._clients) or wanted < 0)  # type: ignore[misc]
+            until(lambda wanted=number: bool(requests._server._clients) or wanted < 0)  # type: ignore[misc]
         assert idle[0].recv(1) == b""
         idle[-1].sendall(b"nonsense\n")
         assert b"error" in idle[-1].recv(1000)
@@ -162,7 +162,7 @@ def test_a_client_that_takes_no_answer(
         with pytest.raises(OSError):
             while True:
                 sock.sendall(b"x\n" * 1000)
-        until(lambda: not requests._clients)
+        until(lambda: not requests._server._clients)
 
 
 def test_the_end_with_a_request_in_the_queue(slow: Slow, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_end_with_a_request_in_the_queue(slow: Slow, tmp_path: Path) -> None
     first.sendall(line(path=str(tmp_path / "first")))
     assert slow.begun.wait(60)
     second.sendall(line(path=str(tmp_path / "second")))
-    until(lambda: sum(client.busy for client in requests._clients.values()) == 2)
+    until(lambda: sum(client.busy for client in requests._server._clients.values()) == 2)
     closing = threading.Thread(target=requests.close)
     closing.start()
     assert second.recv(100) == b""

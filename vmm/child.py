@@ -20,6 +20,7 @@ import os
 import select
 import signal
 from _thread import RLock
+from _weakrefset import WeakSet
 from contextlib import suppress
 
 from vmm import descriptors
@@ -56,6 +57,14 @@ def find(name: str, package: str, *elsewhere: str) -> str:
     if path is None:
         raise HostError(f"{name} is not installed; apt-get install {package}")
     return path
+
+
+_running: WeakSet[Child] = WeakSet()
+
+
+def running() -> list[int]:
+    """The processes of helper programs that have not been waited for, and of their keepers."""
+    return [pid for child in list(_running) for pid in (child.pid, child._keeper) if pid]
 
 
 class Child:
@@ -117,6 +126,7 @@ class Child:
                     reason = f"{reason}; see `ulimit -n`"
                 raise HostError(f"{self.name} cannot be started: {reason}") from err
             raise
+        _running.add(self)
         drop_in_child(self)
 
     def forked(self) -> None:

@@ -16,21 +16,25 @@ import socket
 import stat
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
-from vmm.errors import HostError, StateError, UsageError, VmmError
+from vmm.errors import HostError, UsageError, VmmError
 from vmm.forked import drop_in_child
-from vmm.machine import exits
-from vmm.machine.exits import MachineExit
 from vmm.snapshot import trust
 from vmm.virtio import unix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any, Self
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from typing import Any, Self, TypeAlias
 
+    from vmm.cli.control_requests import Requests
     from vmm.machine import Machine
+    from vmm.sandbox.broker import Broker, Policy
+
+    Perform: TypeAlias = Callable[[str, dict[str, Any]], dict[str, object]]
+    """Does the request of that name; its answer. Raises VmmError."""
 
 LINE_MAX = 1 << 20
 CLIENTS_MAX = 16
@@ -42,6 +46,9 @@ LOOK = 0.2
 SHOWN_MAX = 200
 """Characters of a client's words in an answer."""
 OPTION = "--control"
+CHAIN_MAX = 1000
+"""Snapshots that are based on one another."""
+MANIFEST_MAX = 16 << 20
 KEYS = {"path": str, "base": str, "disks": str, "track": bool}
 
 
@@ -94,37 +101,41 @@ class Client:
 
 
 class Control:
-    """Answers on the socket `path` for `machine` until it is closed; a context manager.
+    """The control socket at `path`, from construction to `close`; a context manager.
 
-    Each client has a thread: one that is silent holds nobody up. Requests are carried out one at a
-    time, and only for a client that is still there when its turn comes.
+    Clients of `machine` are answered from now on, or, without `at_once`, from `begin` on.
 
     Attributes:
-        busy: the machine is paused because of a request.
+        path: where it is.
 
     Raises:
         UsageError: there can be no socket there.
     """
 
-    def __init__(self, path: str, machine: Machine) -> None:
+    def __init__(self, path: str, machine: Machine, *, at_once: bool = True) -> None:
         option = f"{OPTION} {path}"
         unix.check_path(option, path)
         trust.prepare(machine.config, machine.directory)
-        self.busy = False
-        self._path = path
-        self._machine = machine
+        self.path = path
+        self._requests: Requests | None = None
+        self._server: Server | None = None
+        self._far: socket.socket | None = None
+        self._near: socket.socket | None = None
+        self._thread: threading.Thread | None = None
         before = os.umask(0o077)
         try:
             self._listener, self._identity = unix.listen(path, option)
         finally:
             os.umask(before)
-        self._listener.setblocking(True)
-        self._lock = threading.Lock()
-        self._turn = threading.Lock()
-        self._clients: dict[threading.Thread, Client] = {}
-        self._closed = False
-        self._thread = threading.Thread(target=self._main, name="control", daemon=True)
-        self._thread.start()
+        if at_once:
+            from vmm.cli.control_requests import Requests
+
+            self.begin(Requests(machine))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine is paused because of a request."""
+        return self._requests is not None and self._requests.busy
 
     def __enter__(self) -> Self:
         return self
@@ -132,10 +143,126 @@ class Control:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def hand_over(self, broker: Broker) -> None:
+        """Have clients be served in the process of `broker`, by `serve_in_broker`."""
+        self._near, self._far = socket.socketpair()
+        broker.hand_over(self._listener.fileno())
+        broker.hand_over(self._far.fileno())
+
+    def begin(self, requests: Requests) -> None:
+        """Answer clients from now on, by `requests`."""
+        self._requests = requests
+        if self._near is None:
+            self._server = Server(self._listener, requests.perform)
+            return
+        assert self._far is not None
+        self._far.close()
+        self._listener.close()
+        self._thread = threading.Thread(target=self._relay, name="control", daemon=True)
+        self._thread.start()
+
+    def _relay(self) -> None:
+        """Do what the broker's clients ask for."""
+        assert self._near is not None and self._requests is not None
+        with self._near.makefile("rwb") as stream, suppress(OSError, ValueError):
+            while line := stream.readline(LINE_MAX + 1):
+                (name, request), *_ = json.loads(line).items()
+                try:
+                    answer = self._requests.perform(name, request)
+                except VmmError as err:
+                    answer = {"error": str(err), "status": err.exit_status}
+                stream.write(json.dumps(answer).encode() + b"\n")
+                stream.flush()
+        self._requests.abandoned()
+
     def close(self) -> None:
         """Remove the socket; a request under way is answered first."""
+        unix.remove(self.path, self._identity)
+        if self._server is not None:
+            self._server.close()
+        if self._near is not None and self._thread is not None:
+            with suppress(OSError):
+                self._near.shutdown(socket.SHUT_RD)
+            self._thread.join()
+            self._near.close()
+        self._listener.close()
+
+
+def serve_in_broker(policy: Policy, fds: list[int]) -> Callable[[], object]:
+    """In the broker: serve clients, and have the monitor do what they ask for; what ends that.
+
+    A snapshot's directory may be made for as long as a client waits for it.
+    """
+    listener = socket.socket(fileno=fds[0])
+    stream = socket.socket(fileno=fds[1]).makefile("rwb")
+
+    def perform(name: str, request: dict[str, Any]) -> dict[str, object]:
+        try:
+            stream.write(json.dumps({name: request}).encode() + b"\n")
+            stream.flush()
+            answer = json.loads(stream.readline(LINE_MAX))
+        except (OSError, ValueError, RecursionError):
+            raise HostError("the machine ended before it was done") from None
+        if not isinstance(answer, dict):
+            raise HostError("the machine's answer is none")
+        if "error" in answer:
+            error = VmmError(str(answer["error"]))
+            status = answer.get("status")
+            error.exit_status = status if isinstance(status, int) else HostError.exit_status
+            raise error
+        return answer
+
+    def allow(request: dict[str, Any]) -> AbstractContextManager[None]:
+        base = request.get("base")
+        return policy.making(request["path"], chain(base) if base is not None else [])
+
+    return Server(listener, perform, allow).close
+
+
+def chain(path: str) -> list[str]:
+    """The directories of the snapshot `path` and of those that it is based on, as far as they are
+    there."""
+    found: list[str] = []
+    while len(found) < CHAIN_MAX:
+        path = os.path.abspath(path)
+        found.append(path)
+        try:
+            with open(os.path.join(path, "manifest.json"), "rb") as file:
+                base = json.loads(file.read(MANIFEST_MAX))["base"]
+            path = os.path.join(path, base["path"])
+        except (OSError, ValueError, LookupError, TypeError):
+            break
+    return found
+
+
+class Server:
+    """Answers on a listening socket by `perform` until it is closed.
+
+    Each client has a thread: one that is silent holds nobody up. Requests are carried out one at a
+    time, and only for a client that is still there when its turn comes. `allow` is entered for as
+    long as a snapshot is made.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        perform: Perform,
+        allow: Callable[[dict[str, Any]], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        self._listener = listener
+        self._perform = perform
+        self._allow = allow
+        listener.setblocking(True)
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._clients: dict[threading.Thread, Client] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; a request under way is answered first."""
         self._closed = True
-        unix.remove(self._path, self._identity)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
         self._thread.join()
@@ -220,55 +347,46 @@ class Control:
             request = _parse(line)
             if isinstance(request, dict) and list(request) == ["resize"]:
                 with self._turn_of(client):
-                    return {"size": self._resize(request["resize"])}
+                    return self._perform("resize", _resize(request["resize"]))
             if not isinstance(request, dict) or list(request) != ["snapshot"]:
                 raise UsageError("a request is {'snapshot': {...}} or {'resize': {...}}")
             with self._turn_of(client):
-                self._snapshot(request["snapshot"], client)
+                self._snapshot(_snapshot(request["snapshot"]), client)
         except VmmError as err:
             return {"error": str(err), "status": err.exit_status}
         return {}
 
-    def _resize(self, request: Any) -> int:
-        """Have a disk grow; its size in bytes."""
-        from vmm.block.storage_daemon import ExternalDisk
-        from vmm.virtio.blk import Block
-
-        if not isinstance(request, dict) or not {"disk"} <= set(request) <= {"disk", "size"}:
-            raise UsageError("resize: it takes disk, and maybe size")
-        name, size = request["disk"], request.get("size")
-        if not isinstance(name, str) or not (size is None or type(size) is int):
-            shown = str(name)[:SHOWN_MAX], str(size)[:SHOWN_MAX]
-            raise UsageError(f"resize: disk={shown[0]!r}, size={shown[1]} cannot be")
+    def _snapshot(self, request: dict[str, Any], client: Client) -> None:
+        with self._allow(request):
+            self._perform("snapshot", request)
+        if not request["stop"]:
+            return
+        end = False
         try:
-            disk = self._machine.virtio_device(name)
-        except StateError as err:
-            raise UsageError(f"resize: {err}") from None
-        if not isinstance(disk, (Block, ExternalDisk)):
-            raise UsageError(f"resize: {name} is no disk")
-        return disk.resize(size)
-
-    def _snapshot(self, request: Any, client: Client) -> None:
-        if not isinstance(request, dict) or "path" not in request:
-            raise UsageError("snapshot: path is missing")
-        stop = request.pop("stop", False)
-        for key, value in request.items():
-            if key not in KEYS or type(value) is not KEYS[key] or not _is_name(value):
-                raise UsageError(f"snapshot: {key}={str(value)[:SHOWN_MAX]!r} cannot be")
-        machine = self._machine
-        self.busy = True
-        try:
-            if stop and machine.state == "running":
-                machine.pause()
-            machine.snapshot(**request)
-            if stop:
-                client.check()  # one that has given up gets no machine ended
-                text = f"its snapshot {request['path']} was made"
-                machine.end(MachineExit(exits.STOPPED, text, status=0))
+            client.check()  # one that has given up gets no machine ended
+            end = True
         finally:
-            if stop and machine.state == "paused":
-                machine.resume()
-            self.busy = False
+            self._perform("finish", {"path": request["path"], "end": end})
+
+
+def _resize(request: Any) -> dict[str, Any]:
+    if not isinstance(request, dict) or not {"disk"} <= set(request) <= {"disk", "size"}:
+        raise UsageError("resize: it takes disk, and maybe size")
+    name, size = request["disk"], request.get("size")
+    if not isinstance(name, str) or not (size is None or type(size) is int):
+        shown = str(name)[:SHOWN_MAX], str(size)[:SHOWN_MAX]
+        raise UsageError(f"resize: disk={shown[0]!r}, size={shown[1]} cannot be")
+    return request
+
+
+def _snapshot(request: Any) -> dict[str, Any]:
+    if not isinstance(request, dict) or "path" not in request:
+        raise UsageError("snapshot: path is missing")
+    stop = bool(request.pop("stop", False))
+    for key, value in request.items():
+        if key not in KEYS or type(value) is not KEYS[key] or not _is_name(value):
+            raise UsageError(f"snapshot: {key}={repr(value)[:SHOWN_MAX]} cannot be")
+    return {**request, "stop": stop}
 
 
 def _parse(line: bytes) -> object:

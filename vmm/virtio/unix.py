@@ -27,6 +27,9 @@ TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 NOBODY = (-1, -1)
 LOCKED_WITHIN = 2.0
 """Seconds to wait for a directory that another process has locked."""
+listening: dict[str, tuple[int, int]] = {}
+"""Paths of the sockets that `listen` has made and `remove` has not removed yet, and the device and
+inode number of each: a process that gives up removing files has another do it."""
 
 
 def check_path(option: str, path: str, more: int = 0) -> None:
@@ -95,11 +98,13 @@ def listen(path: str, option: str) -> tuple[socket.socket, tuple[int, int]]:
         raise
     listener.setblocking(False)
     drop_in_child(listener)
+    listening[path] = found.st_dev, found.st_ino
     return listener, (found.st_dev, found.st_ino)
 
 
 def remove(path: str, identity: tuple[int, int]) -> None:
     """Remove the socket `listen` made, unless another has taken its place."""
+    listening.pop(path, None)
     with suppress(OSError):
         found = os.stat(path)
         if (found.st_dev, found.st_ino) == identity:

@@ -194,3 +194,22 @@ def test_a_run_gives_the_doctors_mend() -> None:
             f"import os; os.setuid(65534); os.open('{path}', os.O_RDWR)",
         ]
         assert subprocess.run(opened, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_the_sandbox_is_made_of(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmm.sandbox import landlock, seccomp
+
+    if not there:
+        monkeypatch.setattr(landlock, "_abi", 0)
+        monkeypatch.setattr(seccomp, "available", lambda action=0: False)
+    found = {part.name: part for part in parts.host()}
+    files, calls = found["Landlock"], found["seccomp"]
+    if there:
+        version = landlock.abi()
+        assert files.value.startswith(f"ABI {version} (") if version else files.mend
+        assert calls.value.startswith("filters") == seccomp.available()
+    else:
+        assert files.value == "not in this kernel, or off" and "lsm=" in files.mend
+        assert calls.value == "no filters" and "CONFIG_SECCOMP_FILTER" in calls.mend
+    assert "--sandbox" in files.purpose and "--sandbox" in calls.purpose

@@ -7,6 +7,7 @@ import os
 
 from vmm.cli import run
 from vmm.cli.arguments import HELP, Option, Parser, Spelled
+from vmm.cli.sandbox import Sandbox
 from vmm.cli.say import answer, say, write_error
 from vmm.errors import EXIT_AGENT, EXIT_OK, AgentError, UsageError
 
@@ -143,8 +144,9 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
     except (OSError, ValueError) as err:
         raise UsageError(f"the command cannot be: {err}") from None
-    with Spelled(args):
-        return _run(config, command, directory, first, tty, user, args.value("--grace"), note)
+    with Spelled(args), Sandbox.of(args, config) as sandbox:
+        grace = args.value("--grace")
+        return _run(config, command, directory, first, tty, user, grace, note, sandbox)
 
 
 def _directory(args: Arguments, config: MachineConfig) -> tuple[str, str]:
@@ -212,6 +214,7 @@ def _run(
     user: str,
     grace_text: str,
     note: str,
+    sandbox: Sandbox,
 ) -> int:
     from vmm.cli.relay import Relay
     from vmm.cli.status import StatusLine
@@ -236,6 +239,7 @@ def _run(
         with Relay(machine, signals, tty, grace) as relay:
             try:
                 signals.armed()
+                sandbox.confine(machine, status)
                 machine.start()
                 relay.wait_for_agent()
                 status.end()

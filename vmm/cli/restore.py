@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SHARED = (
     "--console", "--port", "--drive", "--net", "--vsock", "--control", "--timeout", "--grace",
-    "--on-panic", "--verbose",
+    "--on-panic", "--sandbox", "--verbose",
 )  # fmt: skip
 """Options of `vmm run` for what is outside the guest; those given replace what the machine had."""
 DISKS, VERIFY, PAGES, CLOCK = "--disks", "--verify", "--pages", "--clock"

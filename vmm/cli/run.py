@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.cli.arguments import Arguments
+    from vmm.cli.sandbox import Sandbox
     from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals
     from vmm.machine import Machine, MachineExit
@@ -153,6 +154,14 @@ PARSER = Parser(
             default="exit",
             help=" or ".join(ON_PANIC) + " when the guest panics (default exit)",
         ),
+        Option(
+            "--sandbox",
+            metavar="LEVEL",
+            default="on",
+            help="on: when the machine is built, this process gives up the files, system calls and "
+            "privileges that it does not need (-v says what this host does not give); strict: all "
+            "of it, or refuse to run; off (default on)",
+        ),
         Option("-v", "--verbose", help="say what is loaded and what it does"),
     ),
     operand="KERNEL",
@@ -253,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
         describe_terminal(config)
         from vmm.machine import Machine
 
-        return see_through(lambda: Machine(config), args)
+        return see_through(lambda: Machine(config), args, config)
 
 
 def describe_terminal(config: MachineConfig) -> None:
@@ -279,8 +288,14 @@ def describe_terminal(config: MachineConfig) -> None:
     config.append = " ".join([*words, config.append]).strip()
 
 
-def see_through(make: Callable[[], Machine], args: Arguments) -> int:
-    """Run the machine that `make` makes to its end and close it; the exit status."""
+def see_through(
+    make: Callable[[], Machine], args: Arguments, config: MachineConfig | None = None
+) -> int:
+    """Run the machine that `make` makes to its end and close it; the exit status.
+
+    `config` is the machine's, where it is known already.
+    """
+    from vmm.cli.sandbox import Sandbox
     from vmm.cli.status import StatusLine
     from vmm.cli.supervise import Signals, parse_grace
 
@@ -290,14 +305,22 @@ def see_through(make: Callable[[], Machine], args: Arguments) -> int:
         unix.check_path(f"--control {args.value('--control')}", args.value("--control"))
     grace = parse_grace(args.value("--grace"))
     with (
+        Sandbox.of(args, config) as sandbox,
         Signals() as signals,
         StatusLine(f"loading {args.operands[0]}") as status,
         make() as machine,
     ):
-        return _run(machine, signals, status, args.value("--control"), grace)
+        return _run(machine, signals, status, args.value("--control"), grace, sandbox)
 
 
-def _run(machine: Machine, signals: Signals, status: StatusLine, control: str, grace: float) -> int:
+def _run(
+    machine: Machine,
+    signals: Signals,
+    status: StatusLine,
+    control: str,
+    grace: float,
+    sandbox: Sandbox,
+) -> int:
     """Run `machine` to its end and close it; the exit status.
 
     `control`: where its control socket is to be, if anywhere.
@@ -322,10 +345,19 @@ def _run(machine: Machine, signals: Signals, status: StatusLine, control: str, g
         if control:
             from vmm.cli.control import Control
 
-            with Control(control, machine) as requests:
-                ended = supervise(machine, signals, lambda: requests.busy, grace)
+            with Control(control, machine, at_once=False) as requests:
+
+                def begin() -> None:
+                    sandbox.confine(machine, status, requests)
+                    from vmm.cli.control_requests import Requests
+
+                    requests.begin(Requests(machine))
+
+                ended = supervise(machine, signals, lambda: requests.busy, grace, begin)
         else:
-            ended = supervise(machine, signals, grace=grace)
+            ended = supervise(
+                machine, signals, grace=grace, begin=lambda: sandbox.confine(machine, status)
+            )
         status.end()
         known = what_is_known(machine, ended)
     finally:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import contextmanager
 
 from vmm.cli import say as output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Self
 
 PERIOD = 1.0
@@ -38,12 +39,30 @@ class StatusLine:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._began = time.monotonic()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if not self._over:
             output.before_line = self.clear
-            threading.Thread(target=self._main, name="vmm-status", daemon=True).start()
+            self._begin()
         return self
+
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._main, name="vmm-status", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Have no thread for as long as the block: what it gives up, threads that are there
+        would keep."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            thread.join()
+            self._stop.clear()
+        yield
+        if thread is not None and not self._over:
+            self._begin()
 
     def __exit__(self, *exc: object) -> None:
         self.end()

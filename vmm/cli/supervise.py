@@ -221,11 +221,12 @@ def supervise(
     signals: Signals,
     expected: Callable[[], bool] = lambda: False,
     grace: float = GRACE,
+    begin: Callable[[], None] = lambda: None,
 ) -> MachineExit:
     """Start the machine and see it to its end. On the main thread.
 
     `expected` says whether somebody has it paused for a moment, which nobody needs to be told.
-    `grace`: seconds from SIGTERM to the end.
+    `grace`: seconds from SIGTERM to the end. `begin` is called last before the guest runs.
     """
     changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -243,6 +244,7 @@ def supervise(
     termination = _Termination(machine, grace, expected)
     try:
         signals.armed()
+        begin()
         machine.start()
         while machine.exit is None:
             ready = dict(poll.poll(termination.wait()))

@@ -169,6 +169,8 @@ def host() -> list[Part]:
     """What this host lets this user have."""
     return [
         _user_namespaces(),
+        _landlock(),
+        _seccomp(),
         _device("/dev/net/tun", "tun", "--net tap, bridge=", _can_make_taps()),
         _device("/dev/vhost-net", "vhost_net", "--net tap,vhost=on: frames by the kernel"),
         _device("/dev/vhost-vsock", "vhost_vsock", "--vsock cid=N,vhost: sockets by the kernel"),
@@ -213,6 +215,28 @@ def _user_namespaces() -> Part:
         HOST, name, wrong, purpose,
         "; ".join(mends) or "run it outside this container, or as root",
     )  # fmt: skip
+
+
+def _landlock() -> Part:
+    from vmm.sandbox import landlock
+
+    name, purpose = "Landlock", "--sandbox: a running machine opens no other files"
+    version = landlock.abi()
+    if not version:
+        mend = "a kernel from Linux 5.13 on, with landlock in lsm= on its command line"
+        return Part(HOST, name, "not in this kernel, or off", purpose, mend)
+    ports = "files and TCP" if version >= 4 else "files"
+    return Part(HOST, name, f"ABI {version} ({ports})", purpose)
+
+
+def _seccomp() -> Part:
+    from vmm.sandbox import seccomp
+
+    name, purpose = "seccomp", "--sandbox: a running machine makes few system calls"
+    if not seccomp.available():
+        return Part(HOST, name, "no filters", purpose, "a kernel with CONFIG_SECCOMP_FILTER")
+    asks = seccomp.available(seccomp.NOTIFY)
+    return Part(HOST, name, "filters" + (", supervised ones" if asks else ""), purpose)
 
 
 def _userfault() -> Part:

@@ -30,6 +30,9 @@ XLF_KERNEL_64 = 1 << 0
 ENTRY_64 = 0x200
 """The 64-bit entry's offset in the protected-mode kernel."""
 SECTOR = 512
+BESIDE_MAX = 32 << 20
+"""Bytes that a vmlinux may have beside what it takes in memory (`init_size`): headers, padding
+before its first segment, relocations. All of Debian's is less than `init_size`."""
 SLOW = frozenset({"gzip", "xz", "lzma", "bzip2", "zstd"})
 """Formats that take longer to unpack than to read unpacked (`vmm.boot.cache`). LZ4 does not."""
 
@@ -138,7 +141,9 @@ class BzImage:
 
     def vmlinux(self, limit: int = decompress.UNPACKED_MAX) -> bytes:
         """The ELF kernel in the payload, unpacked and whole. Raises BootError, also where that is
-        more than `limit` bytes."""
+        more than `limit` bytes, or than the kernel has room for when it unpacks itself."""
+        if self.init_size:
+            limit = min(limit, self.init_size + BESIDE_MAX)
         blocks = self._blocks()
         try:
             return decompress.joined(blocks, f"{self.name} unpacks", limit)

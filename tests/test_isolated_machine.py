@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import tiny
+from tests.support import projects, tiny
 from tests.support.bare import until
 from vmm import (
     AsyncMachine,
@@ -504,3 +504,29 @@ def test_the_process_has_nothing_of_the_programs(make: Make, tmp_path: Path) -> 
     maps = Path(f"/proc/{pid_of(m)}/maps").read_text()
     assert "pytest" not in maps
     assert isolated_machine.__file__ not in maps
+
+
+PROJECT = """
+pytestmark = pytest.mark.vmm(memory="16M", agent=False, isolate=True)
+
+def test_one(booted_machine):
+    assert booted_machine.isolated
+    assert booted_machine.state == "running"
+
+def test_two(restored_machine):
+    assert restored_machine.isolated
+    assert False, "to be seen in the report"
+"""
+
+
+@pytest.mark.one_lane
+def test_the_pytest_plugin(tmp_path: Path) -> None:
+    """The marker `isolate`, and what a failure's report shows of such a machine."""
+    project = projects.small(tmp_path)
+    projects.write(project, projects.MARKED + PROJECT)
+    done = projects.run_pytest(project, "--vmm-require")
+    assert "1 failed, 1 passed" in done.stdout
+    for title in ("events", "registers"):
+        assert re.search(f"machine 0: {title}", done.stdout)
+    assert "not to be had" not in done.stdout
+    assert "CR3" in done.stdout.upper()

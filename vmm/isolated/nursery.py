@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BORN_WITHIN = 30.0
+BORN_WITHIN = 120.0
 """Seconds in which a process is there; the first one waits for the zygote to load its modules."""
 NAMESPACES = ("mnt", "net", "user", "pid", "ipc", "uts", "cgroup")
 _PROGRAM = (

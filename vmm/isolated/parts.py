@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 import time
 
 from vmm.agent.link import BOOT_WITHIN, LOOK, Link
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any, NoReturn
 
+TOLD_WITHIN = 0.3
+"""Seconds in which the end of the machine is known, once a connection to it is lost."""
 AREA_MAX = 1 << 20
 """Bytes of an XSAVE area or of nested state."""
 
@@ -223,6 +226,7 @@ class IsolatedLink(Link):
         self._console = console
         self._waiting: list[Callable[[], object]] = []
         self._over = ""
+        self._end_known = threading.Event()
 
     @property
     def ready(self) -> bool:
@@ -269,10 +273,12 @@ class IsolatedLink(Link):
     def end(self, why: str) -> None:
         """See `Link.end`."""
         self._over = why
+        self._end_known.set()
         self.told()
 
     def revive(self) -> None:
         """See `Link.revive`."""
+        self._end_known.clear()
         self._over = ""
 
     def connect(self) -> socket.socket:
@@ -282,6 +288,7 @@ class IsolatedLink(Link):
 
     def why_lost(self) -> str:
         """See `Link.why_lost`."""
+        self._end_known.wait(TOLD_WITHIN)
         if self._over:
             return f"the machine ended: {self._over}"
         return "the connection to the guest's agent is lost"

@@ -55,7 +55,8 @@ def preload() -> None:
         *("vmm.kvm", "vmm.block.drive", "vmm.block.raw", "vmm.virtio.blk", "vmm.virtio.net"),
         *("vmm.virtio.console", "vmm.virtio.rng", "vmm.virtio.balloon", "vmm.virtio.vsock"),
         *("vmm.virtio.loop", "vmm.virtio.vsock_host", "vmm.agent.link", "vmm.agent.archive"),
-        *("vmm.net.config", "vmm.snapshot.checkpoint", "vmm.snapshot.store"),
+        *("vmm.block.vhost_user", "vmm.virtio.vhost_user"),
+        *("vmm.virtio.fs", "vmm.net.config", "vmm.snapshot.checkpoint", "vmm.snapshot.store"),
         *("vmm.snapshot.restore", "vmm.faults", "vmm.isolated.values", "vmm.report", "traceback"),
     ):
         importlib.import_module(name)

@@ -25,7 +25,8 @@ class MachineFactory:
     """Makes machines and keeps hold of them until `close`.
 
     Args:
-        defaults: keywords of `MachineConfig` for every machine, as a test's markers say them.
+        defaults: keywords of `MachineConfig` for every machine, and `isolate` of `Machine`, as a
+            test's markers say them.
         kernel: gives the kernel that `boot` takes where none is given.
         directory: gives a directory for initrds.
         boot_timeout: seconds `boot` gives a machine.
@@ -52,7 +53,14 @@ class MachineFactory:
     def __call__(self, kernel: Any = None, **options: Any) -> Machine:
         """A machine in state `created`. `options` go before the defaults; `kernel` is a path, or
         something with a `vmlinuz` (see `vmm.testing.kernels`)."""
-        return self.make(lambda: Machine(MachineConfig(**self.keywords(kernel, **options))))
+        values = self.keywords(kernel, **options)
+        isolate = values.pop("isolate", False)
+        return self.make(lambda: Machine(MachineConfig(**values), isolate=isolate))
+
+    def restore(self, directory: str) -> Machine:
+        """A machine of a snapshot, in state `created`."""
+        isolate = self.defaults.get("isolate", False)
+        return self.make(lambda: Machine.restore(directory, isolate=isolate))
 
     def boot(
         self,
@@ -174,10 +182,12 @@ def wait_up(machines: list[Machine], ready: str | None, limit: float) -> None:
 
 
 def check_keywords(values: dict[str, Any], where: str) -> None:
-    """UsageError, in the name of `where`, for what is no keyword of `MachineConfig`."""
+    """UsageError, in the name of `where`, for what is no keyword of `MachineConfig`, nor
+    `isolate`."""
     import inspect
 
     known = [name for name in inspect.signature(MachineConfig).parameters if name != "self"]
+    known.append("isolate")
     for name in values:
         if name not in known:
             import difflib

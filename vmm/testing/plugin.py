@@ -378,7 +378,6 @@ def restored_machine(
     """
     __tracebackhide__ = True
     import vmm
-    from vmm import Machine
     from vmm.testing.bounded import ended_after
     from vmm.testing.machines import MachineFactory, wait_up
     from vmm.testing.snapshots import TriedError, shared_snapshot
@@ -425,7 +424,7 @@ def restored_machine(
         if tried.skipped:
             pytest.skip(str(tried))
         pytest.fail(f"vmm: {tried}", pytrace=False)
-    machine = machine_factory.make(lambda: Machine.restore(str(directory)))
+    machine = machine_factory.restore(str(directory))
     wait_up([machine], None, limit)
     return machine
 

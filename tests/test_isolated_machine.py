@@ -487,8 +487,11 @@ def test_other_limits_take_another_zygote(make: Make, monkeypatch: pytest.Monkey
     monkeypatch.undo()
 
 
-def test_the_process_has_nothing_of_the_programs(make: Make, tmp_path: Path) -> None:
-    """Neither descriptors, nor memory, nor other machines' connections."""
+def test_the_process_has_nothing_of_the_programs(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither descriptors, nor memory, nor environment, nor other machines' connections."""
+    monkeypatch.setenv("API_TOKEN", "s3cret")
     secret = tmp_path / "secret"
     secret.write_text("x")
     others = [make(), make()]
@@ -501,6 +504,8 @@ def test_the_process_has_nothing_of_the_programs(make: Make, tmp_path: Path) -> 
     for other in others:
         theirs = [os.readlink(path) for path in Path(f"/proc/{pid_of(other)}/fd").iterdir()]
         assert not sockets & {link for link in theirs if link.startswith("socket:")}
+    variables = Path(f"/proc/{pid_of(m)}/environ").read_bytes()
+    assert b"PATH=" in variables and b"s3cret" not in variables
     maps = Path(f"/proc/{pid_of(m)}/maps").read_text()
     assert "pytest" not in maps
     assert isolated_machine.__file__ not in maps

@@ -31,7 +31,7 @@ from vmm.sandbox.helper import RUN, Confinement, loader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _SHELL = "/bin/sh"
 _MFD_EXEC = 0x10
@@ -77,6 +77,7 @@ class Child:
         pass_fds: descriptors it inherits, under their numbers.
         stdout: the descriptor of its standard output, else where `said` looks.
         keeper: have a shell end it when this process ends.
+        variables: its environment, without a keeper; None: what `confine` says.
 
     Attributes:
         name: the program's name, for messages.
@@ -94,6 +95,7 @@ class Child:
         pass_fds: Sequence[int] = (),
         stdout: int = -1,
         keeper: bool = True,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.name = os.path.basename(argv[0])
         self.pid = 0
@@ -113,7 +115,9 @@ class Child:
             if not keeper:
                 null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    self.pid = _spawn(argv[0], argv, confine, (null, *out), pass_fds)
+                    self.pid = _spawn(
+                        argv[0], argv, confine, (null, *out), pass_fds, variables=variables
+                    )
                 finally:
                     os.close(null)
             else:
@@ -279,6 +283,7 @@ def _spawn(
     standard: tuple[int, int, int],
     pass_fds: Sequence[int],
     through: str = "",
+    variables: Mapping[str, str] | None = None,
 ) -> int:
     """Start `program`, confined, with these standard descriptors and `pass_fds`; or the program at
     `through`, which becomes it. Raises OSError."""
@@ -304,7 +309,8 @@ def _spawn(
     actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(standard_now)]
     # A descriptor that is made a copy of itself is inherited (posix_spawn(3)).
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
-    variables = os.environ if confine is None else confine.variables()
+    if variables is None:
+        variables = os.environ if confine is None else confine.variables()
     more = [(each, RUN) for each in (loader(_SHELL), through) if each] if through else []
 
     def start() -> int:

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 BORN_WITHIN = 120.0
 """Seconds in which a process is there; the first one waits for the zygote to load its modules."""
 NAMESPACES = ("mnt", "net", "user", "pid", "ipc", "uts", "cgroup")
+ENVIRONMENT = (
+    "PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME",
+    "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "CC",
+)  # fmt: skip
+"""Names of variables that caches and helper programs look at; LC_* and VMM_* besides."""
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from vmm.isolated.zygote import main; main(int(sys.argv[1]))"
@@ -173,6 +178,7 @@ class _Zygote:
                 None,
                 pass_fds=(theirs.fileno(),),
                 keeper=False,
+                variables=_variables(),
             )
         except BaseException:
             ours.close()
@@ -280,8 +286,17 @@ def _kind() -> object:
     root = os.stat("/")
     return (
         os.getresuid(), os.getresgid(), tuple(os.getgroups()), names, limits,
-        (root.st_dev, root.st_ino), sys.executable, tuple(sys.path),
+        (root.st_dev, root.st_ino), sys.executable, tuple(sys.path), _variables(),
     )  # fmt: skip
+
+
+def _variables() -> dict[str, str]:
+    """What of the program's environment a machine's process has: nothing that may be a secret."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ENVIRONMENT or name.startswith(("LC_", "VMM_"))
+    }
 
 
 def _leave(process: Process) -> None:

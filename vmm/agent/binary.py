@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from vmm import own_directory
 from vmm.errors import HostError
 
 COMPILERS = ("cc", "gcc", "clang", "musl-gcc")
@@ -30,17 +31,28 @@ def program() -> str:
     """The path of the agent's program. Raises HostError where there is none and no compiler."""
     path = found()
     if path is None:
-        path = os.path.join(_cache(), f"{SHIPPED}-{fingerprint()}")
-        os.makedirs(_cache(), exist_ok=True)
+        try:
+            path = os.path.join(_cache(), f"{SHIPPED}-{fingerprint()}")
+        except OSError as err:
+            raise HostError(
+                f"the guest's agent cannot be kept: {err.strerror or err}; have VMM_CACHE name a "
+                "directory of this user's own, which others cannot write to"
+            ) from err
         build(path)
     return path
 
 
 def found() -> str | None:
     """The path of the agent's program, or None where it is still to be compiled."""
-    key = fingerprint()
-    paths = (os.path.join(directory, f"{SHIPPED}-{key}") for directory in (HERE, _cache()))
-    return next(filter(os.path.exists, paths), None)
+    name = f"{SHIPPED}-{fingerprint()}"
+    shipped = os.path.join(HERE, name)
+    if os.path.exists(shipped):
+        return shipped
+    try:
+        path = os.path.join(_cache(), name)
+        return path if own_directory.is_own(os.lstat(path)) else None
+    except OSError:
+        return None
 
 
 def compiler() -> str | None:
@@ -83,7 +95,7 @@ def build(path: str) -> None:
         raise HostError(
             "no C compiler for the guest's agent; apt-get install gcc libc6-dev, or set CC"
         )
-    unfinished = f"{path}.{os.getpid()}"
+    unfinished = f"{path}.{os.urandom(8).hex()}"
     command = [program, *FLAGS, "-o", unfinished, *sources()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -159,6 +159,11 @@ def _name(tree: str, wanted: Sequence[str], optional: Sequence[str], release: st
     return "modules-" + sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
+def _lies_in(path: str, tree: str) -> bool:
+    """Whether `path` is one of the files below `tree`."""
+    return os.path.normpath(path).startswith(os.path.join(os.path.normpath(tree), ""))
+
+
 def _identity(path: str) -> str:
     status = os.stat(path)
     return f"{status.st_size} {status.st_mtime_ns} {path}"
@@ -180,7 +185,7 @@ def _kept(
             return None
         for line in lines:
             path = line.split(" ", 2)[2]
-            if _identity(path) != line:
+            if not _lies_in(path, tree) or _identity(path) != line:
                 return None
             modules.append(Module("", path, "").read())
     except (OSError, IndexError, UsageError):

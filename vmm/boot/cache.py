@@ -21,6 +21,7 @@ import struct
 import time
 import zlib
 
+from vmm import own_directory
 from vmm.errors import UsageError
 from vmm.units import parse_size
 
@@ -62,7 +63,7 @@ def _open() -> _Cache | None:
     if limit <= 0:
         return None
     try:
-        return _Cache(_directory(), limit)
+        return _Cache(own_directory.find("unpacked"), limit)
     except OSError:
         return None
 
@@ -75,31 +76,6 @@ def _limit() -> int:
         return parse_size(text, "VMM_KERNEL_CACHE") if text else LIMIT
     except UsageError:
         return 0  # not understood: what a person wanted was less than the default
-
-
-def _directory() -> str:
-    """The path of the cache; PermissionError where its place is not this user's."""
-    base = os.environ.get("VMM_CACHE")
-    if not base:
-        parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        base = os.path.join(parent, "vmm")
-    path = os.path.join(base, "unpacked")
-    if not os.path.isabs(path):
-        raise PermissionError(f"{path}: not an absolute path")
-    if not os.path.lexists(path):
-        there = base
-        while not os.path.lexists(there):
-            there = os.path.dirname(there)
-        # As root with an ordinary user's HOME (sudo): nothing of root's is left there.
-        if os.stat(there).st_uid != os.geteuid():
-            raise PermissionError(f"{there} belongs to another user")
-        os.makedirs(path, mode=0o700, exist_ok=True)
-    return path
-
-
-def _own(status: os.stat_result) -> bool:
-    """Whether only this user can have written it."""
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _touch(fd: int) -> None:
@@ -118,10 +94,7 @@ class _Cache:
     def __init__(self, path: str, limit: int) -> None:
         self._limit = limit
         self._whole = False
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        if not _own(os.fstat(self._fd)):
-            self.close()
-            raise PermissionError(f"{path}: others may write there")
+        self._fd = own_directory.open_own(path)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -185,7 +158,7 @@ class _Cache:
     def _table(fd: int) -> list[tuple[int, int]]:
         """Size and checksum of each block; empty where the file is no entry."""
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or not _own(status):
+        if not stat.S_ISREG(status.st_mode) or not own_directory.is_own(status):
             return []
         end = status.st_size - _TRAILER.size
         if end < 0:

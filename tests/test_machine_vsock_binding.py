@@ -14,6 +14,7 @@ from tests.support import tiny
 from tests.support.bare import until
 from tests.support.vsock_guest import GuestOf
 from vmm import AsyncMachine, Machine, MachineConfig, StateError, UsageError
+from vmm.aio import vsock as aio_vsock
 from vmm.machine import exits, vsock_binding
 from vmm.virtio import vsock_packet as vp
 
@@ -213,6 +214,41 @@ def test_coroutines_answer(machine: Make) -> None:
             assert len(tasks) == 3
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
+    asyncio.run(main())
+
+
+def test_a_guest_that_is_quicker_than_the_loop(
+    machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It connects and hangs up, again and again, while the program's loop does something else."""
+    monkeypatch.setattr(aio_vsock, "CONNECTIONS_MAX", 4)
+    m = machine()
+
+    def storm() -> int:
+        with GuestOf(m) as guest:
+            for port in range(100):
+                guest.send(vp.OP_REQUEST, PORT + port, 1024)
+                guest.send(vp.OP_RST, PORT + port, 1024)
+                guest.poll()
+            guest.settle()
+            kept = len(tiny.descriptors())
+            busy.set()
+        return kept
+
+    async def main() -> None:
+        async with AsyncMachine(m) as am:
+            am.bind_vsock(1024, answer)
+            await am.start()
+            kept: list[int] = []
+            before = len(tiny.descriptors())
+            thread = threading.Thread(target=lambda: kept.append(storm()))
+            thread.start()
+            assert busy.wait(60)  # the loop waits, too
+            await asyncio.sleep(0)
+            thread.join()
+            assert kept[0] - before < 16
+
+    busy = threading.Event()
     asyncio.run(main())
 
 

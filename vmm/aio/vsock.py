@@ -32,6 +32,8 @@ class AsyncVsockServer:
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[None], socket.socket] = {}
+        self._coming: set[socket.socket] = set()
+        """Connections that the loop has been told of, and has no task for yet."""
         self._unbound = self._closed = False
         self._device = claim(machine, port, self._serve)
         self._leave = machine.subscribe(lambda event: self._soon(self._end), Stopped)
@@ -62,12 +64,18 @@ class AsyncVsockServer:
         return True
 
     def _serve(self, sock: socket.socket) -> None:
-        """On the device's loop."""
+        """On the device's loop, which may be quicker than ours."""
+        if len(self._coming) + len(self._tasks) >= CONNECTIONS_MAX:
+            sock.close()
+            return
+        self._coming.add(sock)
         if not self._soon(self._begin, sock):
+            self._coming.discard(sock)
             sock.close()
 
     def _begin(self, sock: socket.socket) -> None:
-        if self._closed or len(self._tasks) >= CONNECTIONS_MAX:
+        self._coming.discard(sock)
+        if self._closed:
             sock.close()
             return
         task = self._loop.create_task(self._run(sock))

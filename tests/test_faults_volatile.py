@@ -163,6 +163,20 @@ def test_a_cache_that_is_full_is_written_out(path: Path, tmp_path: Path) -> None
     assert left == b"x" * (10 * SECTOR) + bytes(10 * SECTOR)
 
 
+def test_writes_without_data_of_their_own_are_bounded_too(tmp_path: Path) -> None:
+    """Zeroes in place of zeroes, by a guest that never flushes."""
+    disk = tmp_path / "hole.img"
+    disk.touch()
+    os.truncate(disk, SECTORS * SECTOR)
+    image = RawImage(str(disk))
+    log = WriteLog(image, limit=100_000)
+    with memoryview(bytes(SECTOR)) as nothing:
+        for number in range(2000):
+            log.write([nothing], number % SECTORS * SECTOR)
+    assert 0 < log.unflushed < 1000
+    image.close()
+
+
 def test_a_write_that_no_cache_holds_is_written_out(path: Path) -> None:
     with DiskGuest(path) as guest:
         guest.faults.volatile(cache=10 * SECTOR)

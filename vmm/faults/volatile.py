@@ -31,6 +31,8 @@ SECTOR = 512
 PIECE = 1 << 20
 """Bytes of zeroes that are one write."""
 CACHE = 64 << 20
+ENTRY = 256
+"""Bytes that an entry without data takes: zeroes in place of zeroes."""
 
 
 class Entry:
@@ -43,7 +45,7 @@ class Entry:
 
     def kept(self) -> int:
         """Bytes of memory it takes."""
-        return (self.size if self.old else 0) + (self.size if self.new else 0)
+        return (self.size if self.old else 0) + (self.size if self.new else 0) or ENTRY
 
 
 class Cut:

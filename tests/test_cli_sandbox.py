@@ -131,24 +131,30 @@ def facts(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 def intrude(
-    facts: dict[str, Any], probes: list[str], *words: str
+    facts: dict[str, Any], probes: list[str], *words: str, snapshot: Path | None = None
 ) -> tuple[dict[str, Any], int, str]:
-    """What became of each probe, the command's status, and what it said."""
+    """What became of each probe, the command's status, and what it said. With `snapshot`, of ECHO,
+    that is restored."""
     ours, theirs = os.pipe()
     told = json.dumps({**facts, "probes": probes})
-    argv = [sys.executable, "-m", "tests.support.intruder", str(theirs), told, "run"]
-    argv += [facts["kernel"], "--memory", "16M", *words]
+    argv = [sys.executable, "-m", "tests.support.intruder", str(theirs), told]
+    if snapshot is None:
+        argv += ["run", facts["kernel"], "--memory", "16M", *words]
+    else:
+        argv += ["restore", str(snapshot), *words]
     with open(ours) as pipe:
         done = subprocess.run(
-            argv, pass_fds=[theirs], env=tiny.environment(), stdin=subprocess.DEVNULL,
+            argv, pass_fds=[theirs], env=tiny.environment(), input="q",
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         os.close(theirs)
         return dict(json.loads(line) for line in pipe), done.returncode, done.stderr
 
 
-def compare(found: dict[str, Any], expected: dict[str, str]) -> None:
+def compare(found: dict[str, Any], expected: dict[str, str], elsewhere: int = 0) -> None:
+    """`elsewhere`: how many threads there were before."""
     threads = found.pop("threads")
+    assert found.pop("elsewhere") == [FILE] * elsewhere
     assert threads and all(each == ["2", "1", "0" * 16, "0" * 16] for each in threads)
     wrong = {
         name: (result, expected[name])
@@ -180,6 +186,25 @@ def test_every_probe_is_refused_beside_a_broker(facts: dict[str, Any], tmp_path:
     assert status == 9, said
     compare(found, {**EXPECTED, **BY_THE_BROKER})
     assert not [name for name in ("control", "vsock", "port") if (tmp_path / name).exists()]
+
+
+def test_restored_machines(facts: dict[str, Any], tmp_path: Path) -> None:
+    """Their threads that watch the snapshot's files, or who hands over pages, are there before."""
+    control, snapshot = tmp_path / "control", tmp_path / "snapshot"
+    kernel = tiny.kernel(tmp_path, tiny.ECHO)
+    argv = tiny.command("run", kernel, "--memory", "16M", "--control", str(control))
+    with subprocess.Popen(
+        argv, env=tiny.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        done = tiny.run("snapshot", str(snapshot), "--control", str(control), "--stop")
+        assert done.returncode == 0, done.stderr
+        assert process.wait(60) == 0
+    for words, threads in (([], 1), (["--pages", "uffd"], 1)):
+        found, status, said = intrude(facts, list(EXPECTED), "-v", *words, snapshot=snapshot)
+        assert status == 7 and "sandbox: without" not in said, said
+        compare(found, {**EXPECTED, **BY_THE_BROKER}, threads)
 
 
 def test_without_a_sandbox_they_succeed(facts: dict[str, Any]) -> None:

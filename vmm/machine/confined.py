@@ -46,9 +46,17 @@ def confine(
     helpers = child.running() if child is not None else []
     if broker is not None:
         _fill(broker, machine.config)
-    leases = leases or machine.restored
+    threads = machine.origin.threads() if machine.origin is not None else []
+    lease = sys.modules.get("vmm.snapshot.lease")
+    if lease is not None and lease.in_watcher(lambda: None):
+        threads.append(lease.in_watcher)
     return _confine(
-        _files(machine.config), helpers=helpers, broker=broker, leases=leases, apart=apart
+        _files(machine.config),
+        helpers=helpers,
+        threads=threads,
+        broker=broker,
+        leases=leases or machine.restored,
+        apart=apart,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.config import MachineConfig
     from vmm.kvm import Kvm, Vm
     from vmm.machine.machine import Machine
@@ -35,3 +37,7 @@ class Origin:
     def apply(self, machine: Machine) -> None:
         """Put the state in; memory, devices and vCPUs are there, and nothing has run."""
         raise NotImplementedError
+
+    def threads(self) -> list[Callable[[Callable[[], object]], object]]:
+        """Of each thread that it has while nothing has run, a function that has it call one."""
+        return []

@@ -16,7 +16,7 @@ from vmm.sandbox import landlock, privileges, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vmm.sandbox.broker import Broker
 
@@ -81,6 +81,7 @@ def confine(
     files: Iterable[tuple[str | int, int]],
     *,
     helpers: Sequence[int] = (),
+    threads: Sequence[Callable[[Callable[[], object]], object]] = (),
     broker: Broker | None = None,
     leases: bool = False,
     apart: bool = False,
@@ -92,6 +93,7 @@ def confine(
         helpers: processes that may be signalled.
         broker: does what is not allowed any more, where its policy has it.
         leases: F_SETSIG and F_SETOWN_EX are needed.
+        threads: of each thread that is there already, a function that has it call one.
         apart: have mount and network namespaces as well, which cost half a millisecond.
 
     Returns:
@@ -101,7 +103,7 @@ def confine(
         OSError: the kernel refuses what it says it has.
     """
     missing = lacks()
-    others = _other_threads()
+    others = _other_threads(len(threads))
     if others:
         missing.append(
             Lack("Landlock", f"{others} of this process's threads were there before, and have none")
@@ -123,12 +125,22 @@ def confine(
         if rules >= 0:
             os.close(rules)
         rules = -1
-    privileges.drop_capabilities()
+    for call in threads:
+        call(lambda: _give_up(rules))
+    _give_up(rules)
     if rules >= 0:
-        landlock.enforce(rules)
+        os.close(rules)
     if seccomp.available():
         seccomp.restrict(program, all_threads=True)
     return missing
+
+
+def _give_up(rules: int) -> None:
+    """What is a thread's: in the thread that calls."""
+    privileges.no_new_privs()
+    privileges.drop_capabilities()
+    if rules >= 0:
+        landlock.enforce(os.dup(rules))
 
 
 def _have(broker: Broker) -> bool:
@@ -151,11 +163,12 @@ def _have(broker: Broker) -> bool:
     return True
 
 
-def _other_threads() -> int:
-    """How many there are beside this one; one that has been joined may have a moment left."""
+def _other_threads(known: int) -> int:
+    """How many there are beside this one and those `known`; one that has been joined may have a
+    moment left."""
     others = 0
     for _ in range(_MOMENTS):
-        others = len(os.listdir("/proc/self/task")) - 1
+        others = len(os.listdir("/proc/self/task")) - 1 - known
         if not others:
             break
         time.sleep(0.001)

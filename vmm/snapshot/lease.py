@@ -23,7 +23,7 @@ from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vmm.memory import GuestMemory
 
@@ -50,6 +50,10 @@ _leases: dict[tuple[int, int], _Lease] = {}
 _lock = allocate_lock()
 _watcher = 0
 """The watcher's thread id; 0: there is none."""
+_ident = 0
+"""The same thread, as Python knows it."""
+_asked: list[Callable[[], object]] = []
+"""What the watcher is to call."""
 
 
 def hold(memory: GuestMemory, fds: Iterable[int]) -> None:
@@ -119,7 +123,7 @@ def _give_back(key: tuple[int, int], lease: _Lease) -> None:
 
 def _watching() -> int:
     """The watcher's thread id; it is started first if there is none."""
-    global _watcher
+    global _ident, _watcher
     if not _watcher:
         begun = allocate_lock()
         begun.acquire()
@@ -131,13 +135,34 @@ def _watching() -> int:
             begun.release()
             while True:
                 _signal.sigwaitinfo({BROKEN})
+                while _asked:
+                    _asked.pop(0)()
                 with suppress(Exception):  # the lease runs out then
                     _look()
 
-        start_new_thread(main, ())
+        _ident = start_new_thread(main, ())
         with begun:
             pass
     return _watcher
+
+
+def in_watcher(function: Callable[[], object]) -> bool:
+    """Have the watcher's thread call `function`, and wait for that; False if there is none."""
+    if not _watcher:
+        return False
+    done = allocate_lock()
+    done.acquire()
+
+    def call() -> None:
+        try:
+            function()
+        finally:
+            done.release()
+
+    _asked.append(call)
+    _signal.pthread_kill(_ident, BROKEN)
+    with done:
+        return True
 
 
 def _look() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import sys
 import threading
@@ -21,6 +22,7 @@ from vmm.virtio import unix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from vmm.config import MachineConfig
@@ -49,6 +51,9 @@ class FromHandler(FromFiles):
         self._sock: socket.socket | None = None
         self._closing = False
         self._reason: MachineExit | None = None
+        self._asked: list[Callable[[], object]] = []
+        self._wake = -1
+        """Written to when something was put into `_asked`."""
 
     def map_memory(self, config: MachineConfig) -> GuestMemory:
         snapshot = self._snapshot
@@ -122,7 +127,25 @@ class FromHandler(FromFiles):
             said = "it does not answer as a handler does"
         raise SnapshotError(f"the handler of {self._snapshot.path}: {said}")
 
+    def threads(self) -> list[Callable[[Callable[[], object]], object]]:
+        return [*super().threads(), self._in_thread]
+
+    def _in_thread(self, function: Callable[[], object]) -> None:
+        """Have the thread that waits for the handler's end call `function`."""
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                function()
+            finally:
+                done.set()
+
+        self._asked.append(call)
+        os.eventfd_write(self._wake, 1)
+        done.wait()
+
     def apply(self, machine: Machine) -> None:
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         thread = threading.Thread(target=self._watch, args=(machine,), name="pager", daemon=True)
         machine.at_close(lambda: self._close(thread))
         machine.doubt = self._is_lost
@@ -133,6 +156,13 @@ class FromHandler(FromFiles):
         """Wait for the handler's end, or what it has to say before."""
         sock = self._sock
         assert sock is not None
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while self._wake in (fds := [fd for fd, _ in poll.poll()]) and len(fds) == 1:
+            os.eventfd_read(self._wake)
+            while self._asked:
+                self._asked.pop(0)()
         said = b""
         with suppress(OSError):  # it stays there: `_is_lost` may look after the handler has gone
             said = sock.recv(4096, socket.MSG_PEEK)
@@ -159,6 +189,7 @@ class FromHandler(FromFiles):
         self._closing = True
         self._hang_up()
         thread.join()
+        os.close(self._wake)
 
     def _hang_up(self) -> None:
         sock, child = self._sock, self._child

@@ -251,3 +251,11 @@ def test_a_machine_that_lies_to_who_asks(says: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(raised.value) and 0 < raised.value.exit_status < 128
     thread.join()
     listener.close()
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"[]", b"7", b'{"base": [1]}', b'{"base": 7}',
+                                  b'{"base": {"path": 7}}', b"\xff"],
+                         ids=lambda text: repr(text[:20]))  # fmt: skip
+def test_a_base_whose_manifest_is_none_ends_the_chain(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(text)
+    assert control.chain(str(tmp_path)) == [str(tmp_path)]

@@ -201,6 +201,12 @@ WRONG_JSON = [
 ]
 
 
+@pytest.mark.parametrize("key", ["=", "==", " =", ":", "-", "--", "", " ", "\n", "=\udca6", "é="])
+def test_a_key_of_signs(key: str) -> None:
+    with pytest.raises(UsageError):
+        MachineConfig.from_dict({"kernel": "k", key: 1})
+
+
 @pytest.mark.parametrize(("text", "says"), WRONG_JSON, ids=[row[0][:40] for row in WRONG_JSON])
 def test_wrong_json(place: Path, text: str, says: str) -> None:
     path = write(place, text, "machine.json")

@@ -24,6 +24,7 @@ from vmm import HostError, Machine, UsageError
 from vmm.errors import SnapshotError
 from vmm.machine import exits
 from vmm.memory import GuestMemory, userfault
+from vmm.snapshot import pager
 from vmm.snapshot.store import Snapshot
 from vmm.virtio import unix
 
@@ -246,6 +247,16 @@ def test_a_handler_of_another_snapshot(made: Path, handler: str) -> None:
         Machine.restore(str(made / "full"), pages=f"uffd={handler}")
     with Machine.restore(str(made / "diff"), pages=f"uffd={handler}"):
         pass
+
+
+@pytest.mark.parametrize(
+    "last", [b"[" * 4000, b"[]", b"7", b"null", b"\xff", b"", b'{"error": ["a"]}', b'{"pid": 1}'],
+    ids=lambda last: repr(last[:12]),
+)  # fmt: skip
+def test_what_a_handler_says_last_is_told_whatever_it_is(last: bytes) -> None:
+    """The thread that reads it must live to end the machine: a vCPU may wait for a page."""
+    ended = pager._lost(last + b"\n")
+    assert ended.kind == exits.MEMORY_LOST and len(ended.message) < 2 * pager.LINE_MAX
 
 
 # --- wrong usage, and what is left ----------------------------------------------------------------

@@ -176,7 +176,8 @@ def with_key(err: UsageError) -> tuple[str, str]:
     """The key that a complaint of MachineConfig is about (empty: none), and the complaint with the
     key in place of the option."""
     text = str(err)
-    option = text.split("=")[0].split()[0].rstrip(":") if text else ""
+    words = text.split("=")[0].split()  # none, where a key begins with the sign
+    option = words[0].rstrip(":") if words else ""
     key = KEYS.get(option, option.removeprefix("--").replace("-", "_"))
     if key not in PROPERTIES:
         return "", text

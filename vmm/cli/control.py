@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
 
+from vmm import json_object
 from vmm.errors import HostError, UsageError, VmmError
 from vmm.forked import drop_in_child
 from vmm.snapshot import trust
@@ -228,7 +229,7 @@ def chain(path: str) -> list[str]:
         found.append(path)
         try:
             with open(os.path.join(path, "manifest.json"), "rb") as file:
-                base = json.loads(file.read(MANIFEST_MAX))["base"]
+                base = json_object.read(file.read(MANIFEST_MAX))["base"]
             path = os.path.join(path, base["path"])
         except (OSError, ValueError, LookupError, TypeError):
             break

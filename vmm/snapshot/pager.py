@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import suppress
 
+from vmm import json_object
 from vmm.child import Child
 from vmm.errors import HostError, SnapshotError, UsageError
 from vmm.kvm.ffi import address_of
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 KIND = "uffd"
 """Of memory regions: what is not there is somewhere else."""
+LINE_MAX = 1000
+"""Characters of what a handler says that are passed on."""
 ANSWER_WITHIN = 60.0
 """Seconds; a Python starts in between."""
 HANDLER = (
@@ -118,12 +121,12 @@ class FromHandler(FromFiles):
             said = self._child.said() if self._child is not None else ""
             raise HostError(f"the handler of {self._snapshot.path} ended at once: {said}")
         try:
-            told = json.loads(answer)
+            told = json_object.read(answer)
             if "error" not in told:
                 self.pid = int(told["pid"])
                 return
             said = str(told["error"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             said = "it does not answer as a handler does"
         raise SnapshotError(f"the handler of {self._snapshot.path}: {said}")
 
@@ -215,6 +218,6 @@ def _lost(said: bytes) -> MachineExit:
     """For what the handler said last, if anything."""
     why = "it has ended"
     with suppress(ValueError, KeyError, IndexError):
-        why = json.loads(said.splitlines()[0])["error"]
+        why = str(json_object.read(said.splitlines()[0])["error"])[:LINE_MAX]
     text = f"pages of its snapshot that it had not read yet are lost: {why}"
     return MachineExit(exits.MEMORY_LOST, text)

@@ -3,6 +3,7 @@
 # make shell   an interactive shell in a guest
 # make setup   only make .venv/bin/vmm ready
 # make fuzz    search for bugs for two hours: ARGS="--minutes N --target NAME", docs/fuzzing.md
+# make soak    machines for half an hour: nothing may be left of them (ARGS="--minutes 5", --linux)
 # make lint | bench | clean
 
 PYTHON = .venv/bin/python
@@ -39,6 +40,9 @@ lint: .venv/.ready
 
 bench: compiled
 	$(PYTHON) -m benchmarks $(ARGS)
+
+soak: compiled
+	$(PYTHON) -m tests.soak $(ARGS)
 
 # libFuzzer and its sanitizers are clang's: some 400 MB of packages, which nothing else here needs.
 fuzz: compiled

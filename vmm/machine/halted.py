@@ -21,7 +21,7 @@ from _thread import start_new_thread
 from vmm.errors import EXIT_PANIC
 from vmm.machine import exits
 from vmm.machine.exits import MachineExit
-from vmm.machine.vcpu_thread import RUNNING
+from vmm.machine.vcpu_thread import RUNNING, STOPPED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,20 +124,33 @@ def _main() -> None:
         with _changed:
             if _looks:
                 _changed.wait(PERIOD)
+            _drop_stopped()
             if not _looks:
                 _watcher = 0
                 return
-            machines = list(_looks)
-        for machine in machines:
-            look = _begin(machine)
-            if look is None:
-                continue
-            try:
-                look.at(machine)
-            except BaseException as err:
-                machine.monitor_failed(err)
-            finally:
-                _end()
+        _look_at_all()
+
+
+def _drop_stopped() -> None:
+    """Refer no longer to machines that have stopped: one that the program has forgotten would never
+    be closed. One that is revived is watched again."""
+    for machine in [each for each in _looks if each.state == STOPPED]:
+        del _looks[machine]
+
+
+def _look_at_all() -> None:
+    with _changed:
+        machines = list(_looks)
+    for machine in machines:
+        look = _begin(machine)
+        if look is None:
+            continue
+        try:
+            look.at(machine)
+        except BaseException as err:
+            machine.monitor_failed(err)
+        finally:
+            _end()
 
 
 def _begin(machine: Machine) -> _Look | None:

@@ -133,3 +133,21 @@ def test_kept_modules_are_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for path in (tmp_path / "secret", tree / ".." / "secret", f"{tree}/a/../../secret", "secret"):
         (tree / "a").mkdir(exist_ok=True)
         assert kept(path) is None, path
+
+
+def test_umask_002(home: Path) -> None:
+    """Ubuntu's, where each user has a group: neither the directory of an older version nor the
+    compiled program is somebody else's for that."""
+    before = os.umask(0o002)
+    try:
+        directory = home / ".cache" / "vmm" / "agent"
+        directory.mkdir(parents=True)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o775
+        cache.write("x", b"mine")
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o755
+        path = directory / f"{binary.SHIPPED}-{binary.fingerprint()}"
+        binary.build(str(path))
+    finally:
+        os.umask(before)
+    assert cache.read("x") == b"mine"
+    assert own_directory.is_own(path.stat())

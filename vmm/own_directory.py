@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 
 
 def find(name: str) -> str:
@@ -38,8 +39,16 @@ def is_own(status: os.stat_result) -> bool:
 
 def open_own(path: str) -> int:
     """A descriptor of the directory `path`, which the caller closes. Raises OSError,
-    PermissionError where it is not this user's own."""
+    PermissionError where it is not this user's own.
+
+    One that was made under umask 002 is taken from the group first. (What others have put into it
+    is theirs, and stays so.)
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(fd)
+    if status.st_uid == os.geteuid() and status.st_mode & 0o022 == 0o020:
+        with suppress(OSError):
+            os.fchmod(fd, stat.S_IMODE(status.st_mode) & ~0o020)
     if not is_own(os.fstat(fd)):
         os.close(fd)
         raise PermissionError(f"{path}: others may write there")

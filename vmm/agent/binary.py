@@ -102,6 +102,7 @@ def build(path: str) -> None:
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
             raise HostError(f"{program} cannot compile the guest's agent: {said.strip()}")
+        os.chmod(unfinished, 0o755)  # under umask 002 the group could write it: nobody's own
         os.rename(unfinished, path)
     except OSError as err:
         raise HostError(f"{path}: {err.strerror}") from err

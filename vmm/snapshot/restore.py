@@ -30,6 +30,8 @@ FIXED = (
 
 PAGES = ("map", "uffd", "uffd=SOCKET")
 CLOCKS = ("step", "keep")
+MESSAGE_MAX = 500
+"""Characters of a complaint about a value that somebody else wrote."""
 
 
 class FromFiles(Restored):
@@ -135,7 +137,7 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
     except UsageError as err:
         if isinstance(err, SnapshotError):
             raise
-        raise SnapshotError(f"{snapshot.path}: its configuration: {err}") from None
+        raise _about_configuration(snapshot, err) from None
     given["console"] = _console(had, str(changed.get("console", "")))
     if "drives" not in changed:
         assert isinstance(made_with, list)
@@ -143,13 +145,26 @@ def configure(snapshot: Snapshot, disk: str, changed: dict[str, Any]) -> Machine
         given["drives"] = disks.drives(snapshot.path, kept, made_with, disk)
         if len(kept) > len(made_with):
             given["root"] = disks.path_of(snapshot.path, kept[-1])
-    config = MachineConfig(**given)
+    try:
+        config = MachineConfig(**given)
+    except UsageError as err:
+        if changed:
+            raise
+        raise _about_configuration(snapshot, err) from None
     if config.memory != snapshot.memory_size:
         raise SnapshotError(
             f"{snapshot.path}: its machine has {config.memory} bytes of memory, and its file "
             f"{snapshot.memory_size}"
         )
     return config
+
+
+def _about_configuration(snapshot: Snapshot, err: UsageError) -> SnapshotError:
+    """`err`, about a value that may be very long, as one about a snapshot."""
+    text = str(err)
+    if len(text) > MESSAGE_MAX:
+        text = text[: MESSAGE_MAX - 3] + "..."
+    return SnapshotError(f"{snapshot.path}: its configuration: {text}")
 
 
 def _console(had: str, wanted: str) -> str:

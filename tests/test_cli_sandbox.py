@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import intruder, tiny
+from tests.support.ordinary_user import ordinary_user
 from vmm.sandbox import landlock, privileges, seccomp
 
 pytestmark = [
@@ -239,11 +241,34 @@ def test_there_are_three_levels(facts: dict[str, Any]) -> None:
     assert done.stderr == "vmm: --sandbox 'maybe' is not one of on, off, strict\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take privileges")
 def test_strict_has_everything(facts: dict[str, Any]) -> None:
     found, status, _ = intrude(facts, list(EXPECTED), "--sandbox", "strict")
     assert status == 9
     compare(found, EXPECTED)
+
+
+@pytest.mark.parametrize("level", ["on", "strict"])
+def test_an_ordinary_user(level: str) -> None:
+    with ordinary_user() as user:
+        there = user.home / "there"
+        there.mkdir()
+        (there / "secret").write_text("kept")
+        (there / "directory").mkdir()
+        facts = {
+            "kernel": tiny.kernel(there, tiny.exits(9)), "secret": str(there / "secret"),
+            "directory": str(there / "directory"), "victim": os.getpid(), "tcp": 9,
+            "unix": str(there / "socket"), "abstract": "\0vmm-nobody", "probes": list(EXPECTED),
+        }  # fmt: skip
+        for path in (there, *there.iterdir()):
+            shutil.chown(path, user.name, user.name)
+        done = user.run(
+            [
+                *(user.python, "-m", "tests.support.intruder", "1", json.dumps(facts), "run"),
+                *(facts["kernel"], "--memory", "16M", "--sandbox", level),
+            ]
+        )
+        assert done.returncode == 9, done.stderr
+        compare(dict(json.loads(line) for line in done.stdout.splitlines()), EXPECTED)
 
 
 def test_strict_refuses_what_takes_a_process_outside(facts: dict[str, Any], tmp_path: Path) -> None:
@@ -293,3 +318,36 @@ def test_what_a_host_does_not_give_is_told(
     assert done.stderr.startswith(f"vmm: --sandbox strict: {word}: ")
     assert done.stderr.count("\n") == 1
     assert privileges.has_no_new_privs() is False  # nor has it reached this process
+
+
+def test_under_somebody_elses_supervision(facts: dict[str, Any], tmp_path: Path) -> None:
+    """As in some containers: the kernel has one supervisor a process, so there can be no broker,
+    and what it would do goes on being done."""
+    script = tmp_path / "supervised.py"
+    script.write_text(
+        "import sys\n"
+        "from vmm.sandbox import privileges, seccomp\n"
+        "from vmm.sandbox.numbers import NUMBERS\n"
+        "privileges.no_new_privs()\n"
+        "calls = dict.fromkeys(NUMBERS, ())\n"
+        "calls.pop('acct')\n"
+        "others = {'acct': seccomp.NOTIFY}\n"
+        "program = seccomp.compile_filter(calls, seccomp.ALLOW, others)\n"
+        "listener = seccomp.restrict(program, notify=True)\n"
+        "from vmm.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    socket_path = tmp_path / "vsock"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), "run", facts["kernel"], "--memory", "16M", *words],
+            env=tiny.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+
+    done = run("-v")
+    assert (done.returncode, "sandbox: without" in done.stderr) == (9, False)
+    done = run("-v", "--vsock", f"cid=3,path={socket_path}")
+    assert done.returncode == 9
+    assert "vmm: sandbox: without Landlock and " in done.stderr
+    assert not socket_path.exists()

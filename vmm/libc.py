@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _libc: Any = ffi.dlopen(None)
+raw: Any = _libc.syscall
+"""The function itself, for calls by the dozen: a number and six integers; -1 where it fails."""
 _ZEROS = (0, 0, 0, 0, 0, 0)
 
 
@@ -33,7 +35,7 @@ def syscall(number: int, *arguments: int | Buffer) -> int:
             pointer = ffi.from_buffer(argument)
             kept.append(pointer)
             words[at] = int(ffi.cast("long", pointer))
-    result = int(_libc.syscall(number, *words, *_ZEROS[len(words) :]))
+    result = int(raw(number, *words, *_ZEROS[len(words) :]))
     if result == -1:
         number = ffi.errno
         raise OSError(number, os.strerror(number))

@@ -180,14 +180,29 @@ def _own_namespaces(apart: bool) -> list[Lack]:
     if apart:
         flags |= privileges.CLONE_NEWNS | privileges.CLONE_NEWNET
     try:
-        privileges.unshare(flags)
+        try:
+            privileges.unshare(flags)
+        except PermissionError:
+            if not apart:
+                raise
+            _own_user_namespace(flags)
     except OSError as err:
-        # Without CAP_SYS_ADMIN there are none but in a user namespace, in which this user would
-        # own nothing that its groups do; Landlock and seccomp keep what they would.
-        if err.errno in (errno.EPERM, errno.EINVAL, errno.ENOSPC, errno.ENOSYS):
-            return [Lack("namespaces", f"{err.strerror}; they take CAP_SYS_ADMIN")]
+        # Landlock and seccomp keep what they would.
+        if err.errno in (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSPC, errno.ENOSYS):
+            return [Lack("namespaces", f"{err.strerror}; root has them, and user namespaces do")]
         raise
     return []
+
+
+def _own_user_namespace(flags: int) -> None:
+    """Namespaces of an ordinary user's, who stays who that is. Raises OSError."""
+    user, group = os.geteuid(), os.getegid()
+    privileges.unshare(privileges.CLONE_NEWUSER | flags)
+    for name, text in (
+        ("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1"),
+    ):  # fmt: skip
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+            file.write(text)
 
 
 def _filter(helpers: Sequence[int], broker: Broker | None, leases: bool) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from vmm import libc
 
@@ -58,16 +58,11 @@ def drop_capabilities(keep: Iterable[int] = ()) -> None:
         kept |= 1 << number
     effective, permitted, _ = capabilities()
     libc.syscall(SYS_PRCTL, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    with suppress(PermissionError):  # without CAP_SETPCAP, under which no_new_privs does it
-        for number in range(64):
-            if kept >> number & 1:
-                continue
-            try:
-                libc.syscall(SYS_PRCTL, PR_CAPBSET_DROP, number, 0, 0, 0)
-            except PermissionError:
-                raise
-            except OSError:  # EINVAL: the kernel has no more
-                break
+    raw = libc.raw
+    for number in range(64):
+        # EINVAL: the kernel has no more. EPERM: without CAP_SETPCAP, under which no_new_privs does.
+        if not kept >> number & 1 and raw(SYS_PRCTL, PR_CAPBSET_DROP, number, 0, 0, 0, 0):
+            break
     effective, permitted = effective & kept, permitted & kept
     low = 0xFFFFFFFF
     data = (effective & low, permitted & low, 0, effective >> 32, permitted >> 32, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import itertools
 import socket
@@ -38,6 +39,18 @@ END = 8.0
 """Far above LIMIT and the moment after it; far below SILENCE, and for ever."""
 
 
+AGENTS: list[Agent] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """The agents' threads and sockets end with the test: others count them."""
+    yield
+    while AGENTS:
+        AGENTS.pop().close()
+    gc.collect()  # commands that a test has left
+
+
 class Agent:
     """A guest's agent that sends `parts`, and nothing more; it keeps to no window."""
 
@@ -45,14 +58,26 @@ class Agent:
         self.parts = parts
         self.reads = reads
         self.kept: list[socket.socket] = []
+        self.threads: list[threading.Thread] = []
+        AGENTS.append(self)
 
     def connect(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         self.kept.append(theirs)
-        threading.Thread(target=self.send, args=(theirs,), daemon=True).start()
-        if self.reads:
-            threading.Thread(target=self.read, args=(theirs,), daemon=True).start()
+        for serve in (self.send, self.read) if self.reads else (self.send,):
+            thread = threading.Thread(target=serve, args=(theirs,), daemon=True)
+            thread.start()
+            self.threads.append(thread)
         return ours
+
+    def close(self) -> None:
+        for sock in self.kept:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(END)
+        for sock in self.kept:
+            sock.close()
 
     def why_lost(self) -> str:
         return "gone"

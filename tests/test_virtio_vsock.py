@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.vsock_guest import CID, Guest
 from vmm.errors import UsageError
-from vmm.virtio import mmio, spec, unix, vsock_host
+from vmm.virtio import mmio, spec, unix, vsock_host, vsock_stream
 from vmm.virtio import vsock_packet as vp
 from vmm.virtio.vsock import REPLIES_MAX, TX, Vsock
 from vmm.virtio.vsock_host import VsockHost, connect_port
@@ -372,6 +372,36 @@ def test_a_backlog_that_stays_full_is_not_tried_without_an_end(
         plain.expect(vp.OP_RST)
     assert count * 5 < len(tried) <= count * 12
     assert not plain.device.streams
+
+
+def test_what_all_connections_keep_is_bounded(
+    plain: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that takes connections and reads nothing: the more there are, the less each new
+    one may send; who sends more is cut off."""
+    monkeypatch.setattr(vsock_stream, "KEPT_MAX", 4 * BUF_ALLOC)
+    allocs = []
+    with listener(plain, 5) as sock:
+        sock.listen(100)
+        taken = []
+        for port in range(100, 140):
+            plain.send(vp.OP_REQUEST, port, 5)
+            allocs.append(plain.expect(vp.OP_RESPONSE).alloc)
+            taken.append(sock.accept()[0])
+            taken[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        assert allocs[:4] == [BUF_ALLOC] * 4
+        assert allocs == sorted(allocs, reverse=True) and allocs[-1] == 4 * BUF_ALLOC // 40
+        assert sum(allocs) < 4 * 4 * BUF_ALLOC
+        port, stream = 139, plain.device.streams[5, 139]
+        piece = bytes(8 << 10)
+        while len(stream.out) + len(piece) <= stream.alloc:
+            plain.send(vp.OP_RW, port, 5, piece)
+            plain.settle()
+        assert stream in plain.device.streams.values()
+        plain.send(vp.OP_RW, port, 5, piece * 2)
+        assert plain.expect(vp.OP_RST).dst_port == port
+        for one in taken:
+            one.close()
 
 
 def test_many_at_once(plain: Guest) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 
-from vmm.agent.connection import RECEIVE
 from vmm.errors import AgentError
 
 TYPE_CHECKING = False
@@ -14,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.agent.wire import Session
+
+
+RECEIVE = 64 << 10
+"""Bytes sent or received at once: as many frames of little or nothing cost the loop some 10 ms."""
 
 
 class AsyncConnection:

@@ -261,8 +261,11 @@ class Vsock(LoopDevice):
 
     def full(self) -> bool:
         """Whether there are as many connections as there may be."""
-        most = min(STREAMS_MAX, descriptors.limit() // 4)
-        return len(self.streams) + len(self._lingering) >= most
+        return self.connections() >= min(STREAMS_MAX, descriptors.limit() // 4)
+
+    def connections(self) -> int:
+        """How many there are, with those that are only to be flushed."""
+        return len(self.streams) + len(self._lingering)
 
     def dial(self, port: int, sock: socket.socket) -> Stream | None:
         """Ask the guest for a connection to its `port`; None where there are too many."""

@@ -1,7 +1,7 @@
 """One connection of the socket device: a host socket on one side, a port of the guest on the other.
 
 Data goes straight between the socket and the guest's buffers. Bytes the host's program does not
-take yet are kept, never more than the credit the guest was given (BUF_ALLOC). A stream is used with
+take yet are kept, never more than the credit the guest was given (`alloc`). A stream is used with
 its device's lock held, on the device's loop.
 """
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 BUF_ALLOC = 256 << 10
 """Bytes the guest may send that the host's program has not taken: Linux's own figure."""
-TELL_AFTER = BUF_ALLOC // 4
-"""Bytes taken after which the guest is told, where no other packet has done so."""
+KEPT_MAX = 32 << 20
+"""What all connections share: with more than 128 of them, each new one may send less."""
 BURST_MIN, BURST_MAX = 4 << 10, 128 << 10
 """Bytes read from the host at once; a stream that fills its bursts gets longer ones."""
 
@@ -40,6 +40,7 @@ class Stream:
 
     Attributes:
         host_port, guest_port: its name.
+        alloc: bytes the guest may send that the host's program has not taken.
         sock: the host's side, not blocking; None while there is none.
         dialled: it was a host's program that asked for it.
         open: both sides have agreed; before, a REQUEST waits for its answer.
@@ -59,6 +60,7 @@ class Stream:
         "_taken",
         "_told",
         "_writing",
+        "alloc",
         "credit_queued",
         "dialled",
         "gone",
@@ -76,6 +78,7 @@ class Stream:
         self._device = device
         self.host_port = host_port
         self.guest_port = guest_port
+        self.alloc = min(BUF_ALLOC, KEPT_MAX // (device.connections() + 1))
         self.sock = sock
         self.dialled = self.open = self.gone = False
         self.out = bytearray()
@@ -93,7 +96,7 @@ class Stream:
     def told(self) -> tuple[int, int]:
         """buf_alloc and fwd_cnt for a packet that is sent now."""
         self._told = self._taken
-        return BUF_ALLOC, self._taken
+        return self.alloc, self._taken
 
     def credit(self, alloc: int, fwd: int) -> None:
         """What a packet of the guest's says of its room."""
@@ -107,7 +110,7 @@ class Stream:
         return self.peer_alloc - ((self._sent - self._fwd) & _MASK)
 
     def _tell(self) -> None:
-        if (self._taken - self._told) & _MASK >= TELL_AFTER and not self.gone:
+        if (self._taken - self._told) & _MASK >= self.alloc // 4 and not self.gone:
             self.tell()
 
     def tell(self) -> None:
@@ -128,7 +131,7 @@ class Stream:
         if (
             not self.open
             or self._guest_ended & SHUTDOWN_SEND
-            or size > BUF_ALLOC - len(self.out)  # more than it had credit for
+            or size > self.alloc - len(self.out)  # more than it had credit for
         ):
             self.reset()
             return

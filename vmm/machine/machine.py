@@ -257,6 +257,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
 
     def _close_all(self) -> None:
         until = time.monotonic() + END_WITHIN
+        if self._close_platform is not None:
+            self.platform.hurry(ending=True)
         threads = self._join_vcpus(until)
         steps: list[Callable[[], object]] = []
         later: list[Callable[[], object]] = []
@@ -456,7 +458,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if self._state == PAUSED:
             self.platform.console.hold()
             for thread in self._threads:
-                thread.wait_parked()
+                while not thread.wait_parked(PARKED_WITHIN):
+                    self.platform.hurry()
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""
@@ -668,6 +671,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
     def _join(self) -> None:
         if self._state == CLOSED:
             return
+        self.platform.hurry(ending=True)
         self._join_vcpus(time.monotonic() + END_WITHIN)
         self.platform.flush(wait=True)  # not for long: a stuck reader is given up on at the end
         self.console.close()

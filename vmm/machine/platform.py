@@ -345,6 +345,11 @@ class Platform:
         if self.agent is not None:
             self.agent.revive()
 
+    def hurry(self, *, ending: bool = False) -> None:
+        """Somebody waits for the vCPUs, which may wait for another process."""
+        if self.virtio is not None:
+            self.virtio.hurry(ending=ending)
+
     def end_threads(self, until: float | None) -> bool:
         """Whether the devices' threads have ended by `until`, of time.monotonic; they are told to.
 

@@ -132,6 +132,11 @@ class VirtioDevices:
                 device.release()
             raise
 
+    def hurry(self, *, ending: bool) -> None:
+        """Somebody waits for the vCPUs. See `VirtioDevice.hurry`."""
+        for transport in self.transports:
+            transport.device.hurry(ending=ending)
+
     def release(self) -> None:
         """The end of `hold`."""
         for transport in reversed(self.transports):

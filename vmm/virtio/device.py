@@ -207,6 +207,11 @@ class VirtioDevice:
     def config_written(self, offset: int, data: bytes) -> None:
         """The driver wrote to the configuration space; most devices have nothing writable."""
 
+    def hurry(self, *, ending: bool) -> None:
+        """Somebody waits for the vCPUs, for longer than one should: whoever has a vCPU wait for
+        another process gives that up soon, at once where the machine is `ending`. From any thread,
+        again and again."""
+
     def close(self) -> None:
         """Give back host resources; harmless twice."""
 

@@ -44,6 +44,9 @@ PROTOCOL = spec.bits(
     wire.PROTOCOL_F_INFLIGHT_SHMFD,
 )
 POLLRDHUP = 0x2000
+HURRY, HURRY_OURS = 0.4, 5.0
+"""Seconds that a back end of somebody else's, and one of ours, has to answer while a pause waits
+for it. One of ours may be waiting for a slow disk, and its end costs the guest the disk."""
 RETRY = 0.25
 """Seconds between looks for a back end that has gone."""
 ENDS_WITHIN = 0.5
@@ -93,7 +96,7 @@ class VhostUserDevice(VirtioDevice):
         self._session = RLock()
         """Held while the connection is used; taken before slots' locks, never after."""
         self.state = SERVED
-        self._closing = False
+        self._closing = self._ending = self.over = False
         self._trying: Connection | None = None
         self._refused = ""
         self._wake = -1
@@ -127,6 +130,7 @@ class VhostUserDevice(VirtioDevice):
 
     def _introduce(self, connection: Connection) -> int:
         """Begin a session; the features the back end offers."""
+        connection.over = self._is_over
         offered = connection.get_u64(wire.GET_FEATURES)
         if not offered >> wire.F_PROTOCOL_FEATURES & 1:
             raise HostError(f"{connection.name} has no vhost-user protocol features")
@@ -147,6 +151,18 @@ class VhostUserDevice(VirtioDevice):
         if self._config_bytes and not protocol >> wire.PROTOCOL_F_CONFIG & 1:
             raise HostError(f"{connection.name} does not tell its configuration")
         return offered
+
+    def _is_over(self) -> bool:
+        return self._closing or self._ending or self.over
+
+    def hurry(self, *, ending: bool) -> None:
+        """Have the back end answer soon what a vCPU waits for, or be taken for dead."""
+        within = HURRY if self._child is None else HURRY_OURS
+        if ending:  # a machine with such a device is not brought back to a checkpoint
+            within, self._ending = 0.0, True
+        for connection in (self._connection, self._trying):
+            if connection is not None:
+                connection.hurry(within)
 
     def _get_config(self, connection: Connection) -> bytearray:
         config = bytearray(connection.get_config(self._config_bytes))
@@ -331,7 +347,7 @@ class VhostUserDevice(VirtioDevice):
 
     def _lost(self, why: str) -> None:
         """The back end is gone; with the session's lock."""
-        if self.state != SERVED or self._closing:
+        if self.state != SERVED or self._is_over():
             return
         said = self._child.said() if self._child is not None else ""
         why += f" ({said})" if said else ""

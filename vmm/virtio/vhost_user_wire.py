@@ -6,15 +6,19 @@ import array
 import os
 import socket
 import struct
+import time
 from _thread import RLock
 
 from vmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import TypeVar
 
     from vmm.child import Child
+
+    T = TypeVar("T")
 
 GET_FEATURES = 1
 SET_FEATURES = 2
@@ -56,7 +60,9 @@ _ADDRESSES = struct.Struct("<IIQQQQ")
 _REGION = struct.Struct("<QQQQ")
 _CONFIG = struct.Struct("<III")
 TIMEOUT = 20.0
-"""Seconds a back end has to answer; one that does not is taken for dead."""
+"""Seconds a back end has to answer, to the last byte; one that does not is taken for dead."""
+LOOK = 0.05
+"""Seconds between looks whether it has less."""
 SAYS_WITHIN = 1.0
 """Seconds that a program that has hung up has to end, and to say why."""
 
@@ -73,7 +79,7 @@ class BackEndGone(HostError):
     def reason(self, child: Child) -> str:
         """Why it is gone, in the words of the program that it is, where that said something."""
         if self.silent:
-            return child.said() or f"it does not answer within {TIMEOUT:g} s"
+            return child.said() or "it does not answer in time"
         if child.wait(SAYS_WITHIN):
             return child.said() or f"it {child.how()}"
         return child.said() or "it has closed its connection"
@@ -90,12 +96,22 @@ class Connection:
         self.name = name
         self.ack = False
         """VHOST_USER_PROTOCOL_F_REPLY_ACK was negotiated."""
+        self.over: Callable[[], bool] = bool
+        """Whether nobody wants answers any more."""
         self._lock = RLock()
+        self._limit = 0.0
+        """When the answer that is waited for must be there, of time.monotonic; 0.0: there is
+        none."""
         sock.settimeout(TIMEOUT)
 
     def close(self) -> None:
         """Hang up."""
         self.sock.close()
+
+    def hurry(self, within: float) -> None:
+        """Give a back end that has not answered so many seconds more; from any thread."""
+        if self._limit:
+            self._limit = min(self._limit, time.monotonic() + within)
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -184,25 +200,44 @@ class Connection:
             return BackEndGone(f"{self.name} has closed its connection")
         if not isinstance(err, TimeoutError):
             return BackEndGone(f"{self.name}: {err}")
-        gone = BackEndGone(f"{self.name} does not answer within {TIMEOUT:g} s")
+        gone = BackEndGone(f"{self.name} does not answer in time")
         gone.silent = True
         return gone
 
     def _send(self, request: int, flags: int, payload: bytes, fds: Sequence[int]) -> None:
         message = _HEADER.pack(request, flags, len(payload)) + payload
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._limit = time.monotonic() + TIMEOUT
         try:
-            sent = self.sock.sendmsg([message], rights)
-            if sent < len(message):
-                self.sock.sendall(message[sent:])
-        except OSError as err:
-            raise self._gone(err) from err
+            sent = self._patiently(lambda: self.sock.sendmsg([message], rights))
+            while sent < len(message):
+                rest = message[sent:]
+                sent += self._patiently(lambda: self.sock.send(rest))  # noqa: B023 (at once)
+        finally:
+            self._limit = 0.0
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What `call`, of the socket, gives before the limit. Raises BackEndGone."""
+        while True:
+            if self._limit < time.monotonic() or self.over():
+                raise self._gone(TimeoutError())
+            self.sock.settimeout(LOOK)
+            try:
+                return call()
+            except TimeoutError:
+                continue
+            except OSError as err:
+                raise self._gone(err) from err
 
     def _receive(self, request: int, size: int, fds: list[int] | None = None) -> bytes:
-        number, flags, length = _HEADER.unpack(self._exactly(_HEADER.size, fds))
-        if number != request or not flags & REPLY or length > PAYLOAD_MAX:
-            raise BackEndGone(f"{self.name}: answered request {request} with {number}")
-        payload = self._exactly(length)
+        self._limit = time.monotonic() + TIMEOUT
+        try:
+            number, flags, length = _HEADER.unpack(self._exactly(_HEADER.size, fds))
+            if number != request or not flags & REPLY or length > PAYLOAD_MAX:
+                raise BackEndGone(f"{self.name}: answered request {request} with {number}")
+            payload = self._exactly(length)
+        finally:
+            self._limit = 0.0
         if length != size:
             raise BackEndGone(f"{self.name}: {length} bytes answer request {request}, not {size}")
         return payload
@@ -220,15 +255,14 @@ class Connection:
     def _exactly(self, size: int, fds: list[int] | None = None) -> bytes:
         data = b""
         while len(data) < size:
-            try:
-                if fds is None:
-                    piece = self.sock.recv(size - len(data))
-                else:
-                    piece = self._with_fds(size - len(data), fds)
-                    if len(fds) > FDS_MAX:
-                        raise BackEndGone(f"{self.name} sends descriptors without end")
-            except OSError as err:
-                raise self._gone(err) from err
+            left = size - len(data)
+            if fds is None:
+                piece = self._patiently(lambda: self.sock.recv(left))  # noqa: B023 (at once)
+            else:
+                into = fds
+                piece = self._patiently(lambda: self._with_fds(left, into))  # noqa: B023
+                if len(fds) > FDS_MAX:
+                    raise BackEndGone(f"{self.name} sends descriptors without end")
             if not piece:
                 raise BackEndGone(f"{self.name} has closed its connection")
             data += piece

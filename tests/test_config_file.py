@@ -293,3 +293,13 @@ def test_a_fifo_is_not_waited_for(place: Path) -> None:
     os.mkfifo(place / "fifo.toml")
     with pytest.raises(UsageError, match=r"fifo\.toml: it is a FIFO, not a file"):
         MachineConfig.load(str(place / "fifo.toml"))
+
+
+@pytest.mark.parametrize(
+    "key", ["drives", "nets", "ports", "shares", "initrds", "vhost_user_blks", "rw"]
+)
+def test_lists_without_end(place: Path, key: str) -> None:
+    """Each item has a name of its own, which would be looked for among all others."""
+    items = ", ".join(f"'name=a{number}'" for number in range(40_000))
+    with pytest.raises(UsageError, match=rf"{key}: a list of 40000; 1000 are the most"):
+        MachineConfig.load(write(place, f"{key} = [{items}]"))

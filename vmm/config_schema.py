@@ -18,6 +18,8 @@ from vmm.virtio.rate import RATE_MAX
 from vmm.virtio.vsock_config import CID_MAX, CID_MIN
 
 Schema = dict[str, object]
+ITEMS_MAX = 1000
+"""Items of a list; no machine has room for as many devices."""
 
 SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)?([KkMmGgTt]([Ii]?[Bb])?|[Bb])$"
 
@@ -224,6 +226,8 @@ def check(value: object, schema: Schema = SCHEMA, key: str = "") -> None:
     if isinstance(value, dict):
         _check_table(value, schema, key)
     elif isinstance(value, (list, tuple)):
+        if len(value) > ITEMS_MAX:
+            raise UsageError(f"{key}: a list of {len(value)}; {ITEMS_MAX} are the most")
         items = schema["items"]
         assert isinstance(items, dict)
         for number, item in enumerate(value):

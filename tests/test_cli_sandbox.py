@@ -171,7 +171,10 @@ def compare(found: dict[str, Any], expected: dict[str, str], elsewhere: int = 0)
 def test_every_probe_is_refused(facts: dict[str, Any]) -> None:
     """A machine that has nothing opened later: no broker."""
     found, status, said = intrude(facts, list(EXPECTED))
-    assert (status, said) == (9, "vmm: the guest wrote 9 to the exit port (status 9)\n")
+    assert status == 9
+    # Python from 3.12 on warns of a fork beside threads: the probe's.
+    said = "".join(line for line in said.splitlines(True) if "DeprecationWarning" not in line)
+    assert said == "vmm: the guest wrote 9 to the exit port (status 9)\n"
     compare(found, EXPECTED)
 
 

@@ -186,10 +186,13 @@ def test_numbers_are_those_of_the_header() -> None:
 
 def test_the_shipped_filter_is_what_the_list_makes() -> None:
     """vmm/sandbox/_filters.py is written when the package is built: `make setup`."""
-    from vmm.sandbox._filters import MONITOR
-    from vmm.sandbox.filter_build import monitor
+    from vmm.sandbox import _filters, calls, confinement
+    from vmm.sandbox.filter_build import beside_broker, brokered, monitor
 
-    assert monitor() == MONITOR
+    assert monitor() == _filters.MONITOR
+    assert brokered() == _filters.BROKERED
+    assert monitor(beside_broker(calls.BROKER_PID)) == _filters.BESIDE_BROKER
+    assert (calls.OWN_PID, calls.BROKER_PID) == (confinement._OWN_PID, confinement._BROKER_PID)
 
 
 def test_the_monitors_list_has_the_ioctls_of_a_machine_that_is_built() -> None:

@@ -113,12 +113,13 @@ class InputPump:
 
     def _read(self) -> bool:
         """Carry one piece of input; False where there is none for now, or (fd -1) any more."""
-        from vmm.console.terminal import in_foreground
-
         if self._uart.backlog >= BACKLOG_LIMIT:
             return False
-        if self._parser is not None and not in_foreground(self._fd):
-            return False  # a read would stop the process (SIGTTIN)
+        if self._parser is not None:  # a terminal
+            from vmm.console.terminal import in_foreground
+
+            if not in_foreground(self._fd):
+                return False  # a read would stop the process (SIGTTIN)
         try:
             data = os.read(self._fd, READ_SIZE)
         except BlockingIOError:

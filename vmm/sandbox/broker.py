@@ -17,6 +17,7 @@ When the monitor has ended, however that was, this process removes its sockets, 
 from __future__ import annotations
 
 import errno
+import marshal
 import os
 import select
 import socket
@@ -69,22 +70,11 @@ class Policy:
 
     def pack(self) -> bytes:
         """As bytes, for `read`."""
-        import json
-
-        data = {
-            "connects": sorted(self.connects),
-            "prefixes": sorted(self.prefixes),
-            "removes": {path: list(each) for path, each in self.removes.items()},
-        }
-        return json.dumps(data).encode("ascii")
+        return marshal.dumps((self.connects, self.prefixes, self.removes))
 
     def read(self, data: bytes) -> None:
-        """Become what `pack` was called on."""
-        import json
-
-        told = json.loads(data)
-        self.connects, self.prefixes = set(told["connects"]), set(told["prefixes"])
-        self.removes = {path: (each[0], each[1]) for path, each in told["removes"].items()}
+        """Become what `pack` was called on: by the monitor, before the guest has run."""
+        self.connects, self.prefixes, self.removes = marshal.loads(data)
 
     def __bool__(self) -> bool:
         return bool(self.connects or self.prefixes or self.removes)
@@ -257,7 +247,12 @@ class Broker:
 
 
 def _main(channel: socket.socket, service: Service | None) -> None:
-    import signal
+    # All that is needed, while the machine is built.
+    import _signal as signal  # type: ignore[import-not-found]
+    import fcntl  # noqa: F401
+
+    from vmm import libc  # noqa: F401
+    from vmm.sandbox import numbers  # noqa: F401
 
     kept = channel.fileno()
     os.setsid()  # the terminal's signals are for the monitor

@@ -15,6 +15,9 @@ OWN_PID = 0x7FFFFFF1
 """Stands for the confined process's number, which is put in its place when the filter is loaded
 (no process has this one: PID_MAX_LIMIT is 2^22)."""
 
+BROKER_PID = 0x7FFFFFF2
+"""The same for its broker."""
+
 CLONE_THREAD = 0x10D00
 """CLONE_VM, CLONE_FILES, CLONE_SIGHAND and CLONE_THREAD, which make a thread of it."""
 _PROT_EXEC, _WRITE_EXEC = 4, 6

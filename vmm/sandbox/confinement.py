@@ -29,7 +29,8 @@ _KNOWN = (
 """What reports and the interpreter may still look at."""
 _SITES = ("site-packages", "dist-packages", "lib-dynload", ".zip")
 PR_SET_PTRACER = 0x59616D61
-_OWN_PID = 0x7FFFFFF1
+_OWN_PID, _BROKER_PID = 0x7FFFFFF1, 0x7FFFFFF2
+"""As in vmm.sandbox.calls, which is not loaded in every start."""
 _MOMENTS = 50
 
 
@@ -145,16 +146,16 @@ def _give_up(rules: int) -> None:
 
 def _have(broker: Broker) -> bool:
     """Have `broker` be asked from now on; whether it can be."""
-    from vmm.sandbox.filter_build import brokered
+    from vmm.sandbox._filters import BROKERED
 
-    program, policy = brokered(), broker.policy.pack()
+    policy = broker.policy.pack()
     try:
         libc.syscall(privileges.SYS_PRCTL, PR_SET_PTRACER, broker.pid, 0, 0, 0)
     except OSError as err:  # EINVAL: without Yama everybody of this user may
         if err.errno != errno.EINVAL:
             raise
     try:
-        listener = seccomp.restrict(program, all_threads=True, notify=True)
+        listener = seccomp.restrict(BROKERED, all_threads=True, notify=True)
     except OSError as err:
         if err.errno in (errno.EBUSY, errno.EINVAL, errno.ENOSYS):
             return False
@@ -206,22 +207,21 @@ def _own_user_namespace(flags: int) -> None:
 
 
 def _filter(helpers: Sequence[int], broker: Broker | None, leases: bool) -> bytes:
-    own, stands = os.getpid().to_bytes(4, "little"), _OWN_PID.to_bytes(4, "little")
-    if not helpers and broker is None and not leases:
-        from vmm.sandbox._filters import MONITOR
+    from vmm.sandbox import _filters
 
-        return MONITOR.replace(stands, own)  # type: ignore[no-any-return]
-    from vmm.sandbox import calls
-    from vmm.sandbox.filter_build import monitor
-
-    more: dict[str, tuple[tuple[int, str, tuple[int, ...]], ...]] = {
-        "kill": ((0, "in", (_OWN_PID, *helpers)),),
-        "pidfd_open": ((0, "in", (_OWN_PID, *helpers, broker.pid if broker else _OWN_PID)),),
-    }
-    if leases:
-        known = calls.MONITOR["fcntl"][0][2]
-        more["fcntl"] = ((1, "in", (*known, *calls.LEASE_FCNTL.values())),)
+    pids = {_OWN_PID: os.getpid()}
     if broker is not None:
-        more.update(calls.CONNECT)
-        more.update(dict.fromkeys(calls.BROKERED, ()))
-    return monitor(more).replace(stands, own)
+        pids[_BROKER_PID] = broker.pid
+    program: bytes = _filters.MONITOR if broker is None else _filters.BESIDE_BROKER
+    if helpers or leases:
+        from vmm.sandbox import calls
+        from vmm.sandbox.filter_build import beside_broker, monitor, of_helpers
+
+        more = beside_broker(broker.pid, helpers) if broker is not None else of_helpers(helpers)
+        if leases:
+            known = (*calls.MONITOR["fcntl"][0][2], *calls.LEASE_FCNTL.values())
+            more = {**more, "fcntl": ((1, "in", known),)}
+        program = monitor(more)
+    for stands, pid in pids.items():
+        program = program.replace(stands.to_bytes(4, "little"), pid.to_bytes(4, "little"))
+    return program

@@ -14,6 +14,8 @@ from vmm.sandbox.numbers import NUMBERS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.sandbox.seccomp import Calls
 
 
@@ -35,11 +37,30 @@ def brokered() -> bytes:
     )
 
 
+def beside_broker(broker: int, helpers: Sequence[int] = ()) -> Calls:
+    """What a monitor may do besides where process `broker` is asked first, and `helpers` are its
+    helper programs."""
+    return {
+        **calls.CONNECT,
+        **dict.fromkeys(calls.BROKERED, ()),
+        **of_helpers((*helpers, broker)),
+        "kill": ((0, "in", (calls.OWN_PID, *helpers)),),
+    }
+
+
+def of_helpers(helpers: Sequence[int]) -> Calls:
+    """What a monitor may do with its helper programs."""
+    own = ((0, "in", (calls.OWN_PID, *helpers)),)
+    return {"kill": own, "pidfd_open": own}
+
+
 def build(target: str | None = None) -> str:
     """Write the module to `target` (default: beside this file) and return its path."""
     path = target or os.path.join(os.path.dirname(os.path.abspath(__file__)), "_filters.py")
     with open(path, "w", encoding="ascii") as file:
         file.write(f"# auto-generated file\n\nMONITOR = {monitor()!r}\n")
+        file.write(f"BROKERED = {brokered()!r}\n")
+        file.write(f"BESIDE_BROKER = {monitor(beside_broker(calls.BROKER_PID))!r}\n")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -109,11 +110,13 @@ def test_an_ordinary_users_day(cloud_kernel: Kernel) -> None:
             "end",
         ], done.stdout + done.stderr  # fmt: skip
         complaints = done.stderr.splitlines()
-        assert len(complaints) == 2, complaints
+        assert len(complaints) == 3, complaints
         assert "Permission denied" in complaints[0]
-        assert "Operation not permitted" in complaints[1]
+        assert "own-id" in complaints[1] and "Operation not permitted" in complaints[1]
+        assert "Operation not permitted" in complaints[2]
         made = [plain / each for each in ("file", "moved", "fifo", "hard", "sparse", "own-id")]
         assert {os.lstat(path).st_uid for path in [*made, plain / "link"]} == {uid}
+        assert not (plain / "own-id").stat().st_mode & 0o6000
         assert (plain / "file").read_text() == "text\n"
         assert (plain / "file").stat().st_nlink == 2
         assert (plain / "sparse").stat().st_blocks == 0
@@ -122,3 +125,27 @@ def test_an_ordinary_users_day(cloud_kernel: Kernel) -> None:
             assert os.stat(home + b"/" + name + b"/new").st_uid == uid
         assert os.listdir(user.home / "over") == []
         assert not (user.home / "here").exists()
+
+
+def test_a_guests_root_leaves_no_rights_on_the_host(cloud_kernel: Kernel, tmp_path: Path) -> None:
+    """Set-ID bits and device nodes in a share of root's, which others on the host would use."""
+    share = tmp_path / "share"
+    (share / "dir").mkdir(parents=True)
+    (share / "had").write_text("x")
+    (share / "had").chmod(0o6755)
+    script = (
+        f"cd {share}; cp -p /bin/sh shell; chmod 4755 shell; chmod 2755 shell; cp /bin/sh plain; "
+        "install -m 4755 /bin/true installed; mknod block b 8 0; mknod char c 1 1; "
+        "cat /bin/true > had; mkfifo fifo; chmod 1777 dir; ls"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", "exec", str(cloud_kernel.vmlinuz), *OPTIONS,
+         "--root", "/", "--rw", str(share), "--", "sh", "-c", script],
+        capture_output=True, text=True, check=False, timeout=350,
+    )  # fmt: skip
+    assert {"dir", "fifo", "had", "plain", "shell"} <= set(done.stdout.split()), done.stderr
+    assert done.stderr.count("Operation not permitted") == 5, done.stderr
+    for path in share.rglob("*"):
+        mode = path.lstat().st_mode
+        assert not mode & 0o6000 and not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode), path
+    assert stat.S_IMODE((share / "dir").stat().st_mode) == 0o1777

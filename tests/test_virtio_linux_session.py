@@ -119,7 +119,7 @@ def test_a_session(
     with Person(
         "run", str(cloud_kernel.vmlinuz), "--initrd", str(initrd), "--append", "quiet",
         "--cpus", "2", "--timeout", "850", "--transport", transport, "--console", "hvc",
-        "--port", f"name=log,file={log}", "--rng", "--fs", f"{shared},tag=data",
+        "--port", f"name=log,file={log}", "--rng", "--fs", f"{shared},tag=data,suid",
     ) as person:  # fmt: skip
         person.resize(33, 99)
         person.log_in()

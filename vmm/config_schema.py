@@ -123,6 +123,8 @@ SHARE = {
     "path": _text("the directory"),
     "tag": _text("what the guest mounts"),
     "readonly": _flag("nothing in it changes"),
+    "suid": _flag("the guest may set set-user-ID and set-group-ID bits in it"),
+    "dev": _flag("the guest may make device nodes in it"),
 }
 VHOST_USER_BLK = {
     "socket": _text("the UNIX socket the back end listens on"),

@@ -110,8 +110,8 @@ PARSER = Parser(
             "--fs",
             metavar="DIR,tag=TAG",
             repeat=True,
-            help="a host directory by virtio-fs (virtiofsd), then ,readonly: "
-            "mount -t virtiofs TAG /mnt",
+            help="a host directory by virtio-fs (virtiofsd), then ,readonly ,suid (set-ID bits "
+            "may be set) ,dev (device nodes made): mount -t virtiofs TAG /mnt",
         ),
         Option(
             "--balloon",

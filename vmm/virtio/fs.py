@@ -19,6 +19,7 @@ from vmm.virtio.vhost_user_wire import BackEndGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Self
 
     from vmm.child import Child
@@ -32,6 +33,7 @@ ROOT_TAG = "vmm-root"
 """The tag of the directory that is `--root`."""
 PACKAGE = "virtiofsd (Debian 12: qemu-system-common)"
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+FLAGS = ("readonly", "suid", "dev")
 CAPABILITIES = (
     0, 1, 3, 4,  # CHOWN, DAC_OVERRIDE, FOWNER, FSETID
     6, 7, 8,  # SETGID, SETUID; SETPCAP, to give up others
@@ -46,21 +48,35 @@ _OUT = struct.Struct("<IiQ")
 
 
 class Share:
-    """`--fs DIR,tag=TAG[,readonly]`: a directory, checked before anything is started.
+    """`--fs DIR,tag=TAG[,readonly][,suid][,dev]`: a directory, checked before anything is started.
 
     With `readonly` nothing in it changes, whatever the guest does: virtiofsd serves a read-only
     mount of its own (see vmm.virtio.fs_sandbox), which it cannot make writable.
+
+    Files that the guest makes are on the host like any others, and the guest's root acts with this
+    process's rights: set-user-ID and set-group-ID bits, with which another user of the host would
+    get those rights, are set with `suid` alone, device nodes made with `dev` alone.
     """
 
-    __slots__ = ("path", "readonly", "tag")
+    __slots__ = ("dev", "path", "readonly", "suid", "tag")
 
     @types.known_keywords
-    def __init__(self, path: str, *, tag: str, readonly: bool = False) -> None:
-        kinds = {"path": types.PATH, "tag": types.TEXT, "readonly": types.FLAG}
+    def __init__(
+        self,
+        path: str,
+        *,
+        tag: str,
+        readonly: bool = False,
+        suid: bool = False,
+        dev: bool = False,
+    ) -> None:
+        kinds = {"path": types.PATH, "tag": types.TEXT, **dict.fromkeys(FLAGS, types.FLAG)}
         types.check(locals(), kinds, f"--fs {path}: ")
         self.path = str(path)
         self.tag = tag
         self.readonly = readonly
+        self.suid = suid
+        self.dev = dev
         if not self.path:
             raise UsageError(f"--fs: no directory; say --fs DIR,tag={tag or 'NAME'}")
         if not tag:
@@ -91,16 +107,18 @@ class Share:
         """From the command line. A comma in the path is written twice."""
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
         values: dict[str, str] = {}
-        readonly = False
+        flags: dict[str, bool] = {}
         for word in words[1:]:
             key, _, value = word.partition("=")
-            if key == "readonly" and value in ("", "on", "off"):
-                readonly = value != "off"
+            if key in FLAGS and value in ("", "on", "off"):
+                flags[key] = value != "off"
             elif key == "tag":
                 put_once(values, key, value, f"--fs {text}")
             else:
-                raise UsageError(f"--fs {text}: {word!r} is not tag=NAME or readonly")
-        return cls(words[0], tag=values.get("tag", ""), readonly=readonly)
+                raise UsageError(
+                    f"--fs {text}: {word!r} is not tag=NAME, {', '.join(FLAGS[:-1])} or {FLAGS[-1]}"
+                )
+        return cls(words[0], tag=values.get("tag", ""), **flags)
 
     def open(self) -> VirtioFs:
         """The device, with its virtiofsd running. Raises HostError."""
@@ -112,6 +130,7 @@ class Share:
         program = find("virtiofsd", PACKAGE, *VIRTIOFSD)
         kind = "c" if os.path.realpath(program) == VIRTIOFSD[1] else "rust"
         access = "ro" if self.readonly else "rw"
+        access += ",suid" * self.suid + ",dev" * self.dev
         # Not abspath(), which a directory that has been removed under this process makes fail.
         path = os.path.join(".", self.path)
         listener = Listener()
@@ -119,7 +138,8 @@ class Share:
             fd = listener.sock.fileno()
             script = [sys.executable, "-I", "-S", fs_sandbox.__file__]
             words = [*script, kind, access, path, program, str(fd)]
-            child = Child(words, _confinement(), pass_fds=[fd])
+            less = fs_sandbox.without(access).values()
+            child = Child(words, _confinement(less), pass_fds=[fd])
         except BaseException:
             listener.close()
             raise
@@ -145,13 +165,13 @@ class Share:
         return f"{'--root' if self.tag == ROOT_TAG else '--fs'} {self.path}"
 
 
-def _confinement() -> Confinement:
-    """What virtiofsd needs: mounts of its own (vmm.virtio.fs_sandbox), in which it sees the shared
-    directory and nothing else; of root's capabilities those that act on files, and those that it
-    gives up once it is there."""
+def _confinement(less: Iterable[int]) -> Confinement:
+    """What virtiofsd needs, without the capabilities `less`: mounts of its own, in which it sees
+    the shared directory and nothing else (vmm.virtio.fs_sandbox); of root's capabilities those that
+    act on files, and those that it gives up once it is there."""
     from vmm.sandbox.helper import Confinement
 
-    return Confinement(None, keep=CAPABILITIES)
+    return Confinement(None, keep=set(CAPABILITIES) - set(less))
 
 
 def _no_directory(path: str) -> str:

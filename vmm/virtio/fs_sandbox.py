@@ -3,7 +3,12 @@
     python fs_sandbox.py KIND ACCESS DIRECTORY VIRTIOFSD FD
 
 KIND is `c` (QEMU's virtiofsd up to 7.2, written in C) or `rust` (the later one), ACCESS `ro` or
-`rw`, FD the listening vhost-user socket.
+`rw`, then `,suid` or `,dev` or both, FD the listening vhost-user socket.
+
+Without `suid` the guest's root leaves no set-user-ID and set-group-ID files on the host: calls that
+would set those bits fail with EPERM, and a write to a file that has them takes them away, as
+anybody's does who is not its owner (virtiofsd has no CAP_FSETID then). Without `dev` it leaves no
+device nodes but overlayfs's whiteouts (no CAP_MKNOD).
 
 In a mount namespace of its own the directory, with all that is mounted below it, is attached at a
 place (PLACES) that is never the root of the namespace: pivot_root(2) refuses that one. Device nodes
@@ -54,9 +59,17 @@ _NOTIFICATION = struct.Struct("<QIIiIQ6Q")
 _RESPONSE = struct.Struct("<QqiI")
 _ADDITION = struct.Struct("<QIIII")
 AUDIT_ARCH_X86_64 = 0xC000003E
-SYS_OPENAT, SYS_SECCOMP = 257, 317
+SYS_OPENAT, SYS_OPENAT2, SYS_SECCOMP = 257, 437, 317
+_TMPFILE = 0o20000000
+"""__O_TMPFILE: what os.O_TMPFILE has beside O_DIRECTORY."""
 IDENTITY_CALLS = (116, 117, 119)
 """setgroups, setresuid, setresgid; x86-64 has these numbers."""
+SET_ID = 0o6000
+MODES = ((90, 1), (91, 1), (268, 2), (85, 1), (133, 1), (259, 2))
+"""chmod, fchmod, fchmodat, creat, mknod, mknodat, and which of their arguments is a mode."""
+CREATING = ((2, 1, 2), (257, 2, 3))
+"""open, openat, and which of their arguments are flags and a mode."""
+CAP_FSETID, CAP_MKNOD, CAP_SETFCAP = 4, 27, 31
 _CAP_VERSION = 0x20080522
 _SYSCTL = "/proc/sys/"
 
@@ -176,46 +189,85 @@ def _attach(libc: _Libc, directory: str, program: str, *, readonly: bool) -> str
     return place
 
 
-def _keep_capabilities(libc: _Libc) -> None:
-    """Keep them across execve(2), which takes them from who is not root (capabilities(7))."""
+def _keep_capabilities(libc: _Libc, without: int) -> None:
+    """Keep them across execve(2), which takes them from who is not root (capabilities(7)); but not
+    those of the bits `without`."""
     header = ctypes.create_string_buffer(struct.pack("<Ii", _CAP_VERSION, 0), 8)
     data = ctypes.create_string_buffer(24)
     libc.call("capget", header, data)
-    effective, permitted, _, effective2, permitted2, _ = struct.unpack("<6I", data.raw)
-    sets = (effective, permitted, permitted, effective2, permitted2, permitted2)
-    libc.call("capset", header, ctypes.create_string_buffer(struct.pack("<6I", *sets), 24))
+    _, permitted, _, _, permitted2, _ = struct.unpack("<6I", data.raw)
+    kept = (permitted | permitted2 << 32) & ~without
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    sets = struct.pack("<6I", low, low, low, high, high, high)
+    libc.call("capset", header, ctypes.create_string_buffer(sets, 24))
     for number in range(64):
-        if (permitted | permitted2 << 32) >> number & 1:
+        if kept >> number & 1:
             libc.call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, ctypes.c_ulong(number), 0, 0)
 
 
-def _filter(libc: _Libc, *, notify: bool) -> int:
-    """IDENTITY_CALLS do nothing from now on, and succeed; with `notify`, openat(2) with O_NOATIME
-    is left to who has the descriptor that this returns (seccomp(2), seccomp_unotify(2))."""
-    load, equal, any_set, give = 0x20, 0x15, 0x45, 0x06
-    count = len(IDENTITY_CALLS)
+# --- system calls ---------------------------------------------------------------------------------
+
+_LOAD, _EQUAL, _ANY_SET, _GIVE = 0x20, 0x15, 0x45, 0x06
+
+
+def _argument(number: int) -> int:
+    """Where in struct seccomp_data the lower half of an argument is."""
+    return 16 + 8 * number
+
+
+def _rules(*, identity: bool, notify: bool, suid: bool) -> list[tuple[int, int, int, int]]:
+    """The BPF program: for each call that matters, what becomes of it, else the next one."""
+    refused = (_GIVE, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM)
+    allowed = (_GIVE, 0, 0, SECCOMP_RET_ALLOW)
+    done = (_GIVE, 0, 0, SECCOMP_RET_ERRNO)
+    calls: list[tuple[int, list[tuple[int, int, int, int]]]] = []
+    if identity:
+        calls += [(number, [done]) for number in IDENTITY_CALLS]
+    if not suid:
+        for number, mode in MODES:
+            calls.append((number, [
+                (_LOAD, 0, 0, _argument(mode)), (_ANY_SET, 0, 1, SET_ID), refused, allowed,
+            ]))  # fmt: skip
+        # Its mode is in memory, which no filter sees: virtiofsd does without the call then.
+        calls.append((SYS_OPENAT2, [(_GIVE, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS)]))
+    for number, flags, mode in CREATING:
+        code = []
+        if not suid:
+            code += [
+                (_LOAD, 0, 0, _argument(flags)), (_ANY_SET, 0, 3, os.O_CREAT | _TMPFILE),
+                (_LOAD, 0, 0, _argument(mode)), (_ANY_SET, 0, 1, SET_ID), refused,
+            ]  # fmt: skip
+        if notify and number == SYS_OPENAT:
+            code += [
+                (_LOAD, 0, 0, _argument(flags)), (_ANY_SET, 0, 1, os.O_NOATIME),
+                (_GIVE, 0, 0, SECCOMP_RET_USER_NOTIF),
+            ]  # fmt: skip
+        calls.append((number, [*code, allowed]))
     program = [
-        (load, 0, 0, 4),  # struct seccomp_data: arch
-        (equal, 0, count + 4, AUDIT_ARCH_X86_64),
-        (load, 0, 0, 0),  # nr
-        *((equal, count - at + 4, 0, number) for at, number in enumerate(IDENTITY_CALLS)),
-        (equal, 0, 2, SYS_OPENAT),
-        (load, 0, 0, 32),  # args[2], its lower half
-        (any_set, 1, 0, os.O_NOATIME),
-        (give, 0, 0, SECCOMP_RET_ALLOW),
-        (give, 0, 0, SECCOMP_RET_USER_NOTIF if notify else SECCOMP_RET_ALLOW),
-        (give, 0, 0, SECCOMP_RET_ERRNO),
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *each) for each in program))
+        (_LOAD, 0, 0, 4),  # struct seccomp_data: arch
+        (_EQUAL, 1, 0, AUDIT_ARCH_X86_64), refused,
+        (_LOAD, 0, 0, 0),  # nr
+    ]  # fmt: skip
+    for number, code in calls:
+        program += [(_EQUAL, 0, len(code), number), *code]
+    return [*program, allowed]
+
+
+def _filter(libc: _Libc, *, identity: bool, notify: bool, suid: bool) -> int:
+    """Have `_rules` hold from now on. IDENTITY_CALLS do nothing then, and succeed, with `identity`;
+    with `notify`, openat(2) with O_NOATIME is left to who has the descriptor that this returns
+    (seccomp(2), seccomp_unotify(2))."""
+    rules = _rules(identity=identity, notify=notify, suid=suid)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *each) for each in rules))
     filters = ctypes.create_string_buffer(
-        struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(code))
+        struct.pack("<HxxxxxxQ", len(rules), ctypes.addressof(code))
     )
     libc.call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     flags = SECCOMP_FILTER_FLAG_NEW_LISTENER if notify else 0
     return libc.syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, filters)
 
 
-def _have_one_identity(libc: _Libc) -> None:
+def _have_one_identity(libc: _Libc, *, suid: bool) -> None:
     """Have the filter, and a process beside this one that opens what it leaves to it."""
     ours, theirs = socket.socketpair()
     if not os.fork():
@@ -236,9 +288,9 @@ def _have_one_identity(libc: _Libc) -> None:
     theirs.close()
     with ours:
         try:
-            listener = _filter(libc, notify=True)
+            listener = _filter(libc, identity=True, notify=True, suid=suid)
         except OSError:  # another filter of this process's has such a descriptor already
-            _filter(libc, notify=False)
+            _filter(libc, identity=True, notify=False, suid=suid)
         else:
             socket.send_fds(ours, [b"."], [listener])
             os.close(listener)
@@ -312,27 +364,37 @@ def _told_readonly(program: str) -> bool:
     return "--readonly" in done.stdout + done.stderr
 
 
-def command(kind: str, program: str, place: str, fd: str, sandbox: str) -> list[str]:
+def without(access: str) -> dict[str, int]:
+    """The capabilities that `access` leaves out, by the names of virtiofsd's options."""
+    words = access.split(",")
+    found = {} if "dev" in words else {"mknod": CAP_MKNOD}
+    return found if "suid" in words else {**found, "fsetid": CAP_FSETID, "setfcap": CAP_SETFCAP}
+
+
+def command(kind: str, program: str, place: str, fd: str, sandbox: str, access: str) -> list[str]:
     """The command of a virtiofsd that serves `place`."""
+    less = ":".join(f"-{name}" for name in without(access))
     if kind == "c":
         source = place.replace("\\", "\\\\").replace(",", "\\,")
         options = ["-o", f"source={source}", "-o", "log_level=err", "-o", f"sandbox={sandbox}"]
+        options += ["-o", f"modcaps={less}"] if less else []
         return [program, *options, f"--fd={fd}"]
     return [
         program, "--shared-dir", place, "--log-level", "error", "--sandbox", sandbox,
-        "--rlimit-nofile", "0", f"--fd={fd}",
+        "--rlimit-nofile", "0", *([f"--modcaps={less}"] if less else []), f"--fd={fd}",
     ]  # fmt: skip
 
 
 def without_namespace(kind: str, access: str, directory: str, program: str, fd: str) -> list[str]:
     """The command where there is no mount namespace; empty: there is no safe one."""
     chroot = bool(_capabilities() >> CAP_SYS_CHROOT & 1) and os.geteuid() == 0
-    if access == "ro" and (kind == "c" or not _told_readonly(program)):
+    readonly = access.startswith("ro")
+    if readonly and (kind == "c" or not _told_readonly(program)):
         return []
     if kind == "c" and not chroot:
         return []
-    found = command(kind, program, directory, fd, "chroot" if chroot else "none")
-    return [*found, "--readonly"] if access == "ro" else found
+    found = command(kind, program, directory, fd, "chroot" if chroot else "none", access)
+    return [*found, "--readonly"] if readonly else found
 
 
 def main(arguments: list[str]) -> int:
@@ -343,24 +405,29 @@ def main(arguments: list[str]) -> int:
     if not os.access(directory, os.R_OK | os.X_OK):
         print("this user may not read it", file=sys.stderr)
         return 1
+    suid = "suid" in access.split(",")
+    filtered = False
     try:
         _enter(libc, privileged=privileged)
-        place = _attach(libc, directory, program, readonly=access == "ro")
+        place = _attach(libc, directory, program, readonly=access.startswith("ro"))
         sandbox = "namespace"
         if not privileged:
-            _keep_capabilities(libc)
-            _have_one_identity(libc)
+            _keep_capabilities(libc, sum(1 << number for number in without(access).values()))
+            _have_one_identity(libc, suid=suid)
+            filtered = True
             if kind == "rust":  # it would make a user namespace of its own
                 sandbox = "none"
             elif _proc_is_covered():
                 sandbox = "chroot"
+        words = command(kind, program, place, fd, sandbox, access)
     except (Refused, OSError) as err:
-        found = without_namespace(kind, access, directory, program, fd)
-        if not found:
+        words = without_namespace(kind, access, directory, program, fd)
+        if not words:
             print(err, file=sys.stderr)
             return 1
-        os.execv(program, found)
-    os.execv(program, command(kind, program, place, fd, sandbox))
+    if not filtered and not suid:
+        _filter(libc, identity=False, notify=False, suid=False)
+    os.execv(program, words)
 
 
 if __name__ == "__main__":

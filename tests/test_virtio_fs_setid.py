@@ -1,4 +1,4 @@
-"""vmm/virtio/fs_sandbox.py: what a guest's root leaves on the host, asked in FUSE's own protocol."""
+"""vmm/virtio/fs_sandbox.py: what a guest's root leaves on the host, in FUSE's own protocol."""
 
 from __future__ import annotations
 

@@ -27,6 +27,8 @@ from vmm import descriptors
 from vmm.errors import HostError
 from vmm.forked import drop_in_child
 from vmm.guest_text import visible
+from vmm.sandbox import landlock
+from vmm.sandbox.cgroup import Cgroup
 from vmm.sandbox.helper import RUN, Confinement, loader
 
 TYPE_CHECKING = False
@@ -39,6 +41,14 @@ _MFD_EXEC = 0x10
 _STARTER = 'read -r _ && exec "$@" </dev/null'
 _KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null; kill -s CONT "$1" 2>/dev/null'
 """SIGCONT has a helper that somebody stopped take its SIGTERM."""
+_RMDIR = "/bin/rmdir"
+_REMOVER = (
+    'read -r _ || { kill -s TERM "$1"; kill -s CONT "$1"; }; read -r _; n=0; '
+    f'gone() {{ until {_RMDIR} "$2"; do [ $((n += 1)) -lt $1 ] || return 1; done; }}; '
+    'gone 300 "$2" || { echo 1 >"$2/cgroup.kill"; gone 1000 "$2"; }'
+)
+"""The keeper's where there is a cgroup: it is left when this process has ended, or has said a line
+and then ended the helper. Whoever is in it has some tenths of a second to end."""
 SAID_MAX = 1 << 16
 """Bytes kept of a helper's output: what it writes after them is refused (EPERM)."""
 _DEFAULT = tuple(
@@ -101,6 +111,7 @@ class Child:
         self.pid = 0
         self._status: int | None = None
         self._keeper = 0
+        self._cgroup: Cgroup | None = None
         self._lock = RLock()
         """Held while the process is waited for or signalled: its number is its own then."""
         self._life = -1
@@ -112,7 +123,13 @@ class Child:
             os.ftruncate(self._output, SAID_MAX)
             fcntl.fcntl(self._output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
             out = (stdout if stdout >= 0 else self._output, self._output)
-            if not keeper:
+            os.stat(argv[0])  # the shell that becomes it would tell its own way
+            if confine is not None and os.access(_RMDIR, os.X_OK):
+                with suppress(OSError):
+                    self._cgroup = Cgroup(self.name)
+            if keeper or self._cgroup is not None:  # it is to be there before the helper begins
+                self._start_kept(argv, confine, out, pass_fds)
+            else:
                 null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     self.pid = _spawn(
@@ -120,8 +137,6 @@ class Child:
                     )
                 finally:
                     os.close(null)
-            else:
-                self._start_kept(argv, confine, out, pass_fds)
         except BaseException as err:
             self.close()
             if isinstance(err, OSError):
@@ -136,6 +151,7 @@ class Child:
     def forked(self) -> None:
         """This is a forked child: the helper, and its end, are the parent's."""
         self.pid = self._keeper = 0
+        self._cgroup = None
         if self._life >= 0:
             os.close(self._life)
             self._life = -1
@@ -154,14 +170,7 @@ class Child:
             starter = _copied_shell()
             path = f"/proc/self/fd/{starter}" if starter >= 0 else _SHELL
             self.pid = _spawn(argv[0], shell, confine, (began, *out), pass_fds, through=path)
-            life, self._life = os.pipe2(os.O_CLOEXEC)
-            try:
-                # Without `pass_fds`: a socket's other end must see it close when the program ends.
-                shell = [_SHELL, "-c", _KEEPER, "sh", str(self.pid)]
-                standard = (life, self._output, self._output)
-                self._keeper = _spawn(_SHELL, shell, Confinement(signals=True), standard, ())
-            finally:
-                os.close(life)
+            self._start_keeper()
             with suppress(BrokenPipeError):  # the shell was killed
                 os.write(go, b"go\n")
         finally:
@@ -169,6 +178,33 @@ class Child:
                 os.close(starter)
             os.close(began)
             os.close(go)
+
+    def _start_keeper(self) -> None:
+        """Put the helper into its cgroup, and have a shell end it when this process has ended."""
+        cgroup = self._cgroup
+        script, files, words = _KEEPER, [], [str(self.pid)]
+        if cgroup is not None:
+            try:
+                cgroup.add(self.pid)
+            except OSError:  # it has ended already, or processes may not be moved
+                cgroup.close()
+                cgroup = self._cgroup = None
+        if cgroup is not None:
+            script = _REMOVER
+            words.append(cgroup.path)
+            files = [
+                (_RMDIR, RUN), (cgroup.path, landlock.WRITE),
+                (os.path.dirname(cgroup.path), landlock.REMOVE_DIR),
+            ]  # fmt: skip
+        life, self._life = os.pipe2(os.O_CLOEXEC)
+        try:
+            # Without `pass_fds`: a socket's other end must see it close when the program ends.
+            shell = [_SHELL, "-c", f"exec 2>/dev/null; {script}", "sh", *words]
+            standard = (life, self._output, self._output)
+            confine = Confinement(files, signals=True)
+            self._keeper = _spawn(_SHELL, shell, confine, standard, ())
+        finally:
+            os.close(life)
 
     def text(self) -> str:
         """What it wrote to standard error, the first SAID_MAX bytes of it, each line as
@@ -230,23 +266,50 @@ class Child:
 
     def close(self) -> None:
         """End it, and wait until it has ended. Harmless twice."""
-        # The keeper first: once the program is waited for, its number may be another's.
         keeper, self._keeper = self._keeper, 0
-        if keeper:
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(keeper, signal.SIGKILL)
-                os.waitpid(keeper, 0)
-        if self._life >= 0:
-            os.close(self._life)
-            self._life = -1
+        cgroup, self._cgroup = self._cgroup, None
+        # Once the program is waited for, its number may be another's: the keeper is not to use it.
+        if keeper and cgroup is not None:
+            with suppress(OSError):
+                os.write(self._life, b"ended\n")
+        elif keeper:
+            _kill(keeper)
         if not self._reap():
             self._signal(signal.SIGTERM)
             if not self.wait(GRACE):
                 self._signal(signal.SIGKILL)
                 self.wait(GRACE)  # longer only for one in the kernel, which has no end to wait for
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+        if cgroup is not None:
+            if keeper:
+                _wait_briefly(keeper)
+            else:
+                cgroup.close()
         if self._output >= 0:
             os.close(self._output)
             self._output = -1
+
+
+def _kill(pid: int) -> None:
+    """End a shell of ours, and wait for it."""
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _wait_briefly(pid: int) -> None:
+    """Wait for a shell of ours to end, and end it where it takes too long."""
+    with suppress(OSError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(GRACE * 1000)
+        finally:
+            os.close(pidfd)
+    _kill(pid)
 
 
 def _copied_shell() -> int:

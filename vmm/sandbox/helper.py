@@ -40,6 +40,7 @@ LIBRARIES = (
 PROGRAMS = ("/bin", "/sbin", "/usr", "/opt", "/nix/store", "/gnu/store", "/run/current-system")
 """What a script, such as one that wraps a program, may read and run besides."""
 
+_WRITING = landlock.WRITE_FILE | landlock.MAKE
 CAP_DAC_OVERRIDE = 1
 ENVIRONMENT = ("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR")
 """Names that a helper gets, and LC_*: nothing else of this process's environment."""
@@ -170,7 +171,7 @@ def _needs_override(files: Iterable[tuple[str | int, int]]) -> bool:
     if not privileges.capabilities()[0] >> CAP_DAC_OVERRIDE & 1:
         return False
     wanted = [
-        (path, os.R_OK | (os.W_OK if rights & landlock.WRITE_FILE else 0))
+        (path, os.R_OK | (os.W_OK if rights & _WRITING else 0))
         for path, rights in files
         if isinstance(path, str)
     ]

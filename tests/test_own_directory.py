@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from vmm import own_directory
 from vmm.agent import binary, cache, modules
 from vmm.errors import HostError
+from vmm.testing.kernels import debian_kernel
+from vmm.testing.tiny import tiny_kernel
 
 SOMEBODY = 54321
 
@@ -151,3 +154,17 @@ def test_umask_002(home: Path) -> None:
         os.umask(before)
     assert cache.read("x") == b"mine"
     assert own_directory.is_own(path.stat())
+
+
+@pytest.mark.parametrize("make", [debian_kernel, tiny_kernel])
+def test_nothing_is_unpacked_or_built_in_somebody_elses_cache(
+    home: Path, make: Callable[[], object]
+) -> None:
+    kernels = home / ".cache" / "vmm" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "linux-image-6.1.0-1-cloud-amd64_6.1.1-1_amd64.deb").write_bytes(b"!<arch>\n")
+    theirs(kernels)
+    before = sorted(kernels.iterdir())
+    with pytest.raises(HostError, match="belongs to another user; have VMM_CACHE name a directory"):
+        make()
+    assert sorted(kernels.iterdir()) == before

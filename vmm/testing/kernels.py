@@ -59,6 +59,16 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmm"
 
 
+def check_owner(kernels: Path) -> None:
+    """HostError where the directory is another user's, as root finds it with sudo that keeps HOME:
+    what is unpacked and compiled there, that user could exchange meanwhile."""
+    if kernels.stat().st_uid != os.geteuid():
+        raise HostError(
+            f"kernel cache {kernels} belongs to another user; have VMM_CACHE name a directory of "
+            "your own"
+        )
+
+
 def debian_kernel(flavour: str = "cloud-amd64", *, download: bool = True) -> Kernel:
     """The newest cached Debian kernel of `flavour`, fetched first if there is none.
 
@@ -139,6 +149,7 @@ def _unpack_debs(kernels: Path, flavour: str) -> Kernel | None:
     name = _newest([deb.stem for deb in kernels.glob("*.deb")], flavour)
     if name is None:
         return None
+    check_owner(kernels)
     # Renamed when complete: an interrupted unpack, or one at the same time, leaves nothing half.
     with tempfile.TemporaryDirectory(dir=kernels, prefix=".unpack-") as scratch:
         tree = Path(scratch) / "tree"
@@ -159,6 +170,7 @@ def _download(kernels: Path, flavour: str) -> None:
             f" linux-image-VERSION-{flavour}_*.deb into {kernels}"
         )
     kernels.mkdir(parents=True, exist_ok=True)
+    check_owner(kernels)
 
     def newest() -> str:
         depends = run_tool(["apt-cache", "depends", f"linux-image-{flavour}"])

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmm.errors import HostError, UsageError
-from vmm.testing.kernels import cache_directory, download_package, run_tool
+from vmm.testing.kernels import cache_directory, check_owner, download_package, run_tool
 
 SOURCE = "linux-source-6.1"
 CONFIG = """\
@@ -146,6 +146,8 @@ def tiny_kernel(*, build: bool = True, tell: bool | None = None) -> TinyKernel:
             f"no linux-tiny kernel in {kernels};"
             f" build it with: {sys.executable} -m vmm.testing.tiny"
         )
+    if kernels.is_dir():
+        check_owner(kernels)
     _check_tools()
     say = _tell if (sys.stderr.isatty() if tell is None else tell) else _silence
     try:
@@ -187,7 +189,9 @@ def _check_tools() -> None:
 @contextlib.contextmanager
 def _alone(kernels: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the build lock, which ends with this process however that ends."""
-    handle = os.open(kernels / ".tiny.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(
+        kernels / ".tiny.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -218,7 +218,7 @@ def busy(full_kernel: Kernel, tmp_path_factory: pytest.TempPathFactory, network:
     config = MachineConfig(
         str(unpacked if unpacked.exists() else full_kernel.vmlinuz),
         initrds=[str(directory / "initrd")], append="quiet", cpus=CPUS, agent=True,
-        memory=384 * MIB, drives=[f"{tools},readonly", str(disk)], nets=["user"],
+        memory=384 * MIB, drives=[f"{tools},readonly", str(disk)], nets=["user,host-loopback=on"],
         modules=str(full_kernel.modules),
     )  # fmt: skip
     snap = directory / "snapshot"
@@ -249,7 +249,7 @@ def test_restored_three_times(busy: Busy, tmp_path: Path) -> None:
         if number == 2:
             age(busy.path, LONG)
         with Machine.restore(
-            str(busy.path), verify=number == 1, nets=[f"user,pcap={capture}"]
+            str(busy.path), verify=number == 1, nets=[f"user,host-loopback=on,pcap={capture}"]
         ) as m:
             assert m.memory.read(layout.VMGENID, 16) != busy.generation
             m.start()

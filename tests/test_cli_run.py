@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import select
@@ -269,6 +270,31 @@ def test_a_reader_that_is_stuck_holds_nothing_up(kernel: Make, how: str) -> None
         err.splitlines()[0] == "vmm: console stdio: nobody reads it; the rest of the output is lost"
     )
     assert re.search(r"^vmm: (no end|ended by SIGTERM)", err, re.M)
+
+
+@pytest.mark.parametrize("how", ["time limit", "SIGTERM", "end"])
+def test_a_reader_of_our_own_lines_that_is_stuck_holds_nothing_up(kernel: Make, how: str) -> None:
+    """The guest brings about more lines than the pipe holds: -v tells of unclaimed addresses."""
+    touches = (
+        b"\x66\xba\x00\x10\xb9\x00\x04\x00\x00\xec\x66\x42\xe2\xfb"  # in al, dx: of 1,024 ports
+    )
+    after = tiny.exits(7) if how == "end" else tiny.prints(b"on\n") + tiny.SPIN
+    limit = ["--timeout", "1"] if how == "time limit" else []
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 8192)
+    try:
+        process = started(kernel(touches + after), "-v", *limit, stderr=writing)
+        if how == "SIGTERM":
+            read_until(process, b"on")  # it goes on
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == {"time limit": 124, "SIGTERM": 143, "end": 7}[how]
+        assert process.stdout is not None
+        process.stdout.close()
+        lines = os.read(reading, 1 << 16).decode().splitlines()
+        assert len(lines) > 10 and all(line.startswith("vmm: ") for line in lines)
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize("closed", [[0], [2], [0, 2]], ids=str)

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 STDOUT, STDERR = 1, 2
 LONGEST = 1000
 """Characters of a line; what is over is cut out of its middle."""
+CHUNK = 4096
+"""Bytes that a pipe or terminal which says it is ready takes without waiting (PIPE_BUF)."""
+PATIENCE_MS = 1000
+"""How long a line waits for who reads standard error. Lines that guests bring about come in vCPUs'
+and devices' threads, and the last one before the end: none of them may wait for ever."""
+_stuck = False
+"""Nobody read it for that long: lines are dropped until somebody does."""
 before_line: Callable[[], object] | None = None
 """Called before something is written to standard error: a status line takes itself away."""
 
@@ -42,11 +49,23 @@ def end_guests_line(machine: Machine) -> None:
 
 
 def write_error(text: str) -> None:
-    """`text` as it is on standard error; nothing happens where nobody listens."""
+    """`text` as it is on standard error; nothing happens where nobody listens, and what nobody
+    reads is dropped."""
+    global _stuck
     if before_line is not None:
         before_line()
+    import select
+
+    poll = select.poll()
+    poll.register(STDERR, select.POLLOUT)
+    data = text.encode("utf-8", "backslashreplace")
     try:
-        _write(STDERR, text)
+        while data:
+            if not poll.poll(0 if _stuck else PATIENCE_MS):
+                _stuck = True
+                return
+            _stuck = False
+            data = data[os.write(STDERR, data[:CHUNK]) :]
     except OSError:
         return
 
@@ -59,17 +78,13 @@ def answer(text: str) -> None:
         HostError: it cannot be written (a full disk, a closed descriptor).
     """
     try:
-        _write(STDOUT, text)
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            data = data[os.write(STDOUT, data) :]
     except BrokenPipeError:
         raise
     except OSError as err:
         raise HostError(f"standard output: {err.strerror}") from None
-
-
-def _write(fd: int, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")
-    while data:
-        data = data[os.write(fd, data) :]
 
 
 def _visible(character: str) -> str:

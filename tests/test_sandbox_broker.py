@@ -185,6 +185,11 @@ def test_a_directory_is_made_while_it_is_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "new" / "above" / "target"
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "file").write_text("base")
+    (tmp_path / "base" / "in").mkdir()
+    (tmp_path / "base" / "in" / "file").write_text("base")
+    (tmp_path / "secret").write_text("kept")
+    (tmp_path / "base" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "base" / "out").symlink_to(tmp_path)
     ours, theirs = socket.socketpair()
 
     def service(policy: Policy, fds: list[int]) -> Callable[[], object]:
@@ -213,6 +218,10 @@ def test_a_directory_is_made_while_it_is_asked_for(tmp_path: Path) -> None:
         ours.send(b"?")
         ours.recv(1)
         found.append([*make(target), read(), outcome(lambda: (tmp_path / "base" / "n").touch())])
+        found[-1] += [
+            outcome((tmp_path / "base" / name).read_text)
+            for name in ("in/file", "link", "out/secret", "in/../../secret")
+        ]
         ours.send(b".")
         ours.recv(1)
         found.append([read(), outcome((target / "file").read_text)])
@@ -221,7 +230,7 @@ def test_a_directory_is_made_while_it_is_asked_for(tmp_path: Path) -> None:
 
     before, during, after = in_process(run)[0] or ([], [], [])
     assert before == ["EACCES"] * 4 or before == ["EACCES", "ENOENT", "ENOENT", "EACCES"]
-    assert during == [*MADE, "ok", "EACCES"]
+    assert during == [*MADE, "ok", "EACCES", "ok", "ELOOP", "ELOOP", "EACCES"]
     assert after == ["EACCES", "EACCES"]
     assert (target / "file").read_text() == "made"
     assert not (target.parent / "beside").exists()

@@ -42,7 +42,8 @@ _CONTINUE, _ADDFD_SEND = 1, 2
 _NOTIFICATION = struct.Struct("<QIIiIQ6Q")
 _RESPONSE = struct.Struct("<QqiI")
 _ADDITION = struct.Struct("<QIIII")
-_SYS_PIDFD_GETFD = 438
+_SYS_OPENAT2, _SYS_PIDFD_GETFD = 437, 438
+_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
 _AT_FDCWD = -100
 _PATH_MAX = 4096
 _ADDRESS_MAX = 110
@@ -98,9 +99,10 @@ class Policy:
         prefix, _, number = path.rpartition("_")
         return prefix in self.prefixes and number.isascii() and number.isdecimal()
 
-    def may_open(self, path: str, flags: int) -> bool:
-        """Whether `path` may be opened so."""
-        return self._making is not None and self._making.may_open(path, flags)
+    def may_open(self, path: str, flags: int) -> str:
+        """The directory below which, or the path at which, `path` may be opened so; empty: it may
+        not."""
+        return self._making.may_open(path, flags) if self._making is not None else ""
 
     def may_make(self, path: str) -> bool:
         """Whether the directory `path` may be made."""
@@ -146,7 +148,7 @@ class _Making:
             above = os.path.dirname(above)
 
     def may_make(self, path: str) -> bool:
-        if self._below(path, self._partial) or (path in self._missing):
+        if self._below(path, self._partial) or path in self._missing:
             self._made.add(path)
             return True
         rest = path.removeprefix(self._begins)
@@ -155,30 +157,31 @@ class _Making:
             return True
         return False
 
-    def may_open(self, path: str, flags: int) -> bool:
-        if self._below(path, self._partial):
-            return True
-        if flags & _TRUNCATES:
-            return False
-        return (
-            path in self._partial
-            or (path == self.parent and bool(flags & os.O_DIRECTORY))
-            or path in (self.target, *self._reads)
-            or self._below(path, {self.target, *self._reads})
-        )
+    def may_open(self, path: str, flags: int) -> str:
+        top = self._below(path, self._partial)
+        if top or flags & _TRUNCATES:
+            return top
+        if path in self._partial or path in (self.target, *self._reads):
+            return path
+        if path == self.parent and flags & os.O_DIRECTORY:
+            return path
+        return self._below(path, {self.target, *self._reads})
 
     def may_rename(self, old: str, new: str) -> bool:
         inside = self._below(old, self._partial) and self._below(new, self._partial)
-        return inside or (old in self._partial and new == self.target and not os.path.lexists(new))
+        return bool(inside) or (
+            old in self._partial and new == self.target and not os.path.lexists(new)
+        )
 
     def may_remove(self, path: str, *, directory: bool) -> bool:
         if self._below(path, self._partial):
             return True
-        return directory and (path in self._partial or path in self._made)
+        return directory and path in self._partial | self._made
 
     @staticmethod
-    def _below(path: str, tops: set[str] | list[str]) -> bool:
-        return any(path.startswith(top + "/") for top in tops)
+    def _below(path: str, tops: set[str]) -> str:
+        """The one of `tops` that `path` is below."""
+        return next((top for top in tops if path.startswith(top + "/")), "")
 
 
 class Broker:
@@ -230,8 +233,8 @@ class Broker:
             return
         self._channel.close()
         pid, self.pid = self.pid, 0
-        with suppress(OSError):
-            pidfd = os.pidfd_open(pid)  # refused where this process is confined
+        with suppress(ProcessLookupError):  # somebody waits for all children
+            pidfd = os.pidfd_open(pid)
             try:
                 poll = select.poll()
                 poll.register(pidfd, select.POLLIN)
@@ -392,9 +395,10 @@ class _Supervisor:
     def _open(self, _: list[int], directory: int, name: int, flags: int, mode: int = 0) -> int:
         path = self._path(directory, name)
         flags &= 0xFFFFFFFF
-        if not self._policy.may_open(path, flags):
+        top = self._policy.may_open(path, flags)
+        if not top:
             raise _NotOurs
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, mode & 0o777)
+        fd = _open_below(top, path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, mode)
         try:
             self._give(fd, flags & os.O_CLOEXEC)
         finally:
@@ -489,6 +493,23 @@ class _Answered(Exception):
 def _signed(word: int) -> int:
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
+
+
+def _open_below(top: str, path: str, flags: int, mode: int) -> int:
+    """Open `path`, which is `top` or below it, by no symbolic link there. Raises OSError."""
+    if path == top:
+        return os.open(path, flags)
+    from vmm import libc
+
+    directory = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = os.fsencode(os.path.relpath(path, top)) + b"\0"
+        # struct open_how: flags, mode (of what is made alone), resolve.
+        made = mode & 0o777 if flags & os.O_CREAT else 0
+        how = struct.pack("<QQQ", flags, made, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
+        return libc.syscall(_SYS_OPENAT2, directory, name, how, len(how))
+    finally:
+        os.close(directory)
 
 
 def _connect(sock: socket.socket, path: str) -> None:

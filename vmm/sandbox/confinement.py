@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from vmm.sandbox.broker import Broker
 
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
-_KNOWN = (
-    "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat", "/proc/loadavg",
-    "/proc/sys/kernel",
-    "/sys/module",
-)  # fmt: skip
+_KNOWN = ("/proc/self", "/proc/cpuinfo", "/sys/module")
 """What reports and the interpreter may still look at."""
 _SITES = ("site-packages", "dist-packages", "lib-dynload", ".zip")
+SECCOMP = "seccomp"
 PR_SET_PTRACER = 0x59616D61
 _OWN_PID, _BROKER_PID = 0x7FFFFFF1, 0x7FFFFFF2
 """As in vmm.sandbox.calls, which is not loaded in every start."""
@@ -74,7 +71,7 @@ def lacks() -> list[Lack]:
             )
         )
     if not seccomp.available():
-        found.append(Lack("seccomp", "this kernel has no filters (CONFIG_SECCOMP_FILTER)"))
+        found.append(Lack(SECCOMP, "this kernel has no filters (CONFIG_SECCOMP_FILTER)"))
     return found
 
 
@@ -131,7 +128,7 @@ def confine(
     _give_up(rules)
     if rules >= 0:
         os.close(rules)
-    if seccomp.available():
+    if not any(lack.what == SECCOMP for lack in missing):
         seccomp.restrict(program, all_threads=True)
     return missing
 

@@ -47,6 +47,8 @@ soak: compiled
 # libFuzzer and its sanitizers are clang's: some 400 MB of packages, which nothing else here needs.
 fuzz: compiled
 	@command -v clang >/dev/null || tools/setup clang llvm libclang-rt-dev
+	@$(PYTHON) -c 'import atheris' 2>/dev/null || \
+		{ echo "fuzz: installing Atheris into .venv"; $(PYTHON) -m pip install -q -e '.[fuzz]'; }
 	$(PYTHON) -m tests.fuzz $(ARGS)
 
 clean:

@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--target", action="append", choices=campaign.names(), metavar="NAME")
     parser.add_argument("--corpus", type=Path, default=DEFAULT_CORPUS, metavar="DIRECTORY")
     parser.add_argument("--planted", action="store_true", help="look for planted bugs")
-    parser.add_argument("--coverage", action="store_true", help="of the corpus, at the end")
+    parser.add_argument(
+        "--coverage", action="store_true", help="of the C path by the corpus, at the end"
+    )
     parser.add_argument("--list", action="store_true", help="the targets")
     given = parser.parse_args(arguments)
     targets = given.target or campaign.names()

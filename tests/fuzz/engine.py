@@ -1,9 +1,10 @@
 """Runs a target on inputs: those that are kept, then ones made from a seed, the same each time.
 
-    python -m tests.fuzz.engine TARGET --seed 1 --runs 1000 --seconds 10 [FILE ...]
+    python -m tests.fuzz.engine TARGET[,TARGET ...] --seed 1 --runs 1000 --seconds 10 [FILE ...]
 
-With FILEs it runs those alone. A finding ends the process with status 1 after a traceback; the
-input is written to the file that FUZZ_FINDING names.
+With FILEs it runs those alone. Several targets have so many runs each, one after the other. A
+finding ends the process with status 1 after a traceback; the input is written to the file that
+FUZZ_FINDING names.
 """
 
 from __future__ import annotations
@@ -133,26 +134,28 @@ def _checked(run: Callable[[bytes], None], data: bytes) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("tests.fuzz.engine")
-    parser.add_argument("target", choices=targets.names())
+    parser.add_argument(
+        "targets", type=lambda text: [targets.find(name) for name in text.split(",")]
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runs", type=int, default=1 << 40)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("files", nargs="*", type=Path)
     given = parser.parse_args(arguments)
-    target = targets.find(given.target)
     confine()
-    try:
-        if given.files:
-            run = target.start()
-            for file in given.files:
-                _checked(run, file.read_bytes())
-            return 0
-        done = search(target, seed=given.seed, runs=given.runs, seconds=given.seconds)
-    except BaseException as err:
-        print(f"FINDING {target.name}: {type(err).__name__}: {err}", file=sys.stderr)
-        traceback.print_exc()
-        return 1
-    print(f"{done} inputs")
+    for target in given.targets:
+        try:
+            if given.files:
+                run = target.start()
+                for file in given.files:
+                    _checked(run, file.read_bytes())
+                continue
+            done = search(target, seed=given.seed, runs=given.runs, seconds=given.seconds)
+        except BaseException as err:
+            print(f"FINDING {target.name}: {type(err).__name__}: {err}", file=sys.stderr)
+            traceback.print_exc()
+            return 1
+        print(f"{target.name}: {done} inputs", flush=True)
     return 0
 
 
@@ -161,5 +164,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # directories of inputs
     os._exit(status)  # threads of a device under test need not end

@@ -26,6 +26,10 @@ def frames() -> Callable[[bytes], None]:
         flags, acts = source.choice(FLAGS), source.number(1)
         session = wire.Session(wire.EXECUTE, flags)
         with suppress(AgentError):
+            if acts & 128:  # more than an input has bytes
+                for _ in range(source.number(1)):
+                    session.feed(frame(wire.DATA, wire.OUT, bytes(source.number(2))))
+                    assert session.available(wire.OUT) <= wire.WINDOW
             for piece in source.pieces():
                 session.feed(piece)
                 for stream in (wire.OUT, wire.ERR):
@@ -62,6 +66,8 @@ def frames_seeds() -> list[bytes]:
         b"\0\x26" + started + credit + exited,
         b"\5\0" + frame(wire.FAILED, 0, pair.pack(2, 1)),
         b"\0\0" + frame(wire.DATA, wire.OUT, bytes(300)),
+        b"\0\x80\x05" + b"\xff\xff" * 5,
+        b"\0\x80\x10" + b"\0\x80" * 16,
     ]
 
 
@@ -92,7 +98,7 @@ def trees() -> Callable[[bytes], None]:
         assert os.listdir(outside) == [] and sorted(os.listdir(top)) == ["in", "outside"]
         assert set(os.listdir(inside)) <= {"got"}, os.listdir(inside)
         if not how & 1:
-            _check_below(inside)
+            _check_below(os.path.join(inside, "got"))
 
     return run
 
@@ -120,6 +126,7 @@ def trees_seeds() -> list[bytes]:
     file = entry("f", b"", 5) + chunks(b"hello")
     below = entry("f", b"a", 5) + chunks(b"hello") + entry("l", b"b", 1) + b"a"
     deep = entry("d", b"c", mode=0o755) + below + entry("u")
+    wrong = [entry("f", name, 1) + chunks(b"!") for name in (b"../x", b"a/b", b"..", b"a\0")]
     climbs = entry("l", b"x", 10) + b"../outside" + entry("f", b"x", 1) + chunks(b"!")
     last = entry("e")
     return [
@@ -128,6 +135,7 @@ def trees_seeds() -> list[bytes]:
         b"\1" + entry("d", mode=0o755) + below + entry("p", b"f") + entry("u") + last,
         b"\0" + entry("d", mode=0o755) + climbs + entry("u") + last,
         b"\0" + entry("d", mode=0o755) + deep + climbs + entry("u") + last,
+        *(b"\0" + entry("d", mode=0o755) + each + entry("u") + last for each in wrong),
     ]
 
 

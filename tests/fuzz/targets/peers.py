@@ -24,7 +24,7 @@ from vmm.virtio.vhost_user import VhostUserDevice
 from vmm.virtio.vhost_user_inflight import DESCRIPTION, Inflight
 from vmm.virtio.vhost_user_wire import Connection
 
-SENT_MAX = 64 << 10
+SENT_MAX = 128 << 10
 """Bytes of an input that a peer says: what a socket holds."""
 
 
@@ -190,12 +190,16 @@ def record_seeds() -> list[bytes]:
 
 
 def stream() -> Callable[[bytes], None]:
-    """Frames over a socket, into buffers of some sizes."""
+    """Frames over a socket, into buffers of some sizes: their lengths, then how much comes."""
 
     def run(data: bytes) -> None:
         source = Source(data)
         size = (1 << 17, 2048, 64)[source.below(3)]
-        with peer(source.rest()) as sock:
+        said = b""
+        while source.left and len(said) < SENT_MAX:
+            length = source.integer(32)
+            said += struct.pack(">I", length) + bytes(min(length, 256 * source.number(1)))
+        with peer(said) as sock:
             port = StreamPort(sock)
             with suppress(LinkLost):
                 while True:
@@ -211,9 +215,9 @@ def stream() -> Callable[[bytes], None]:
 
 def stream_seeds() -> list[bytes]:
     def sent(*sizes: int) -> bytes:
-        return b"".join(struct.pack(">I", size) + bytes(size) for size in sizes)
+        return b"".join(b"\xff" + struct.pack("<I", size) + b"\xff" for size in sizes)
 
-    return [b"\0" + sent(60, 1514, 14), b"\1" + sent(0, 9000, 1), b"\2" + sent(70, 70)]
+    return [b"\0" + sent(60, 1514, 14), b"\1" + sent(0, 9000, 1), b"\2" + sent(70, FRAME_MAX + 1)]
 
 
 TARGETS = (

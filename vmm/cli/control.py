@@ -222,18 +222,35 @@ def serve_in_broker(policy: Policy, fds: list[int]) -> Callable[[], object]:
 
 def chain(path: str) -> list[str]:
     """The directories of the snapshot `path` and of those that it is based on, as far as they are
-    there."""
-    found: list[str] = []
+    there.
+
+    The monitor, which may have been taken over, has written the manifest of `path`, and could name
+    any directory in it, such as another machine's snapshot. It names the checksum of that one, too,
+    which only who may read the other one knows.
+    """
+    path = os.path.abspath(path)
+    found = [path]
+    wanted: object = None
     while len(found) < CHAIN_MAX:
-        path = os.path.abspath(path)
-        found.append(path)
         try:
-            with open(os.path.join(path, "manifest.json"), "rb") as file:
-                base = json_object.read(file.read(MANIFEST_MAX))["base"]
-            path = os.path.join(path, base["path"])
+            manifest = _manifest(path)
+            if wanted is not None:
+                if manifest["checksum"] != wanted:
+                    break
+                found.append(path)
+            base = manifest["base"]
+            path = os.path.abspath(os.path.join(path, base["path"]))
+            wanted = str(base["checksum"])
         except (OSError, ValueError, LookupError, TypeError):
             break
     return found
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    """What the manifest of the snapshot `path` says. Raises OSError, ValueError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(os.path.join(path, "manifest.json"), flags), "rb") as file:
+        return json_object.read(file.read(MANIFEST_MAX))
 
 
 class Server:

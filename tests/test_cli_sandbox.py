@@ -354,3 +354,18 @@ def test_under_somebody_elses_supervision(facts: dict[str, Any], tmp_path: Path)
     assert done.returncode == 9
     assert "vmm: sandbox: without Landlock and " in done.stderr
     assert not socket_path.exists()
+
+
+def test_what_the_sandbox_may_have_refused_is_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import vmm.cli
+
+    def refused(args: list[str]) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(vmm.cli, "_command", refused)
+    assert vmm.cli.main(["run"]) == 70
+    assert capfd.readouterr().err.endswith(
+        "vmm: where the sandbox is in the way of something, --sandbox off goes on without it\n"
+    )

@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         write_error(traceback.format_exc())
         _say(f"internal error, {type(err).__name__}: a bug of vmm's own, please report the above")
+        if isinstance(err, PermissionError):
+            _say("where the sandbox is in the way of something, --sandbox off goes on without it")
         return EXIT_INTERNAL
 
 

@@ -213,3 +213,22 @@ def test_what_the_sandbox_is_made_of(there: bool, monkeypatch: pytest.MonkeyPatc
         assert files.value == "not in this kernel, or off" and "lsm=" in files.mend
         assert calls.value == "no filters" and "CONFIG_SECCOMP_FILTER" in calls.mend
     assert "--sandbox" in files.purpose and "--sandbox" in calls.purpose
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cgroup_is_tried(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmm.sandbox import cgroup
+
+    if not there:
+        monkeypatch.setattr(cgroup, "directory", lambda: "/proc/self")
+    try:
+        cgroup.Cgroup("probe").close()
+        possible = True
+    except OSError:
+        possible = False
+    found = {part.name: part for part in parts.host()}["cgroups"]
+    if possible:
+        assert (found.value, found.mend) == ("one can be made for each helper", "")
+    else:
+        assert found.value.startswith("none can be made (") and "systemd-run" in found.mend
+    assert possible <= there

@@ -18,12 +18,13 @@ from tests.support import images, netns
 from tests.support.bare import bare_machine, until
 from tests.support.ordinary_user import ordinary_user
 from vmm import HostError, Machine
-from vmm.block import storage_daemon
+from vmm.block import layers, storage_daemon
 from vmm.block.drive import Drive
 from vmm.child import Child
+from vmm.errors import VmmError
 from vmm.memory import userfault
 from vmm.net.config import Net
-from vmm.sandbox import helper, landlock
+from vmm.sandbox import helper, landlock, privileges
 from vmm.sandbox.helper import Confinement
 from vmm.snapshot import pager
 from vmm.snapshot.store import Snapshot
@@ -312,6 +313,41 @@ def test_a_storage_daemon_has_nothing_else(tmp_path: Path, monkeypatch: pytest.M
         finally:
             disk.close()
         assert set(descendants(os.getpid())) == before
+
+
+@pytest.mark.parametrize("kind", ["backing file", "data file", "extent"])
+def test_a_header_that_is_believed_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As if the look at the header before the daemon is started had missed a way to name a file."""
+    secret, path = tmp_path / "secret", tmp_path / "evil"
+    secret.write_bytes(b"s3cret".ljust(1 << 20, b"#"))
+    format = "qcow2"
+    if kind == "backing file":
+        options = ["-b", str(secret), "-F", "raw"]
+    elif kind == "data file":
+        options = ["-o", f"data_file={tmp_path / 'data'}", "1M"]
+    else:
+        format, options = "vmdk", ["-o", "subformat=monolithicFlat", "1M"]
+    create = ["qemu-img", "create", "-q", "-f", format, *options[:-1]]
+    subprocess.run(
+        [*create, *([options[-1], str(path)] if kind == "backing file" else [str(path), "1M"])],
+        check=True,
+    )
+
+    def believed(drive: Drive, files: list[tuple[str, bool]]) -> list[dict[str, object]]:
+        files.append((drive.path, True))
+        file = {"driver": "file", "node-name": "file", "filename": drive.path}
+        return [file, {"driver": drive.format, "node-name": layers.DISK, "file": "file"}]
+
+    monkeypatch.setattr(layers, "nodes", believed)
+    with pytest.raises(VmmError, match=r"Permission denied|Could not open"):
+        Drive(str(path), format=format).open(0)
+    # It is Landlock that refuses it: a daemon that may open everything does.
+    monkeypatch.setattr(
+        helper.Confinement, "_enter", lambda self, files, code: privileges.no_new_privs()
+    )
+    Drive(str(path), format=format).open(0).close()
 
 
 def test_virtiofsd_keeps_what_acts_on_files(

@@ -88,6 +88,7 @@ class Child:
         stdout: the descriptor of its standard output, else where `said` looks.
         keeper: have a shell end it when this process ends.
         variables: its environment, without a keeper; None: what `confine` says.
+        name: what it is called in messages; empty: as the program is.
 
     Attributes:
         name: the program's name, for messages.
@@ -106,8 +107,9 @@ class Child:
         stdout: int = -1,
         keeper: bool = True,
         variables: Mapping[str, str] | None = None,
+        name: str = "",
     ) -> None:
-        self.name = os.path.basename(argv[0])
+        self.name = name or os.path.basename(argv[0])
         self.pid = 0
         self._status: int | None = None
         self._keeper = 0

@@ -171,6 +171,7 @@ def host() -> list[Part]:
         _user_namespaces(),
         _landlock(),
         _seccomp(),
+        _cgroup(),
         _device("/dev/net/tun", "tun", "--net tap, bridge=", _can_make_taps()),
         _device("/dev/vhost-net", "vhost_net", "--net tap,vhost=on: frames by the kernel"),
         _device("/dev/vhost-vsock", "vhost_vsock", "--vsock cid=N,vhost: sockets by the kernel"),
@@ -220,7 +221,7 @@ def _user_namespaces() -> Part:
 def _landlock() -> Part:
     from vmm.sandbox import landlock
 
-    name, purpose = "Landlock", "--sandbox: a running machine opens no other files"
+    name, purpose = "Landlock", "--sandbox, helper programs: no other files are opened"
     version = landlock.abi()
     if not version:
         mend = "a kernel from Linux 5.13 on, with landlock in lsm= on its command line"
@@ -232,11 +233,24 @@ def _landlock() -> Part:
 def _seccomp() -> Part:
     from vmm.sandbox import seccomp
 
-    name, purpose = "seccomp", "--sandbox: a running machine makes few system calls"
+    name, purpose = "seccomp", "--sandbox, helper programs: few system calls are made"
     if not seccomp.available():
         return Part(HOST, name, "no filters", purpose, "a kernel with CONFIG_SECCOMP_FILTER")
     asks = seccomp.available(seccomp.NOTIFY)
     return Part(HOST, name, "filters" + (", supervised ones" if asks else ""), purpose)
+
+
+def _cgroup() -> Part:
+    from vmm.sandbox.cgroup import Cgroup
+
+    name, purpose = "cgroups", "helper programs: all that one starts ends with it"
+    try:
+        made = Cgroup("doctor")
+    except OSError as err:
+        mend = "a directory of cgroup2 that this user may divide, as `systemd-run --user` gives"
+        return Part(HOST, name, f"none can be made ({err.strerror or err})", purpose, mend)
+    made.close()
+    return Part(HOST, name, "one can be made for each helper", purpose)
 
 
 def _userfault() -> Part:

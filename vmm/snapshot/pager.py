@@ -103,7 +103,10 @@ class FromHandler(FromFiles):
                     program.append("--trusted")
                 program += [self._snapshot.path, "--fd", number]
                 self._child = Child(
-                    program, _confinement(self._snapshot), pass_fds=[other.fileno()]
+                    program,
+                    _confinement(self._snapshot),
+                    pass_fds=[other.fileno()],
+                    name="uffd-handler",
                 )
         sock = self._sock
         assert sock is not None

@@ -139,11 +139,10 @@ class Share:
             script = [sys.executable, "-I", "-S", fs_sandbox.__file__]
             words = [*script, kind, access, path, program, str(fd)]
             less = fs_sandbox.without(access).values()
-            child = Child(words, _confinement(less), pass_fds=[fd])
+            child = Child(words, _confinement(less), pass_fds=[fd], name="virtiofsd")
         except BaseException:
             listener.close()
             raise
-        child.name = "virtiofsd"
         connection = None
         try:
             connection = listener.connect("virtiofsd")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -476,3 +478,20 @@ def test_root_serves_another_users_image(tmp_path: Path) -> None:
         assert capabilities(daemon) == {helper.CAP_DAC_OVERRIDE}
     finally:
         disk.close()
+
+
+def test_one_that_cannot_be_confined_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as below sixteen Landlock domains, the most there may be."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+
+    monkeypatch.setattr(landlock, "restrict", refuse)
+    path = images.make(tmp_path / "d.qcow2", "qcow2", 1 << 20)
+    before = set(descendants(os.getpid()))
+    message = "qemu-storage-daemon cannot be started: this host does not let it be confined (Arg"
+    with pytest.raises(HostError, match=re.escape(message)):
+        Drive(str(path), format="qcow2").open(0)
+    assert set(descendants(os.getpid())) == before

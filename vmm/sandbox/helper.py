@@ -111,7 +111,11 @@ class Confinement:
 
         def confined() -> None:
             try:
-                self._enter(files, code)
+                try:
+                    self._enter(files, code)
+                except OSError as err:
+                    reason = f"this host does not let it be confined ({err.strerror})"
+                    raise OSError(err.errno, reason) from err
                 result.append(start())
             except BaseException as err:
                 failed.append(err)

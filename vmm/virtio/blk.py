@@ -70,9 +70,9 @@ RANGE_SLICE = 64 << 20
 """Bytes discarded or zeroed between two looks."""
 BACKLOG = 64 << 20
 """Bytes of requests that workers have before them; more wait in the queue."""
-BUFFER_COST = 256
-"""Bytes that each buffer of a kept request counts for besides: what it costs this process. A
-request of 512 bytes, or a flush, may name a thousand."""
+BUFFER_COST = 1 << 10
+"""Bytes that each buffer of a kept request counts for besides: it costs this process 200, and time
+in each run of the garbage collector. A request of 512 bytes, or a flush, may name a thousand."""
 WORKERS = 8
 
 _HEADER = struct.Struct("<IIQ")

@@ -23,6 +23,9 @@ OTHERS = {
     "--reruns", "--pdb", "--full-trace", "--junit-xml",  # of pytest
     "--reload-rules", "--name-match",  # of udevadm
     "--no-install-recommends",  # of apt-get
+    "--landlock",  # of cloud-hypervisor
+    "--target", "--minutes", "--corpus", "--list", "--planted",  # of python -m tests.fuzz
+    "--machines", "--cycles", "--seed",  # of python -m tests.soak
 }  # fmt: skip
 """Options of other programs in the pages."""
 NAME = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")

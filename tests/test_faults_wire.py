@@ -121,6 +121,17 @@ def test_anything_a_guest_sends(seed: int) -> None:
         assert all(len(each) <= len(data) + n.HEADER_SIZE for each in found)
 
 
+@pytest.mark.parametrize("l4", [100, 10_000, 32_000, 60_000])
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_headers_that_are_most_of_a_frame(l4: int, size: int) -> None:
+    """The packets of a frame take no more memory than a few frames, whatever it asks for."""
+    frame = bytearray(n.FRAME_MAX)
+    frame[12:14] = b"\x08\0"
+    packet = n.HEADER.pack(1, wire.GSO_UDP_L4, 0, size, l4, 6, 0) + frame
+    made = wire.on_wire(packet)
+    assert sum(map(len, made)) <= wire.SEGMENTS_MAX + len(made) * n.HEADER_SIZE
+
+
 def test_the_checksum_is_that_of_others() -> None:
     chance = random.Random(1)
     for size in (0, 1, 2, 3, 20, 1501, 65535):

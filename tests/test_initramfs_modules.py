@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +130,26 @@ def test_a_damaged_module_is_named(tmp_path: Path) -> None:
     for name in ("short", "text", "bad"):
         with pytest.raises(UsageError, match=name):
             tree.closure([name])
+
+
+@pytest.mark.parametrize("field", ["Q", "I", "H"])
+@pytest.mark.parametrize("at", range(0, 64, 2))
+def test_a_header_with_any_number(tmp_path: Path, at: int, field: str) -> None:
+    """As large as it can be, wherever it stands: the ELF header of a module with a section."""
+    module = bytearray(elf_with_section())
+    struct.pack_into(f"<{field}", module, at, (1 << 8 * struct.calcsize(field)) - 1)
+    where = tmp_path / "6.1.0-broken" / "kernel"
+    where.mkdir(parents=True)
+    (where / "m.ko").write_bytes(module)
+    with contextlib.suppress(UsageError):
+        ModuleTree(where.parent).closure(["m"])
+
+
+def elf_with_section() -> bytes:
+    head = b"\x7fELF\2\1\1".ljust(16, b"\0")
+    head += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64, 0, 64, 0, 0, 64, 1, 0)
+    section = struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, 128, 10, 0, 0, 1, 0)
+    return head + section + b".modinfo\0" + bytes(80)
 
 
 def test_a_directory_that_is_no_module_tree_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ VLAN_TAGS = (0x8100, 0x88A8)
 ETH_IPV4, ETH_IPV6 = 0x0800, 0x86DD
 TCP, UDP = 6, 17
 FIN_PSH, CWR = 0x09, 0x80
+SEGMENTS_MAX = 8 << 20
+"""Bytes of all segments of a frame. Real ones are little longer than the frame, 64 KiB; a guest may
+ask for segments of one byte each, with half of the frame for a header: 1 GiB."""
 _PLAIN = bytes(n.HEADER_SIZE)
 
 
@@ -61,6 +64,8 @@ def segments(frame: bytes, kind: int, size: int, l4: int) -> list[bytes]:
         raise ValueError("no room for its header")
     made = []
     starts = range(head, len(frame), size) or range(head, head + 1)
+    if len(starts) * (head + size) > SEGMENTS_MAX:
+        raise ValueError("segments that are nearly all header")
     for number, at in enumerate(starts):
         part = bytearray(frame[:head] + frame[at : at + size])
         if v4:

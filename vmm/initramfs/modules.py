@@ -294,6 +294,6 @@ def _section(elf: bytes, wanted: bytes, file: str) -> bytes:
             at = names + section[0]
             if elf[at : at + len(wanted) + 1] == wanted + b"\0":
                 return elf[section[4] : section[4] + section[5]]
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:  # an offset above 2**63, too
         raise UsageError(f"kernel module {file}: truncated or damaged ELF file") from error
     return b""

@@ -16,7 +16,7 @@ from tests.fuzz.planted import Planted
 from tests.fuzz.planted_parsers import PLANTED
 from tests.fuzz.source import Chance, Source
 
-RUNS = {"virtio": 150, "snapshot": 300, "agent-tree": 300, "state": 300, "stream": 300}
+RUNS = {"virtio": 150, "snapshot": 300, "agent-tree": 300, "fault": 60, "state": 300, "stream": 300}
 """Inputs that are made of a target, by the beginning of its name; of others USUAL."""
 USUAL = 1500
 SECONDS = 120.0

@@ -86,6 +86,16 @@ PLANTED = (
         "if kind == UP:\n            if self._stack is None:",
     ),
     bug(
+        "faults: bytes of all segments", "vmm/faults/wire.py", "fault-frames",
+        "if len(starts) * (head + size) > SEGMENTS_MAX:",
+        "if len(starts) * (head + size) > SEGMENTS_MAX << 20:",
+    ),
+    bug(
+        "module: place of a section", "vmm/initramfs/modules.py", "module",
+        "except (struct.error, IndexError, OverflowError) as error:",
+        "except (struct.error, IndexError) as error:",
+    ),
+    bug(
         "nbd: error number", "vmm/block/nbd.py", "nbd",
         "number = error if error in errno.errorcode else errno.EIO",
         "number = error",

@@ -13,7 +13,9 @@ from tests.fuzz.target import Target, scratch
 from vmm.agent import tree, wire
 from vmm.console.panic import PanicWatch
 from vmm.errors import AgentError
+from vmm.faults.wire import on_wire
 from vmm.units import parse_size
+from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
 
 FLAGS = (0, wire.NULL_IN, wire.NULL_OUT, wire.NULL_ERR, wire.ERR_TO_OUT, wire.TERMINAL)
 BUFFERED = 3 * wire.WINDOW
@@ -170,7 +172,37 @@ def sizes() -> Callable[[bytes], None]:
     return run
 
 
+def frames_on_wire() -> Callable[[bytes], None]:
+    """A frame that a fault is to change: its header, then so much more as the input says."""
+
+    def run(data: bytes) -> None:
+        source = Source(data)
+        more = source.number(2)
+        packet = source.rest().ljust(HEADER_SIZE, b"\0") + bytes(more)
+        made = on_wire(packet[: HEADER_SIZE + FRAME_MAX])
+        assert made and sum(map(len, made)) < 16 << 20
+
+    return run
+
+
+def frames_on_wire_seeds() -> list[bytes]:
+    ethernet = bytes(12) + b"\x08\0"
+    ip4 = bytes.fromhex("4500003c00004000400600000a0000010a000002")
+    tcp = bytes.fromhex("0016001600000000000000005010000000000000")
+    frame = ethernet + ip4 + tcp + bytes(64)
+
+    def header(kind: int, size: int, flags: int = 1, start: int = 34) -> bytes:
+        return struct.pack("<BBHHHHH", flags, kind, 54, size, start, 16, 0)
+
+    return [
+        b"\0\x20" + header(1, 1448) + frame, b"\0\xff" + header(1, 1) + frame,
+        b"\0\0" + header(0, 0) + frame, b"\0\x20" + header(5, 100) + frame,
+        b"\0\x20" + header(4, 100) + frame, b"\xff\xff" + header(5, 1, start=30000) + frame,
+    ]  # fmt: skip
+
+
 TARGETS = (
+    Target("fault-frames", frames_on_wire, frames_on_wire_seeds, ("vmm.faults.wire",)),
     Target("agent-frames", frames, frames_seeds, ("vmm.agent.wire",)),
     Target("agent-tree", trees, trees_seeds, ("vmm.agent.tree",)),
     Target("console-text", console, console_seeds, ("vmm.console.panic",)),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
 
 from tests.fuzz.source import Source
-from tests.fuzz.target import Target, as_file
+from tests.fuzz.target import Target, as_file, scratch
 from tests.support.boot_files import CODE, LINUX_NOTE, MIB, bzimage, elf, pvh_note
 from vmm.boot import decompress, extract_vmlinux, kconfig, load
 from vmm.boot.file import InputFile
 from vmm.boot.initrd_check import check
 from vmm.errors import BootError, UsageError
 from vmm.initramfs import Initramfs
+from vmm.initramfs.modules import Module
 from vmm.memory import GuestMemory
 
 MODES = ("auto", "bzimage", "elf64", "pvh")
@@ -147,11 +149,45 @@ def symbols_seeds() -> list[bytes]:
     return [text, b"IKCFG_ST" + gzip.compress(text) + b"IKCFG_ED"]
 
 
+def module() -> Callable[[bytes], None]:
+    """A kernel module: the first byte says how its file's name ends."""
+    directory = scratch()
+    ends = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
+
+    def run(data: bytes) -> None:
+        end = ends[data[0] % len(ends)] if data else ends[0]
+        path = os.path.join(directory, f"m{end}")
+        with open(path, "wb") as out:
+            out.write(data[1:])
+        found = Module("m", path, "m.ko")
+        with suppress(UsageError):
+            found.info("depends")
+            assert isinstance(found.release, str)
+
+    return run
+
+
+def module_seeds() -> list[bytes]:
+    info = b"depends=a,b\0vermagic=6.1.0 SMP\0"
+    names = b"\0.modinfo\0.shstrtab\0"
+    at = 64 + len(info) + len(names)
+    head = b"\x7fELF\2\1\1".ljust(16, b"\0")
+    head += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, at, 0, 64, 0, 0, 64, 3, 2)
+    sections = [(0, 0, 0, 0), (1, 1, 64, len(info)), (10, 3, 64 + len(info), len(names))]
+    table = b"".join(
+        struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, offset, size, 0, 0, 1, 0)
+        for name, kind, offset, size in sections
+    )
+    elf = head + info + names + table
+    return [b"\0" + elf, b"\1" + lzma.compress(elf), b"\2" + gzip.compress(elf), b"\3" + elf]
+
+
 TARGETS = (
     Target("kernel", kernel, kernel_seeds,
            ("vmm.boot.elf", "vmm.boot.bzimage", "vmm.boot.uki", "vmm.boot.loader",
             "vmm.boot.formats", "vmm.boot.kconfig", "vmm.boot.source", "vmm.boot.file")),
     Target("initrd", initrd, initrd_seeds, ("vmm.boot.initrd_check", "vmm.boot.kinds")),
     Target("packed", packed, packed_seeds, ("vmm.boot.decompress",)),
+    Target("module", module, module_seeds, ("vmm.initramfs.modules",)),
     Target("kconfig", symbols, symbols_seeds, ("vmm.boot.kconfig",)),
 )  # fmt: skip

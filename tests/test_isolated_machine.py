@@ -42,6 +42,12 @@ MIB = 1 << 20
 Make = Callable[..., IsolatedMachine]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_zygote_is_left() -> Iterator[None]:
+    yield
+    nursery.end()
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     """Makes machines in processes of their own; all are closed, and nothing is left of them."""
@@ -457,6 +463,7 @@ def test_forgotten_ones_are_told_of(make: Make, tmp_path: Path) -> None:
         del m
         gc.collect()
     until(lambda: gone(pid))
+    until(lambda: "vmm-close" not in [thread.name for thread in threading.enumerate()])
 
 
 def test_a_forked_child_has_closed_machines(make: Make) -> None:

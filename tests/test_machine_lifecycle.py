@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ MIB = 1 << 20
 IDLE = tiny.prints(b"ready\n") + HALT
 
 Make = Callable[..., Machine]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_zygote_is_left() -> Iterator[None]:
+    yield
+    nursery.end()
 
 
 @pytest.fixture

@@ -314,6 +314,16 @@ def _leave(process: Process) -> None:
         zygote.close()
 
 
+def end() -> None:
+    """End the zygotes that have no machines; the next machine starts one."""
+    with _lock:
+        idle = [zygote for zygote in _zygotes if not zygote.processes]
+        for zygote in idle:
+            _zygotes.remove(zygote)
+    for zygote in idle:
+        zygote.close()
+
+
 def _in_child() -> None:
     """After os.fork: the zygotes are the parent's."""
     global _lock

@@ -36,7 +36,7 @@ from vmm.kvm.vcpu import Vcpu
 from vmm.machine import exits
 from vmm.memory import GuestMemory
 
-pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
 Make = Callable[..., IsolatedMachine]
@@ -244,6 +244,38 @@ def test_wrong_values_are_told_as_ever(make: Make, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_what_the_program_asks_for_is_done_later(make: Make, tmp_path: Path) -> None:
+    """Snapshots with their bases, checkpoints of disks with overlays, files that grow."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(os.urandom(MIB))
+    kernel = tiny.kernel(tmp_path, tiny.ECHO)
+    config = MachineConfig(kernel, memory=16 * MIB, drives=[f"{disk},snapshot"])
+    with Machine(config, isolate=True) as m:
+        m.start()
+        m.wait_for("ready", timeout=60)
+        m.snapshot(tmp_path / "one", track=True)
+        m.memory.write(8 * MIB, b"changed")
+        m.snapshot(tmp_path / "deep" / "er" / "two", base=tmp_path / "one")
+        for _ in range(2):
+            m.checkpoint()
+            m.rollback()
+        m.faults.disk(0).fail(nth=1).clear()
+    assert (tmp_path / "one" / "memory").exists()
+    with Machine.restore(tmp_path / "deep" / "er" / "two", isolate=True, verify=True) as m:
+        assert m.memory.read(8 * MIB, 7) == b"changed"
+        m.start()
+        m.send("x")
+        m.wait_for("[x]", timeout=60)
+        m.checkpoint()
+        m.rollback()
+    grown = tmp_path / "grown"
+    grown.write_bytes(bytes(MIB))
+    with Machine(MachineConfig(kernel, memory=16 * MIB, drives=[str(grown)]), isolate=True) as m:
+        m.start()
+        assert m.virtio_device("blk0").resize(2 * MIB) == 2 * MIB
+    assert grown.stat().st_size == 2 * MIB
+
+
 # --- events and functions of the program ----------------------------------------------------------
 
 
@@ -374,6 +406,19 @@ def test_a_crash_is_an_event(make: Make, tmp_path: Path, number: str) -> None:
     other.wait_for("ready", timeout=60)
     other.send("x")
     other.wait_for("[x]", timeout=60)
+
+
+def test_an_answer_that_comes_late_does_not_bring_it_back(make: Make) -> None:
+    """A call's answer may be dealt with after the end of the process is known."""
+    m = make(tiny.SPIN)
+    m.start()
+    os.kill(pid_of(m), signal.SIGKILL)
+    ended = m.wait(60)
+    m.absorb([1 << 40, "running", "", None])
+    assert (m.state, m.exit) == ("stopped", ended)
+    m.close()
+    m.absorb([1 << 41, "running", "", None])
+    assert (m.state, m.exit) == ("closed", ended)
 
 
 def test_one_that_was_never_started_and_is_gone(make: Make) -> None:
@@ -531,7 +576,6 @@ def test_two(restored_machine):
 """
 
 
-@pytest.mark.one_lane
 def test_the_pytest_plugin(tmp_path: Path) -> None:
     """The marker `isolate`, and what a failure's report shows of such a machine."""
     project = projects.small(tmp_path)

@@ -272,3 +272,15 @@ def test_a_machine_that_is_not_built_leaves_none() -> None:
     broker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_files_without_a_name_are_made_while_somebody_asked_for_them() -> None:
+    policy = Policy()
+    nameless = os.O_RDWR | os.O_TMPFILE
+    assert not policy.may_open("/var/tmp", nameless)
+    with policy.nameless(["/var/tmp"]):
+        assert policy.may_open("/var/tmp", nameless)
+        assert not policy.may_open("/tmp", nameless)
+        assert not policy.may_open("/var/tmp", os.O_RDONLY | os.O_DIRECTORY)
+        assert not policy.may_open("/var/tmp/file", os.O_RDWR | os.O_CREAT)
+    assert not policy.may_open("/var/tmp", nameless)

@@ -214,7 +214,9 @@ HERE = {
     IsolatedNetFaults: (),
 }
 """What is done in the program."""
-REFUSED = ("device", "write_log", "write_cut", "cut")
+REFUSED = (
+    "device", "write_log", "write_cut", "cut", "power_cut_image", "power_cut_images",
+)  # fmt: skip
 """What only a machine of this process has."""
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from vmm import config_paths, descriptors
 from vmm.config import MachineConfig
@@ -14,12 +14,13 @@ from vmm.config_types import shown
 from vmm.console.tail import ConsoleTail
 from vmm.errors import HostError, StateError, UsageError, VmmError, call_each
 from vmm.forked import drop_in_child
+from vmm.isolated import grants
 from vmm.isolated import process as calls
 from vmm.isolated.functions import FunctionServer, of_connections, of_range
 from vmm.isolated.memory import IsolatedMemory
 from vmm.isolated.parts import IsolatedBalloon, IsolatedDevice, IsolatedLink, IsolatedVcpu
 from vmm.isolated.process import LONG, QUICK, MachineProcess, need
-from vmm.isolated.wire import WireError
+from vmm.isolated.wire import LateError, WireError
 from vmm.machine import exits, unclosed
 from vmm.machine.exits import MachineExit
 from vmm.machine.machine import CLOSED, CREATED, Machine
@@ -29,7 +30,8 @@ from vmm.virtio import unix
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from typing import Any, NoReturn
 
     from vmm.kvm.vcpu import Vcpu
@@ -54,6 +56,7 @@ class IsolatedMachine(Machine):
 
     Attributes:
         process: the machine's.
+        lacks: what this host does not give of the sandbox, a line each (`vmm doctor` has the same).
     """
 
     isolated = True
@@ -91,11 +94,13 @@ class IsolatedMachine(Machine):
         self._telling = threading.RLock()
         self._ended = threading.Event()
         self._stamped = threading.Lock()
+        self._brokered = threading.Lock()
         self._stamp = 0
         self._closers: list[Callable[[], object]] = []
         self._servers: list[FunctionServer] = []
         self._faults: Any = None
         self._closing = False
+        self._lost = False
         self._kept: IsolatedMachine | None = None
         self._asked: MachineExit | None = None
         """What `end` was given."""
@@ -128,6 +133,7 @@ class IsolatedMachine(Machine):
         if not fixed:  # a restored machine: the snapshot says
             self.config = MachineConfig.from_dict(need(facts.get("config"), dict))
         self.restored = need(facts.get("restored"), bool)
+        self.lacks = [need(line, str)[:1000] for line in need(facts.get("lacks"), list)[:20]]
         if sum(size for _, size in regions) != self.config.memory or len(regions) > 2:
             raise WireError("memory that is not the machine's")
         self.memory = IsolatedMemory(regions, self.call)
@@ -150,7 +156,7 @@ class IsolatedMachine(Machine):
         """See `vmm.isolated.process.Owner`."""
         number, state, why, end = stamp
         with self._stamped:
-            if number <= self._stamp or self._state == CLOSED:
+            if number <= self._stamp or self._lost or self._state == CLOSED:
                 return
             self._stamp = number
             if state == "closed":
@@ -219,6 +225,7 @@ class IsolatedMachine(Machine):
         if self._closing or self._state == CLOSED:
             return
         with self._stamped:
+            self._lost = True  # what is answered late does not bring it back
             ended = self.exit is not None
             if not ended:
                 self.exit = MachineExit(exits.CRASHED, f"the machine's process {why}"[:4096])
@@ -259,6 +266,8 @@ class IsolatedMachine(Machine):
                 clean = not self.process.over
                 error = err if clean else None
         idle = self.process.close()
+        with self._stamped:
+            self._lost = True
         if self.started_at and not self._ended.is_set():
             if self.exit is None:
                 self.exit = MachineExit(exits.STOPPED, "stopped by the monitor")
@@ -480,14 +489,43 @@ class IsolatedMachine(Machine):
         from vmm.machine.moments import _path
 
         options: dict[str, Any] = {"disks": disks, "track": track}
-        if base is not None:
-            options["base"] = os.path.abspath(_path("snapshot", "base", base))
-        self.call("snapshot", os.path.abspath(_path("snapshot", "path", path)), options,
-                  seconds=LONG)  # fmt: skip
+        where = os.path.abspath(_path("snapshot", "path", path))
+        below = None if base is None else os.path.abspath(_path("snapshot", "base", base))
+        if below is not None:
+            options["base"] = below
+        channel = self.process.process.grants
+        with self._granted("snapshot", grants.making(channel, where, below)):
+            self.call("snapshot", where, options, seconds=LONG)
+
+    @contextmanager
+    def _granted(self, call: str, grant: AbstractContextManager[None] | None) -> Iterator[None]:
+        """With the broker of the machine's process told of what it may do meanwhile."""
+        if grant is None:
+            yield
+            return
+        if self._state == CLOSED:
+            raise calls.closed(call)
+        with self._brokered:
+            try:
+                with grant:
+                    yield
+            except (WireError, LateError) as err:
+                if self.process.over:
+                    raise self.process.gone(call) from None
+                raise HostError(f"{call}: the broker of the machine's process: {err}") from None
+
+    def _overlays(self) -> AbstractContextManager[None] | None:
+        """That overlays may be made, where a disk has one."""
+        config = self.config
+        if config.root is None and not any(drive.snapshot for drive in config.drives):
+            return None
+        directory = os.environ.get("TMPDIR") or "/var/tmp"
+        return grants.overlays(self.process.process.grants, directory)
 
     def checkpoint(self, *, disks: str = "rollback") -> None:
         """See `Machine.checkpoint`."""
-        self.call("checkpoint", disks, seconds=LONG)
+        with self._granted("checkpoint", self._overlays()):
+            self.call("checkpoint", disks, seconds=LONG)
 
     def rollback(self) -> None:
         """See `Machine.rollback`."""
@@ -499,7 +537,8 @@ class IsolatedMachine(Machine):
             self._ended.clear()
             self._kept = self
         try:
-            self.call("rollback", seconds=LONG)
+            with self._granted("rollback", self._overlays()):
+                self.call("rollback", seconds=LONG)
         finally:
             if ended and self._state == STOPPED and self.exit is not None:
                 self._ended.set()

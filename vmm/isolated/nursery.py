@@ -48,15 +48,23 @@ class Process:
         pid: its number.
         control: the connection on which it is told what machine to make, and of other connections.
         stream: where its events and console output come.
+        grants: the connection to its broker, see `vmm.isolated.grants`.
         status: can be read once it has ended.
 
     Raises:
         HostError: it cannot be started.
     """
 
-    def __init__(self, control: wire.Channel, stream: wire.Channel, status: socket.socket) -> None:
+    def __init__(
+        self,
+        control: wire.Channel,
+        stream: wire.Channel,
+        grants: wire.Channel,
+        status: socket.socket,
+    ) -> None:
         self.control = control
         self.stream = stream
+        self.grants = grants
         self.status = status
         self.pid = 0
         self._pidfd = -1
@@ -74,7 +82,7 @@ class Process:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        for sock in (self.control.sock, self.stream.sock, self.status):
+        for sock in (self.control.sock, self.stream.sock, self.grants.sock, self.status):
             sock.close()
 
     def born(self, errors: int) -> None:
@@ -154,6 +162,7 @@ class Process:
         self.wait(1.0)
         self.control.close()
         self.stream.close()
+        self.grants.close()
         self.status.close()
         with self._lock:
             fds, self._pidfd, self._errors = [self._pidfd, self._errors], -1, -1
@@ -223,7 +232,7 @@ def _start() -> Process | None:
     made: list[socket.socket] = []
     fds: list[int] = []
     try:
-        for _ in range(3):
+        for _ in range(4):
             made += wire.pair()
         for sock in made[::2]:
             drop_in_child(sock)
@@ -232,10 +241,11 @@ def _start() -> Process | None:
         os.ftruncate(errors, SAID_MAX)
         fcntl.fcntl(errors, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
         fds.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        process = Process(wire.Channel(made[0]), wire.Channel(made[2]), made[4])
+        control, stream, grants = (wire.Channel(sock) for sock in made[:6:2])
+        process = Process(control, stream, grants, made[6])
         with _lock:
             zygote = _current()
-            asked = zygote.fork([made[1].fileno(), made[3].fileno(), made[5].fileno(), *fds])
+            asked = zygote.fork([*(sock.fileno() for sock in made[1::2]), *fds])
             if asked:
                 zygote.processes.add(id(process))
             else:

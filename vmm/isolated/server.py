@@ -57,23 +57,36 @@ def preload() -> None:
         *("vmm.virtio.loop", "vmm.virtio.vsock_host", "vmm.agent.link", "vmm.agent.archive"),
         *("vmm.block.vhost_user", "vmm.virtio.vhost_user"),
         *("vmm.virtio.fs", "vmm.net.config", "vmm.snapshot.checkpoint", "vmm.snapshot.store"),
-        *("vmm.snapshot.restore", "vmm.faults", "vmm.isolated.values", "vmm.report", "traceback"),
+        *("vmm.snapshot.restore", "vmm.faults", "vmm.isolated.values", "vmm.isolated.grants"),
+        *("vmm.machine.confined", "vmm.sandbox.broker", "vmm.sandbox.filter_build"),
+        *("vmm.snapshot.chain", "vmm.report", "traceback"),
     ):
         importlib.import_module(name)
 
 
-def serve(control_fd: int, stream_fd: int) -> None:
+def serve(control_fd: int, stream_fd: int, grants_fd: int) -> None:
     """Make the machine, and serve it until the program has gone."""
+    from vmm.isolated import grants
+    from vmm.machine import confined
+    from vmm.sandbox.broker import Broker
+    from vmm.snapshot import trust
+
+    broker = Broker(grants.serve)
     control = Channel(socket.socket(fileno=control_fd))
     outgoing = Outgoing(Channel(socket.socket(fileno=stream_fd)))
     message, _, _ = control.receive()
     try:
         machine = _make(message)
+        server = Server(machine, outgoing)
+        trust.prepare(machine.config, machine.directory)  # for its snapshots
+        broker.hand_over(grants_fd)
+        lacks = confined.confine(machine, broker=broker, leases=True)
+        os.close(grants_fd)
     except Exception as err:
         control.send({"error": values.pack_error(err)})
         return
-    server = Server(machine, outgoing)
-    control.send({"ok": server.facts()})
+    outgoing.start()
+    control.send({"ok": {**server.facts(), "lacks": [str(lack) for lack in lacks]}})
     try:
         while True:
             _, _, fds = control.receive()
@@ -195,7 +208,6 @@ class Server:
         self._fault_events = False
         machine.subscribe(self._happened, *KINDS.values())
         machine.console.on_write = outgoing.console
-        outgoing.start()
 
     # --- what the program is told -----------------------------------------------------------------
 

@@ -17,9 +17,9 @@ import struct
 from contextlib import suppress
 
 REQUEST = b"F"
-DESCRIPTORS = 5
-"""What comes with a request: the machine's connection, its stream, the status socket, a file for
-standard error, the working directory."""
+DESCRIPTORS = 6
+"""What comes with a request: the machine's connection, its stream, the broker's connection, the
+status socket, a file for standard error, the working directory."""
 BORN = struct.Struct("<i")
 """The answer on the status socket: the process's number, its pidfd beside it; 0: fork failed."""
 ENDED = struct.Struct("<i")
@@ -71,16 +71,16 @@ def _request(requests: socket.socket) -> list[int] | None:
 
 def _fork(given: list[int], requests: socket.socket) -> tuple[int, int, socket.socket] | None:
     """Fork; (pidfd, number, status socket), None where that failed."""
-    control, stream, status_fd, errors, directory = given
+    control, stream, grants, status_fd, errors, directory = given
     zygote = os.getpid()
     try:
         pid = os.fork()
     except OSError:
         pid = -1
     if pid == 0:
-        _begin(zygote, control, stream, errors, directory)  # does not return
+        _begin(zygote, control, stream, grants, errors, directory)  # does not return
     status = socket.socket(fileno=status_fd)
-    for fd in (control, stream, errors, directory):
+    for fd in (control, stream, grants, errors, directory):
         os.close(fd)
     if pid < 0:
         with suppress(OSError):
@@ -105,7 +105,9 @@ def _bury(pid: int, pidfd: int, status: socket.socket) -> None:
     status.close()
 
 
-def _begin(zygote: int, control: int, stream: int, errors: int, directory: int) -> None:
+def _begin(
+    zygote: int, control: int, stream: int, grants: int, errors: int, directory: int
+) -> None:
     """In the new process: keep what was given, nothing else, and serve a machine."""
     status = 1
     try:
@@ -118,14 +120,14 @@ def _begin(zygote: int, control: int, stream: int, errors: int, directory: int) 
         os.fchdir(directory)
         os.dup2(errors, 1)
         os.dup2(errors, 2)
-        kept = {control, stream}
+        kept = {control, stream, grants}
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) not in kept:
                 with suppress(OSError):  # listdir's own
                     os.close(int(name))
         from vmm.isolated import server
 
-        server.serve(control, stream)
+        server.serve(control, stream, grants)
         status = 0
     except BaseException:
         import traceback

@@ -68,6 +68,7 @@ class Policy:
         self.prefixes: set[str] = set()
         self.removes: dict[str, tuple[int, int]] = {}
         self._making: _Making | None = None
+        self._nameless: frozenset[str] = frozenset()
 
     def pack(self) -> bytes:
         """As bytes, for `read`."""
@@ -90,6 +91,15 @@ class Policy:
         finally:
             self._making = None
 
+    @contextmanager
+    def nameless(self, directories: list[str]) -> Iterator[None]:
+        """For as long as the block, files without a name may be made in `directories`."""
+        self._nameless = frozenset(map(os.path.abspath, directories))
+        try:
+            yield
+        finally:
+            self._nameless = frozenset()
+
     # --- what may be done -------------------------------------------------------------------------
 
     def may_connect(self, path: str) -> bool:
@@ -102,6 +112,8 @@ class Policy:
     def may_open(self, path: str, flags: int) -> str:
         """The directory below which, or the path at which, `path` may be opened so; empty: it may
         not."""
+        if flags & os.O_TMPFILE == os.O_TMPFILE and path in self._nameless:
+            return path
         return self._making.may_open(path, flags) if self._making is not None else ""
 
     def may_make(self, path: str) -> bool:
@@ -498,7 +510,7 @@ def _signed(word: int) -> int:
 def _open_below(top: str, path: str, flags: int, mode: int) -> int:
     """Open `path`, which is `top` or below it, by no symbolic link there. Raises OSError."""
     if path == top:
-        return os.open(path, flags)
+        return os.open(path, flags, mode & 0o777)
     from vmm import libc
 
     directory = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

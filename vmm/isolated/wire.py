@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import time
 
 from vmm.errors import VmmError
 
@@ -58,7 +59,7 @@ class Patience:
         self, seconds: float | None = None, suspended: Callable[[], bool] | None = None
     ) -> None:
         self.seconds = seconds
-        self._left = -1 if seconds is None else max(round(seconds / SLICE), 1)
+        self._left = -1.0 if seconds is None else max(seconds / SLICE, 1.0)
         self._suspended = suspended
 
     def wait(self, sock: socket.socket, event: int) -> None:
@@ -68,14 +69,18 @@ class Patience:
             raise WireError("the connection is closed")
         poll = select.poll()
         poll.register(fd, event)
-        while not poll.poll(SLICE * 1000):
-            if sock.fileno() != fd:
+        while True:
+            begun = time.monotonic()
+            ready = poll.poll(SLICE * 1000)
+            if not ready and sock.fileno() != fd:
                 raise WireError("the connection is closed")
-            if self._left < 0 or (self._suspended is not None and self._suspended()):
-                continue
-            self._left -= 1
-            if self._left <= 0:
-                raise LateError(f"no answer within {self.seconds:g} s")
+            if self._left >= 0 and not (self._suspended is not None and self._suspended()):
+                # A wait that ends early counts too: a byte now and then is no answer.
+                self._left -= min((time.monotonic() - begun) / SLICE, 1.0)
+                if self._left <= 0:
+                    raise LateError(f"no answer within {self.seconds:g} s")
+            if ready:
+                return
 
 
 class Channel:

@@ -63,6 +63,7 @@ class VirtioConsole(LoopDevice):
         self.ports = list(ports)
         self.config[:] = CONFIG.pack(0, 0, len(ports), 0)
         self._messages: deque[bytes] = deque()
+        self._was_reset = False
         for port in ports:
             if port is not None:
                 port.attach(self)
@@ -274,14 +275,17 @@ class VirtioConsole(LoopDevice):
         for port in self.ports:
             if port is not None:
                 port.forget()
+        self._was_reset = True
         self.once("ports", self._renew_ports)
 
     def _renew_ports(self) -> None:
         """The former driver is gone; there may be another one by now. On the loop."""
         with self._mutex:
-            for port in self.ports:
-                if port is not None:
-                    port.stop()
+            if self._was_reset:
+                self._was_reset = False
+                for port in self.ports:
+                    if port is not None:
+                        port.stop()
             self.locked(self._start_ports)
 
     def _start_ports(self) -> None:

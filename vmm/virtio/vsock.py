@@ -98,6 +98,7 @@ class Vsock(LoopDevice):
         self._lingering: set[Stream] = set()
         self._former: list[Stream] = []
         """Those of a driver that is gone, until the loop has closed them."""
+        self._was_reset = False
         self._next_port = _random_port()
         self._transport_reset = False
         self._clear()
@@ -126,17 +127,20 @@ class Vsock(LoopDevice):
         self.streams = {}
         self._lingering = set()
         self._clear()
+        self._was_reset = True
         self.once("host", self._renew_host)
 
     def _renew_host(self) -> None:
         """The former driver is gone, with its connections; there may be another one by now. On the
         loop."""
         with self._mutex:
-            self.host.stop()
-            former, self._former = self._former, []
-            for stream in former:
-                stream.gone = True
-                stream.drop()
+            if self._was_reset:
+                self._was_reset = False
+                self.host.stop()
+                former, self._former = self._former, []
+                for stream in former:
+                    stream.gone = True
+                    stream.drop()
             if self.status & spec.DRIVER_OK:
                 self.host.start()
 

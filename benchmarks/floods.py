@@ -15,10 +15,11 @@ from benchmarks import guests
 from vmm import Machine, MachineConfig
 from vmm.layout import MIB, VIRTIO_MMIO_BASE
 from vmm.virtio import blk, mmio, spec
+from vmm.virtio.console import F_MULTIPORT
 from vmm.virtio.vsock_packet import HEADER
 
 MEMORY = 16 * MIB
-SIZE = 64
+SIZE = 32
 """Entries of a queue; all that are used are made available again before each notify."""
 RINGS, DATA = 0x400000, 0x600000
 _RING = 0x10000
@@ -43,12 +44,21 @@ def _for_ever(code: bytes) -> bytes:
 
 
 class Flood:
-    """Code for the only virtio device of a machine, and what is in memory when it starts."""
+    """Code for the only virtio device of a machine, and what is in memory when it starts.
 
-    def __init__(self, queues: int) -> None:
+    Args:
+        queues: how many of the device's queues are enabled, from the first on.
+        features: what is accepted of the device's own.
+
+    Attributes:
+        memory: (gpa, bytes) of what is there at the start.
+        begin: code that resets the device, negotiates and enables the queues.
+    """
+
+    def __init__(self, queues: int, features: int = 0) -> None:
         self.memory: list[tuple[int, bytes]] = []
         registers = VIRTIO_MMIO_BASE
-        features = 1 << spec.F_VERSION_1
+        features |= 1 << spec.F_VERSION_1
         code = b"".join(_store(registers + mmio.STATUS, value) for value in (0, 1, 3))
         for half in (0, 1):
             code += _store(registers + mmio.DRIVER_FEATURES_SEL, half)
@@ -64,7 +74,7 @@ class Flood:
             ):
                 code += _store(registers + register, gpa) + _store(registers + register + 4, 0)
             code += _store(registers + mmio.QUEUE_READY, 1)
-        self._begin = code + _store(registers + mmio.STATUS, 15)
+        self.begin = code + _store(registers + mmio.STATUS, 15)
         self._loop = b""
 
     @staticmethod
@@ -95,9 +105,11 @@ class Flood:
         """Have `register` of the device be read."""
         self._loop += b"\xa1" + struct.pack("<I", VIRTIO_MMIO_BASE + register)  # mov eax, [..]
 
-    def code(self) -> bytes:
-        """The guest."""
-        return self._begin + _for_ever(self._loop)
+    def code(self, after: bytes | None = None) -> bytes:
+        """The guest; with `after`, it floods once, and then runs that."""
+        if after is not None:
+            return self.begin + self._loop + after
+        return self.begin + _for_ever(self._loop)
 
 
 def _notifies() -> Flood:
@@ -110,6 +122,12 @@ def _hvc() -> Flood:
     flood = Flood(2)
     flood.memory.append((DATA, b"x" * 63 + b"\n"))
     flood.chain(1, (DATA, 64, 0))
+    return flood
+
+
+def _port() -> Flood:
+    flood = Flood(6, 1 << F_MULTIPORT)
+    flood.chain(5, (DATA, 4096, 0))
     return flood
 
 
@@ -169,6 +187,7 @@ FLOODS = {
     "notifies": (_notifies, {"rng": True}),
     "hvc": (_hvc, {"console": "hvc,none"}),
     "throttled reads": (_disk, {"drives": ["{image},snapshot,iops=1000000"]}),
+    "port": (_port, {"ports": ["name=port,file={scratch}/port"]}),
     "net": (_net, {"nets": ["lan=neighbours"]}),
     "disk": (_disk, {"drives": ["{image},readonly"]}),
     "vsock": (_vsock, {"vsock": "cid=3,path={scratch}/vsock"}),
@@ -177,33 +196,32 @@ FLOODS = {
 NAMES = ("uart", *FLOODS)
 
 
-def machine(name: str, scratch: str) -> Machine:
-    """A machine whose guest floods as `name` (of NAMES) says; files are made in `scratch`."""
-    options: dict[str, object] = {}
-    memory: list[tuple[int, bytes]] = []
+def machine(name: str, scratch: str, *, after: bytes | None = None, **options: object) -> Machine:
+    """A machine whose guest floods as `name` (of NAMES) says; files are made in `scratch`.
+
+    Args:
+        after: what the guest runs when it has flooded once, instead of flooding for ever.
+        options: keywords of MachineConfig, beside and instead of the flood's own.
+    """
     if name == "uart":
-        code = _uart()
-    else:
-        make, wanted = FLOODS[name]
-        flood = make()
-        code, memory = flood.code(), flood.memory
-        image = os.path.join(scratch, "disk.img")
-        if not os.path.exists(image):
-            Path(image).write_bytes(bytes(64 * MIB))
-        for key, value in wanted.items():
-            if isinstance(value, list):
-                options[key] = [each.format(image=image, scratch=scratch) for each in value]
-            elif isinstance(value, str):
-                options[key] = value.format(image=image, scratch=scratch)
-            else:
-                options[key] = value
-    made = idle(code, scratch, **options)
-    for gpa, data in memory:
+        return idle(_uart(), scratch, **options)
+    make, wanted = FLOODS[name]
+    flood = make()
+    image = os.path.join(scratch, "disk.img")
+    if "drives" in wanted:
+        with open(image, "ab") as file:
+            file.truncate(64 * MIB)
+    values: dict[str, object] = {}
+    for key, value in wanted.items():
+        if isinstance(value, list):
+            values[key] = [each.format(image=image, scratch=scratch) for each in value]
+        elif isinstance(value, str):
+            values[key] = value.format(image=image, scratch=scratch)
+        else:
+            values[key] = value
+    made = idle(flood.code(after), scratch, **{**values, **options})
+    for gpa, data in flood.memory:
         made.memory.write(gpa, data)
-    if name != "uart":
-        queues = range(3)
-        for gpa in (Flood.avail(index) for index in queues):
-            made.memory.write(gpa, struct.pack("<HH", 0, 0) + bytes(2 * SIZE))
     return made
 
 

@@ -30,7 +30,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> float:
 
 def served(machine: Machine) -> tuple[int, ...]:
     """The used indices of the machine's queues."""
-    return tuple(machine.memory.read_u16(floods.Flood.avail(index) + 0x1002) for index in (0, 1))
+    return tuple(machine.memory.read_u16(floods.Flood.avail(index) + 0x1002) for index in range(6))
 
 
 def processor_time(before: set[threading.Thread]) -> float:

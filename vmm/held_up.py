@@ -24,6 +24,9 @@ _CALLERS = (
 )
 """Modules that call functions of the program, which may be the standard library's (`queue.get`)."""
 
+_PEERS = os.path.join(_OURS, "virtio", "vhost_user.py")
+"""The module in which a vCPU's thread may wait for another program."""
+
 
 def in_program(thread: threading.Thread) -> bool:
     """Whether `thread` is in a function that is not this package's."""
@@ -32,6 +35,16 @@ def in_program(thread: threading.Thread) -> bool:
         name = frame.f_code.co_filename
         foreign = not name.startswith((_OURS, _LIBRARY, "<")) or "site-packages" in name
         if name in _CALLERS or (foreign and not name.startswith(_OURS)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def by_a_peer(ident: int | None) -> bool:
+    """Whether the thread `ident` waits for a program that serves a device (vhost-user)."""
+    frame = sys._current_frames().get(ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename == _PEERS:
             return True
         frame = frame.f_back
     return False

@@ -13,6 +13,8 @@ from tests.support import tiny
 from vmm import Machine, MachineConfig
 
 FLOODING = 6
+IDLE = b"\xfb" + tiny.HALT
+"""sti, hlt: with interrupts off it would have halted for ever, and be ended."""
 MEMORY = 16 << 20
 
 
@@ -26,7 +28,7 @@ class Crowd:
         self.machines: list[Machine] = []
 
     def __enter__(self) -> Crowd:
-        halts = tiny.kernel(self._path, tiny.prints(b"up\n") + tiny.HALT)
+        halts = tiny.kernel(self._path, tiny.prints(b"up\n") + IDLE)
         counts = tiny.kernel(self._path, tiny.COUNTING)
         try:
             for number in range(self._count):
@@ -57,6 +59,8 @@ class Crowd:
             for call in (machine.pause, machine.resume, machine.checkpoint, machine.rollback):
                 if call in (machine.checkpoint, machine.rollback) and self._disk_stays(machine):
                     continue
+                if machine.exit is not None:
+                    raise AssertionError(f"it has ended: {machine!r}")
                 begin = time.monotonic()
                 call()
                 taken.append(time.monotonic() - begin)

@@ -24,8 +24,8 @@ class Figures:
         threads: its threads, as the kernel counts them.
         children: its child processes, zombies too.
         files: entries of the scratch directory that machines' temporary files are in.
-        shared: entries of /dev/shm.
-        links: network interfaces of this namespace.
+        shared: entries of /dev/shm that are named `vmm`-something.
+        links: network interfaces of this namespace that are.
         rss: resident memory, bytes.
         mappings: lines of /proc/self/maps.
     """
@@ -104,7 +104,8 @@ def growth(samples: list[int]) -> float:
 
 
 def _entries(path: str) -> int:
+    """How many entries are ours by their names: other programs of the host have some too."""
     try:
-        return len(os.listdir(path))
+        return sum(name.startswith("vmm") for name in os.listdir(path))
     except OSError:
         return 0

@@ -421,7 +421,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
                     thread.request(PAUSED)
                 self._state = PAUSED
             parked = [thread.wait_parked(PARKED_WITHIN) for thread in self._threads]
-        if not all(parked):  # a function of the program has been called
+        if not all(parked):
             self.wait_parked()
         if self.exit is not None:  # the guest ended meanwhile
             return
@@ -458,8 +458,17 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         if self._state == PAUSED:
             self.platform.console.hold()
             for thread in self._threads:
-                while not thread.wait_parked(PARKED_WITHIN):
-                    self.platform.hurry()
+                self._wait_parked(thread)
+
+    def _wait_parked(self, thread: VcpuThread) -> None:
+        """Wait until a vCPU does not run: it is parked, or the guest has accessed a device whose
+        server, another program, does not answer. It parks as soon as that does, before it runs."""
+        while not thread.wait_parked(PARKED_WITHIN):
+            from vmm import held_up
+
+            if held_up.by_a_peer(thread.ident):
+                return
+            self.platform.hurry()
 
     def pause_for(self, why: str) -> None:
         """A device cannot go on: pause, from any thread and without waiting for the vCPUs."""

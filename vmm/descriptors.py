@@ -16,6 +16,12 @@ from vmm.errors import HostError
 MOST = 1 << 20
 """The soft limit is not raised beyond that: there are programs that close them one by one."""
 
+
+
+class FilesExhausted(HostError):
+    """No more files can be opened."""
+
+
 _before: tuple[int, int] | None = None
 _raised = False
 
@@ -55,16 +61,33 @@ def scarce(fd: int) -> bool:
     return fd >= limit() - limit() // 4
 
 
-def exhausted(err: BaseException | None) -> HostError | None:
+def exhausted(err: BaseException | None) -> FilesExhausted | None:
     """What to say where `err`, or its cause, is that there are no descriptors left; else None."""
     while err is not None:
+        if isinstance(err, FilesExhausted):
+            return err
         number = getattr(err, "errno", 0)
         if number == errno.EMFILE:
-            return HostError(
+            return FilesExhausted(
                 f"Too many open files: this process has all {limit()} that it may have "
                 "(`ulimit -n`); close machines, or raise the limit (`ulimit -Hn`, LimitNOFILE=)"
             )
         if number == errno.ENFILE:
-            return HostError("Too many open files on this host: see sysctl fs.file-max")
-        err = err.__cause__
+            return FilesExhausted("Too many open files on this host: see sysctl fs.file-max")
+        err = err.__cause__ or err.__context__
     return None
+
+
+class _Told:
+    """A context manager: an error of what is in it that means FilesExhausted becomes one."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, err: BaseException | None, where: object) -> None:
+        told = exhausted(err)
+        if told is not None and told is not err:
+            raise told from err
+
+
+told = _Told()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-FLAT = ("descriptors", "threads", "children", "files", "shared", "links")
-"""What must be as at the begin whenever no machine is there."""
+FLAT = ("descriptors", "threads", "children", "files", "links")
+"""What must be as at the begin whenever no machine is there; /dev/shm is everybody's."""
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Figures:
         return tuple(getattr(self, name) for name in FLAT)
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{getattr(self, name)} {name}" for name in FLAT)
+        names = (*FLAT, "shared")
+        counts = ", ".join(f"{getattr(self, name)} {name}" for name in names)
         return f"{counts}, {self.mappings} mappings, RSS {self.rss / 2**20:.1f} MiB"
 
 

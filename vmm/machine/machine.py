@@ -610,6 +610,7 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         """An exception escaped in a vCPU thread: end, and say what it was."""
         import traceback
 
+        err = descriptors.exhausted(err) or err
         text = str(err) if isinstance(err, VmmError) else f"{type(err).__name__}: {err}"
         report = "" if isinstance(err, VmmError) else "".join(traceback.format_exception(err))
         self.end(MachineExit(exits.MONITOR_ERROR, f"monitor error: {text}", report=report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmm import priority
+from vmm import descriptors, priority
 from vmm.errors import StateError, UsageError
 
 TYPE_CHECKING = False
@@ -73,7 +73,7 @@ class MomentCalls:
         where = _path("snapshot", "path", path)
         if base is not None:
             base = _path("snapshot", "base", base)
-        with still(self._machine, "snapshot"):
+        with descriptors.told, still(self._machine, "snapshot"):
             save(self._machine, where, base=base, disk=disks, track=track)
             self._machine._tell("snapshot", where)
 
@@ -123,15 +123,16 @@ class MomentCalls:
                 "trusted": trusted,
             }  # fmt: skip
             return restore_isolated(where, options, changed)
-        return restore(
-            where,
-            verify=verify,
-            disk=disks,
-            pages=pages,
-            clock=clock,
-            trusted=trusted,
-            **changed,
-        )
+        with descriptors.told:
+            return restore(
+                where,
+                verify=verify,
+                disk=disks,
+                pages=pages,
+                clock=clock,
+                trusted=trusted,
+                **changed,
+            )
 
     def checkpoint(self, *, disks: str = "rollback") -> None:
         """Remember this moment for `rollback`; it takes the place of an earlier one.
@@ -148,7 +149,7 @@ class MomentCalls:
         from vmm.snapshot.checkpoint import Checkpoint, still
 
         former = self._checkpoint
-        with priority.first, still(self._machine, "checkpoint"):
+        with descriptors.told, priority.first, still(self._machine, "checkpoint"):
             try:
                 self._checkpoint = Checkpoint(self._machine, former, disks)
             except BaseException:
@@ -171,7 +172,7 @@ class MomentCalls:
         if machine.in_vcpu_thread:
             with still(machine, "rollback"):
                 pass  # it raises
-        with machine.moment:
+        with descriptors.told, machine.moment:
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -217,4 +218,5 @@ class MomentCalls:
             first = self._clones + 1
             self._clones += count
         numbers = range(first, first + count)
-        return clone(self._machine, numbers, checkpoint=self._checkpoint is not None)
+        with descriptors.told:
+            return clone(self._machine, numbers, checkpoint=self._checkpoint is not None)

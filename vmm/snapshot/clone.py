@@ -51,7 +51,8 @@ def clone(machine: Machine, numbers: Sequence[int], *, checkpoint: bool) -> Copi
         for place, config in enumerate(configs):
             for each in configs[place + len(begun) : place + AHEAD]:
                 begun.append(begin(each))
-            made.append(Machine(config, origin=Copy(source, begun.pop(0))))
+            made.append(Machine(config, origin=Copy(source, begun[0])))
+            del begun[0]  # not before: a machine that cannot be made may not have taken it
         if running:
             made.start()
     except BaseException:

@@ -59,7 +59,12 @@ class MmioTransport(Transport):
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
-        self.irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.irq_fd = -1
+        try:
+            self.irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         super().close()

@@ -38,7 +38,7 @@ class Transport(Device):
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device.name)
         self.device = device
-        self.notify_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.slots]
+        self.notify_fds: list[int] = []
         self.on_driver_ok: Callable[[], None] | None = None
         self.served = False
         # Two flags, not one word: device threads set the first while the driver clears it.
@@ -50,6 +50,12 @@ class Transport(Device):
         device.interrupt = self._interrupt
         device.kick = self.notify
         device.config_interrupt = self._config_interrupt
+        try:
+            for _ in device.slots:
+                self.notify_fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except OSError:
+            Transport.close(self)
+            raise
 
     def close(self) -> None:
         self.device.close()

@@ -1,7 +1,7 @@
 """`python -m benchmarks [ROW ...]`: measure, print one table, keep the samples as JSON.
 
 Rows, by letter or name: a start, b create, c exits, d boot, e memory, f blk, g net,
-n neighbours, s snapshots, u unpack. Without one: all.
+i idle, n neighbours, s snapshots, u unpack. Without one: all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROWS = {
     "e": "memory",
     "f": "blk",
     "g": "net",
+    "i": "idle",
     "n": "neighbours",
     "s": "snapshots",
     "u": "unpack",

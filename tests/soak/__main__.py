@@ -3,10 +3,8 @@
 Part one holds `--machines` machines alive in this process for a fifth of the time, pauses and rolls
 them back, and closes them. Part two makes, runs and closes one machine after the other, each in
 another way (tests/soak/cycles.py), at least `--cycles` times and until the time is over. Between
-two rounds of all kinds no machine is there: open files, threads, children, temporary files,
-/dev/shm and network interfaces must be as at the begin, and memory must not grow.
-
-`--linux` is another soak: real guests under a mixed load with verification (tests/soak/linux.py).
+two rounds of all kinds no machine is there: open files, threads, children, temporary files and
+network interfaces named vmm-something must be as at the begin, and memory must not grow.
 """
 
 from __future__ import annotations
@@ -186,7 +184,6 @@ def _options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=1000, help="at least (default: 1000)")
     parser.add_argument("--machines", type=int, default=200, help="alive at once (default: 200)")
     parser.add_argument("--seed", type=int, default=None, help="of what is left to chance")
-    parser.add_argument("--linux", action="store_true", help="real guests under a mixed load")
     options = parser.parse_args(words)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1 << 32)
@@ -196,10 +193,6 @@ def _options(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> int:
     """The exit status: 0 where nothing was found."""
     options = _options(words)
-    if options.linux:
-        from tests.soak import linux
-
-        return linux.main(options.minutes, options.seed)
     before = tempfile.tempdir, os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="vmm-soak-") as scratch:
         try:

@@ -32,7 +32,17 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
-REFUSED = ("EPERM", "EACCES", "ENOSYS", "ENAMETOOLONG", "ENOENT", "ENODEV", "ENXIO", "EAFNOSUPPORT")
+REFUSED = (
+    "EPERM",
+    "EACCES",
+    "ENOSYS",
+    "ENAMETOOLONG",
+    "ENOENT",
+    "ENODEV",
+    "ENXIO",
+    "EAFNOSUPPORT",
+    "ENOTSUP",
+)
 ENDS = [
     name
     for name in intruder.PROBES

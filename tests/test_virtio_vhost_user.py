@@ -305,8 +305,8 @@ def test_a_directory(tmp_path: Path) -> None:
         ("{},tag=", "no tag"),
         ("{},tag=" + "x" * 37, "longer than 36 bytes"),
         ("{}/none,tag=x", "no such directory"),
-        ("{},readonly=yes,tag=x", "'readonly=yes' is not tag=NAME or readonly"),
-        ("{},ro,tag=x", "'ro' is not tag=NAME or readonly"),
+        ("{},readonly=yes,tag=x", "'readonly=yes' is not tag=NAME, readonly, suid or dev"),
+        ("{},ro,tag=x", "'ro' is not tag=NAME, readonly, suid or dev"),
     ],
 )
 def test_shares_that_cannot_be(tmp_path: Path, text: str, says: str) -> None:

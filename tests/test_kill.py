@@ -34,7 +34,6 @@ SOURCE = Path(__file__).parent / "support" / "kill_guest.c"
 MIB = 1 << 20
 BLOCK, BLOCKS = 4096, 64
 OUT, GATEWAY = "10.7.0.2", "10.7.0.1"
-MARK = "VMM_TEST_KILL"
 WITHIN = 120.0
 """Seconds for what takes milliseconds, or a boot."""
 
@@ -88,7 +87,7 @@ class Host:
         self.service.bind(f"{self.vsock}_1024")
         self.service.listen(8)
         self.service.setblocking(False)
-        self.mark = f"{MARK}={directory}"
+        self.mark = f"TMPDIR={self.temporary}"  # one of the few variables that helpers get
         self.acknowledged = 0
 
     def start(self, until: int = 0) -> subprocess.Popen[bytes]:
@@ -103,11 +102,10 @@ class Host:
             "--balloon", "--port", f"name=p,socket={self.port}",
             "--append", f"quiet from={self.acknowledged} until={until}",
         ]  # fmt: skip
-        name, _, value = self.mark.partition("=")
         return subprocess.Popen(
             tiny.command("run", *self.machine, *options),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=tiny.environment(**{name: value, "TMPDIR": str(self.temporary)}),
+            env=tiny.environment(TMPDIR=str(self.temporary)),
         )  # fmt: skip
 
     def hear(self, output: bytes) -> None:

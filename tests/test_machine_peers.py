@@ -190,3 +190,28 @@ def test_each_is_told_once_and_the_end_waits_for_nothing() -> None:
     for pair in pairs.values():
         for sock in pair:
             sock.close()
+
+
+def test_what_gets_the_number_of_a_closed_one_is_not_watched() -> None:
+    told: list[str] = []
+    bugs: list[BaseException] = []
+    pairs = {name: socket.socketpair() for name in ("replaced", "first", "last", "closed")}
+    numbers = {name: ours.fileno() for name, (ours, _) in pairs.items()}
+    pairs["closed"][0].close()
+    peers = Peers([(fd, lambda name=name: told.append(name)) for name, fd in numbers.items()],  # type: ignore[misc]
+                  bugs.append)  # fmt: skip
+    until(lambda: told == ["closed"])
+    stranger = socket.socketpair()
+    pairs["replaced"][0].detach()
+    os.dup2(stranger[0].fileno(), numbers["replaced"], inheritable=False)
+    pairs["first"][1].close()
+    until(lambda: told == ["closed", "first"])
+    stranger[1].close()
+    pairs["last"][1].close()
+    until(lambda: "last" in told)
+    peers.close()
+    assert (told, bugs) == (["closed", "first", "last"], [])
+    os.close(numbers["replaced"])
+    for pair in (*pairs.values(), stranger):
+        for sock in pair:
+            sock.close()

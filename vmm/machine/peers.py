@@ -15,8 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-POLLRDHUP = 0x2000
-
 
 class Peers:
     """Watches descriptors until the other end of each hangs up, or `close`.
@@ -34,7 +32,18 @@ class Peers:
     ) -> None:
         self._on_bug = on_bug
         self._watched = dict(peers)
+        self._closed: list[Callable[[], object]] = []
+        """What to call of descriptors that were closed before they were handed in."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # An epoll object knows the files, not their numbers: a descriptor that its device closes
+        # leaves it, and whatever gets the number next is not taken for the peer.
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        for fd in list(self._watched):
+            try:
+                self._poll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+            except OSError:
+                self._closed.append(self._watched.pop(fd))
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="peers", daemon=True)
         self._thread.start()
@@ -46,17 +55,16 @@ class Peers:
         self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        self._poll.close()
         os.close(self._wake)
         self._wake = -1
 
     def _main(self) -> None:
         try:
+            for function in self._closed:
+                function()
             while not self._closing:
-                poll = select.poll()
-                poll.register(self._wake, select.POLLIN)
-                for fd in list(self._watched):
-                    poll.register(fd, POLLRDHUP)
-                for fd, _ in poll.poll():
+                for fd, _ in self._poll.poll():
                     if fd == self._wake:
                         os.eventfd_read(fd)
                     else:

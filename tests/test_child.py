@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.bare import until
 from tests.support.helpers import LOOSE
 from vmm.child import SAID_MAX, Child, find
 from vmm.errors import HostError
@@ -71,6 +72,90 @@ def test_one_that_does_not_listen_is_killed(
     pid = wait_for_pid(tmp_path / "pid")
     child.close()
     assert not running(pid)
+
+
+DEAF = "trap '' TERM; echo $$ > {}/pid; while :; do sleep 0.1; done"
+
+
+def test_close_does_not_wait_for_one_that_does_not_listen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A helper that was taken over has its grace all the same: it may be writing what it has."""
+    monkeypatch.setattr("vmm.child.GRACE", 3.0)
+    children = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        children.append(Child(["/bin/sh", "-c", DEAF.format(tmp_path / str(number))], LOOSE))
+    pids = [wait_for_pid(tmp_path / str(number) / "pid") for number in range(3)]
+    for child in children:
+        child.close()
+    assert all(map(running, pids))
+    children[0].close()
+    assert running(pids[0])
+    until(lambda: not any(map(running, pids)))
+    until(lambda: not any(child._keeper or child._life >= 0 for child in children))
+
+
+@pytest.mark.parametrize("patience", [False, True])
+def test_close_waits_where_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: bool
+) -> None:
+    """For another user of the same image, or of rings that it served; right after one that did not
+    end too."""
+    monkeypatch.setattr("vmm.child.GRACE", 60.0 if not patience else 1.0)
+    monkeypatch.setattr("vmm.child._gave_up", time.monotonic())
+    child = Child(["/bin/sh", "-c", DEAF.format(tmp_path)], LOOSE)
+    pid = wait_for_pid(tmp_path / "pid")
+    if patience:
+        child.close(patience=5.0)
+    else:
+        child.close(patience=0.5, grace=0.5)
+    assert not running(pid)
+
+
+def test_one_that_is_stopped_ends_by_itself(tmp_path: Path) -> None:
+    """It takes SIGTERM, and no SIGKILL in the middle of what it writes."""
+    code = f"trap 'echo ended > {tmp_path}/end; exit' TERM; echo $$ > {tmp_path}/pid; " \
+        "while :; do sleep 0.1; done"  # fmt: skip
+    child = Child(["/bin/sh", "-c", code], LOOSE)
+    os.kill(wait_for_pid(tmp_path / "pid"), signal.SIGSTOP)
+    child.close(patience=20.0)
+    assert (tmp_path / "end").read_text() == "ended\n"
+
+
+@pytest.mark.parametrize("cgroup", [False, True])
+@pytest.mark.parametrize("keeper", [False, True])
+def test_one_that_does_not_listen_is_killed_when_we_end_first(
+    tmp_path: Path, cgroup: bool, keeper: bool
+) -> None:
+    code = (
+        "from vmm import child; from tests.support.helpers import LOOSE\n"
+        "from tests.test_child import wait_for_pid; from pathlib import Path; import vmm.sandbox\n"
+        f"if not {cgroup}: vmm.sandbox.cgroup.directory = lambda: ''\n"
+        f"c = child.Child(['/bin/sh', '-c', {DEAF.format(tmp_path)!r}], LOOSE, keeper={keeper})\n"
+        f"pid = wait_for_pid(Path({str(tmp_path)!r}) / 'pid')\n"
+        "c.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    until(lambda: not running(wait_for_pid(tmp_path / "pid")))
+
+
+def test_once_it_has_ended_its_number_is_nobodys(tmp_path: Path) -> None:
+    """The keeper is gone before the number may be another program's."""
+    code = (
+        "import os, signal, vmm.sandbox; from vmm.child import Child\n"
+        "from tests.support.helpers import LOOSE\n"
+        "vmm.sandbox.cgroup.directory = lambda: ''\n"
+        "c = Child(['/bin/sh', '-c', 'exit 3'], LOOSE)\n"
+        "keeper = c._keeper\n"
+        "assert keeper and c.wait(20) and c._keeper == 0\n"
+        "try:\n"
+        "    os.kill(keeper, 0)\n"
+        "except ProcessLookupError:\n"
+        "    print(c.how())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "has ended (status 3)\n"
 
 
 @pytest.mark.parametrize("stopped", [False, True])

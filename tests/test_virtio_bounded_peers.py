@@ -22,6 +22,7 @@ from benchmarks import floods, guests
 from tests.support import images, tiny
 from tests.support.blk_backend import BlkBackend
 from tests.support.bounded import within
+from tests.test_child import running
 from vmm import Machine, MachineConfig, StateError
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.one_lane, pytest.mark.timeout(120)]
@@ -66,16 +67,20 @@ def child(name: str) -> int:
     return found[0]
 
 
+def with_children(pid: int) -> list[int]:
+    """`pid` after what it has started: virtiofsd is served by a child of its own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*(found for each in children for found in with_children(int(each))), pid]
+
+
 def tell(pid: int, signum: int) -> None:
-    """Send a signal to `pid` and what it has started: virtiofsd is served by a child of its own."""
-    for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        tell(int(each), signum)
-    os.kill(pid, signum)
+    """Send a signal to `pid` and what it has started."""
+    for each in with_children(pid):
+        os.kill(each, signum)
 
 
-def goes_through(machine: Machine, *, kept: bool, helper: int = 0) -> None:
-    """Pause, checkpoint, stop and close; `kept`: its devices can be saved. `helper` goes on before
-    the close: one that does not end by SIGTERM has 5 s (tests/test_child.py)."""
+def goes_through(machine: Machine, *, kept: bool) -> None:
+    """Pause, checkpoint, stop and close; `kept`: its devices can be saved."""
     for _ in range(2):
         within("pause", machine.pause)
         if kept:
@@ -87,8 +92,6 @@ def goes_through(machine: Machine, *, kept: bool, helper: int = 0) -> None:
     if kept:
         within("rollback", machine.rollback)
     within("stop", machine.stop)
-    if helper:
-        tell(helper, signal.SIGCONT)
     within("close", machine.close)
     assert machine.exit is not None
     assert machine.exit.kind == "stopped"
@@ -159,7 +162,9 @@ def test_a_mute_peer_while_the_guest_resets(
             until(lambda: machine.memory.read_u32(COUNTER) > before + 1, "it does not go on")
             tell(stopped, signal.SIGSTOP)
             until(stands_still, "it goes on without the peer")
-            goes_through(machine, kept=False, helper=0 if peer is of_others else stopped)
+            helpers = [] if peer is of_others else with_children(stopped)
+            goes_through(machine, kept=False)
+            until(lambda: not any(map(running, helpers)), "a helper is left")
         finally:
             within("close", machine.close)
 
@@ -308,9 +313,11 @@ def test_a_stopped_helper_does_not_keep_a_machine(tmp_path: Path) -> None:
             netns.ip(words)
         machine = floods.machine("net", str(tmp_path), nets=["user"])
         try:
-            os.kill(child("passt"), signal.SIGSTOP)
+            passt = child("passt")
+            os.kill(passt, signal.SIGSTOP)
             machine.start()
             time.sleep(0.5)
             goes_through(machine, kept=True)
+            until(lambda: not running(passt), "passt is left")
         finally:
             within("close", machine.close)

@@ -19,7 +19,8 @@ import errno
 import os
 import select
 import signal
-from _thread import RLock
+import time
+from _thread import RLock, start_new_thread
 from _weakrefset import WeakSet
 from contextlib import suppress
 
@@ -39,13 +40,17 @@ _SHELL = "/bin/sh"
 _MFD_EXEC = 0x10
 """memfd_create(2): programs may be run from it (Linux 6.3)."""
 _STARTER = 'read -r _ && exec "$@" </dev/null'
-_KEEPER = 'read -r _; kill -s TERM "$1" 2>/dev/null; kill -s CONT "$1" 2>/dev/null'
-"""SIGCONT has a helper that somebody stopped take its SIGTERM."""
-_RMDIR = "/bin/rmdir"
+_RMDIR, _SLEEP = "/bin/rmdir", "/bin/sleep"
+_KEEPER = (
+    'read -r _; kill -s TERM "$1"; kill -s CONT "$1"; n=0; while kill -s 0 "$1"; do '
+    f'[ $((n += 1)) -lt 50 ] || {{ kill -s KILL "$1"; break; }}; {_SLEEP} 0.1 || break; done'
+)
+"""SIGCONT has a helper that somebody stopped take its SIGTERM. One that ignores that is killed when
+it has had GRACE seconds."""
 _REMOVER = (
     'read -r _ || { kill -s TERM "$1"; kill -s CONT "$1"; }; read -r _; n=0; '
     f'gone() {{ until {_RMDIR} "$2"; do [ $((n += 1)) -lt $1 ] || return 1; done; }}; '
-    'gone 300 "$2" || { echo 1 >"$2/cgroup.kill"; gone 1000 "$2"; }'
+    'gone 100 "$2" || { echo 1 >"$2/cgroup.kill"; gone 1000 "$2"; }'
 )
 """The keeper's where there is a cgroup: it is left when this process has ended, or has said a line
 and then ended the helper. Whoever is in it has some tenths of a second to end."""
@@ -56,7 +61,14 @@ _DEFAULT = tuple(
 )
 """Signals that this process may ignore and a helper does not."""
 GRACE = 5.0
-"""Seconds a program has to end when it is told to."""
+"""Seconds a program has to end when it is told to: qemu-storage-daemon writes its tables then."""
+PATIENCE = 0.6
+"""Seconds of those that `Child.close` waits itself."""
+PATIENCE_AFTER = 0.05
+"""Seconds that it waits right after a program that did not end in PATIENCE: a machine may have many
+such programs, and is closed within a second all the same."""
+_gave_up = float("-inf")
+"""When `Child.close` last left a program to a thread (time.monotonic)."""
 
 
 def find(name: str, package: str, *elsewhere: str) -> str:
@@ -114,6 +126,7 @@ class Child:
         self._status: int | None = None
         self._keeper = 0
         self._cgroup: Cgroup | None = None
+        self._closing = False
         self._lock = RLock()
         """Held while the process is waited for or signalled: its number is its own then."""
         self._life = -1
@@ -184,7 +197,7 @@ class Child:
     def _start_keeper(self) -> None:
         """Put the helper into its cgroup, and have a shell end it when this process has ended."""
         cgroup = self._cgroup
-        script, files, words = _KEEPER, [], [str(self.pid)]
+        script, files, words = _KEEPER, [(_SLEEP, RUN)], [str(self.pid)]
         if cgroup is not None:
             try:
                 cgroup.add(self.pid)
@@ -241,13 +254,23 @@ class Child:
             if not self.pid:
                 return True
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    return False
+                self._dismiss()  # before its number may be another's
+                _, self._status = os.waitpid(self.pid, 0)
             except ChildProcessError:  # somebody waits for all children
-                self.pid = 0
-                return True
-            if pid:
-                self.pid, self._status = 0, status
-            return bool(pid)
+                self._dismiss()
+            self.pid = 0
+            return True
+
+    def _dismiss(self) -> None:
+        """Tell the keeper that there is nobody to end."""
+        if self._keeper and self._cgroup is not None:
+            with suppress(OSError):
+                os.write(self._life, b"ended\n")
+        elif self._keeper:
+            keeper, self._keeper = self._keeper, 0
+            _kill(keeper)
 
     def _signal(self, signum: int) -> None:
         with self._lock, suppress(ProcessLookupError):
@@ -266,32 +289,63 @@ class Child:
         except ValueError:
             return f"was killed by signal {-code}"
 
-    def close(self) -> None:
-        """End it, and wait until it has ended. Harmless twice."""
-        keeper, self._keeper = self._keeper, 0
-        cgroup, self._cgroup = self._cgroup, None
-        # Once the program is waited for, its number may be another's: the keeper is not to use it.
-        if keeper and cgroup is not None:
-            with suppress(OSError):
-                os.write(self._life, b"ended\n")
-        elif keeper:
-            _kill(keeper)
+    def close(self, *, patience: float = 0.0, grace: float = 0.0) -> None:
+        """End it: SIGTERM, and SIGKILL when it has had its grace. Harmless twice.
+
+        Returns when it has ended, but one that takes longer than `patience` has the rest of its
+        grace from a thread, and from its keeper where this process ends first.
+
+        Args:
+            patience: seconds to wait for it here; 0: PATIENCE.
+            grace: seconds that it has to end; 0: GRACE.
+        """
+        global _gave_up
+        if self._output >= 0:
+            os.close(self._output)
+            self._output = -1
+        if self._closing:
+            return
+        self._closing = True
+        now = time.monotonic()
+        if not patience:
+            patience = PATIENCE_AFTER if now - _gave_up < PATIENCE else PATIENCE
+        grace = max(grace or GRACE, patience)
+        if self._life < 0:  # nobody would end it after this process
+            grace = patience
         if not self._reap():
             self._signal(signal.SIGTERM)
-            if not self.wait(GRACE):
-                self._signal(signal.SIGKILL)
-                self.wait(GRACE)  # longer only for one in the kernel, which has no end to wait for
+            self._signal(signal.SIGCONT)  # it may be stopped
+        if not self.wait(patience):
+            _gave_up = time.monotonic()
+            if grace > patience:
+                with suppress(RuntimeError):  # no thread can be had
+                    start_new_thread(self._end, (grace - patience,))
+                    return
+            self._signal(signal.SIGKILL)
+            self.wait(patience)  # longer only for one in the kernel, which has no end to wait for
+        self._finish()
+
+    def _end(self, seconds: float) -> None:
+        """Wait for its end so long, and then kill it."""
+        if not self.wait(seconds):
+            self._signal(signal.SIGKILL)
+            self.wait(GRACE)
+        self._finish()
+
+    def _finish(self) -> None:
+        """It has ended: give back what there was for that."""
+        with self._lock:
+            self._dismiss()
+            keeper, self._keeper = self._keeper, 0
+            cgroup, self._cgroup = self._cgroup, None
         if self._life >= 0:
             os.close(self._life)
             self._life = -1
         if cgroup is not None:
-            if keeper:
-                _wait_briefly(keeper)
-            else:
+            if not keeper:
                 cgroup.close()
-        if self._output >= 0:
-            os.close(self._output)
-            self._output = -1
+            elif not _wait_briefly(keeper, PATIENCE / 2):  # what the program has started goes on
+                start_new_thread(_wait_briefly, (keeper, GRACE))
 
 
 def _kill(pid: int) -> None:
@@ -301,17 +355,19 @@ def _kill(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _wait_briefly(pid: int) -> None:
-    """Wait for a shell of ours to end, and end it where it takes too long."""
+def _wait_briefly(pid: int, seconds: float) -> bool:
+    """Whether a shell of ours ends within so many seconds; after GRACE it is ended."""
     with suppress(OSError):
         pidfd = os.pidfd_open(pid)
         try:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            poll.poll(GRACE * 1000)
+            if not poll.poll(seconds * 1000) and seconds < GRACE:
+                return False
         finally:
             os.close(pidfd)
     _kill(pid)
+    return True
 
 
 def _copied_shell() -> int:

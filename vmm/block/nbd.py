@@ -33,6 +33,8 @@ RANGE_MAX = 1 << 31
 """Bytes in one trim or write zeroes."""
 VIEWS_MAX = 512
 """Buffers in one sendmsg(2) or recvmsg(2)."""
+ENDED_WITHIN = 5.0
+"""Seconds that a server has to end, before another one opens its image."""
 ENDS_WITHIN = 0.5
 """Seconds that a server of ours, which has hung up, has to end, for how it did to be told."""
 TIMEOUT = 20.0
@@ -161,7 +163,7 @@ class NbdImage:
             raise UsageError(f"{self.path}: this image is only read, and cannot grow")
         self._hang_up()
         if self._child is not None:
-            self._child.close()
+            self._child.close(patience=ENDED_WITHIN)
         connections, self._child, failure = self._again(size)
         self._begin(connections)
         if failure is not None:

@@ -31,7 +31,7 @@ MTU = 65520
 """passt's own choice: the largest packet that its frames hold, in whole words."""
 START_WITHIN = 20.0
 """Seconds."""
-END_WITHIN = 2.0
+END_WITHIN = 0.2
 ENDS_WITHIN = 0.5
 """Seconds that a passt which has hung up has to end, for how it did to be told."""
 PORT_WITHIN = 1.0

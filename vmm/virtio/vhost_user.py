@@ -389,7 +389,8 @@ class VhostUserDevice(VirtioDevice):
     def _take_over(self) -> None:
         """Fail what the back end had taken, and serve the rings ourselves."""
         if self._child is not None:
-            self._child.close()  # it may only have hung up
+            # It may only have hung up, and must not touch the rings from now on.
+            self._child.close(patience=ENDS_WITHIN, grace=ENDS_WITHIN)
         for index, slot in enumerate(self.slots):
             with slot.lock:
                 queue = slot.queue

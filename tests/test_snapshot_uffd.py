@@ -3,13 +3,16 @@ and what becomes of a machine when that process ends."""
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +220,7 @@ def handler(made: Path) -> Iterator[str]:
     path = str(made / "pages")
     command = [sys.executable, "-m", "vmm.snapshot.uffd", str(made / "diff"), path]
     with subprocess.Popen(command, env=tiny.environment()) as process:
-        until(lambda: os.path.exists(path))
+        connected(Path(path)).close()
         yield path
         process.terminate()
         assert process.wait(60) == 0
@@ -247,6 +250,78 @@ def test_a_handler_of_another_snapshot(made: Path, handler: str) -> None:
         Machine.restore(str(made / "full"), pages=f"uffd={handler}")
     with Machine.restore(str(made / "diff"), pages=f"uffd={handler}"):
         pass
+
+
+@contextmanager
+def handler_with(made: Path, settings: str) -> Iterator[Path]:
+    """A handler of `full` with some of its module's numbers changed."""
+    path = made / "pages"
+    code = f"from vmm.snapshot import uffd; {settings}; uffd.command()"
+    command = [sys.executable, "-c", code, str(made / "full"), str(path)]
+    with subprocess.Popen(command, env=tiny.environment()) as process:
+        connected(path).close()
+        try:
+            yield path
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def test_clients_that_say_nothing_keep_nobody(made: Path) -> None:
+    with handler_with(made, "uffd.GREETING_WITHIN = 600.0") as path:
+        silent = [connected(path) for _ in range(20)]
+        with Machine.restore(str(made / "full"), pages=f"uffd={path}") as m:
+            m.memory.read(DATA, 1)
+            # All of them: none had to be sent away first.
+            assert not select.select(silent, [], [], 0)[0]
+        for client in silent:
+            client.close()
+
+
+def test_clients_that_say_nothing_are_sent_away(made: Path) -> None:
+    with handler_with(made, "uffd.GREETING_WITHIN = 0.1") as path:
+        silent = [connected(path) for _ in range(5)]
+        for client in silent:
+            assert json.loads(client.recv(4096)) == {"error": "nothing was asked for in time"}
+            assert client.recv(1) == b""
+            client.close()
+        with Machine.restore(str(made / "full"), pages=f"uffd={path}") as m:
+            m.memory.read(DATA, 1)
+            time.sleep(0.3)
+            assert m.exit is None, "a machine that is served has no such limit"
+
+
+def test_clients_that_say_nothing_are_few(made: Path) -> None:
+    numbers = "uffd.GREETING_WITHIN = 600.0; uffd.GREETING_MAX = 3"
+    with handler_with(made, numbers) as path:
+        silent = [connected(path) for _ in range(8)]
+        for client in silent[:5]:
+            assert "too many" in json.loads(client.recv(4096))["error"]
+        with Machine.restore(str(made / "full"), pages=f"uffd={path}") as m:
+            m.memory.read(DATA, 1)
+        for client in silent:
+            client.close()
+
+
+def test_a_client_that_does_not_end_keeps_nobody(made: Path) -> None:
+    """The process that serves one machine is killed, and that machine does not hang up; that of
+    another is stopped when the machine ends."""
+    full = str(made / "full")
+    with Snapshot(full) as snapshot:
+        request = json.dumps({"snapshot": snapshot.checksum, "regions": []}).encode()
+    with handler_with(made, "uffd.STOP_WITHIN = 600.0") as path:
+        with Machine.restore(full, pages=f"uffd={path}") as stopped:
+            pid = server_of(stopped)
+            os.kill(pid, signal.SIGSTOP)
+        with connected(path) as client, open(os.devnull) as one:
+            socket.send_fds(client, [request], [one.fileno()])
+            os.kill(json.loads(client.recv(4096))["pid"], signal.SIGKILL)
+            assert "killed by signal 9" in json.loads(client.recv(4096))["error"]
+            with Machine.restore(full, pages=f"uffd={path}") as m:
+                m.memory.read(DATA, 1)
+            assert not select.select([client], [], [], 0)[0]
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
 @pytest.mark.parametrize(

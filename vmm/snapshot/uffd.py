@@ -41,10 +41,14 @@ if TYPE_CHECKING:
 USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N [before DIR: --trusted]"
 LINE_MAX = 1 << 16
 GREETING_WITHIN = 5.0
-"""Seconds that a machine has to say what it wants; those that are served wait for that."""
+"""Seconds that a machine has to say what it wants."""
+GREETING_MAX = 64
+"""Clients that have said nothing yet: one more, and the first of them is sent away."""
 ACCEPT_AGAIN = 0.2
 STOP_WITHIN = 2.0
 """Seconds a machine has to stop its vCPUs when it is told that pages are lost."""
+END_WITHIN = 0.5
+"""Seconds that the processes that serve machines have to end, at the end of this one."""
 
 
 WRONG = (VmmError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
@@ -109,31 +113,68 @@ def _give(pages: Pages, fd: int, regions: list[list[int]], number: int, size: in
 
 
 class Client:
-    """One machine: its socket, its userfaultfd, and the process that serves it."""
+    """One machine: its socket, its userfaultfd, and the process that serves it.
 
-    def __init__(
-        self, sock: socket.socket, snapshot: Snapshot, pages: Pages, others: list[Client]
-    ) -> None:
+    It is silent at first, then served; when that process has ended it may be stopping; and it is
+    over when it is closed and that process has been waited for. No call here waits for it.
+
+    Attributes:
+        until: when it must have said what it wants, or have stopped (time.monotonic); else None.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
         self.sock = sock
-        self._others = others
         self.uffd = -1
         self.pid = 0
         self.pidfd = -1
+        self.until: float | None = time.monotonic() + GREETING_WITHIN
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not said yet what it wants."""
+        return self.pidfd < 0 and self.uffd < 0 and self.sock.fileno() >= 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left of it."""
+        return self.pidfd < 0 and self.sock.fileno() < 0
+
+    def register(self, poll: select.poll) -> None:
+        """Have `poll` tell what `look` is to look at."""
+        for fd in (self.pidfd, self.sock.fileno()):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+
+    def look(self, ready: set[int], begin: Callable[[Client], None]) -> None:
+        """Do what its descriptors in `ready`, and the time, ask for."""
+        if self.pidfd in ready:
+            self._ended()
+        elif self.sock.fileno() in ready:
+            if self.silent:
+                begin(self)
+            else:
+                self.close()
+        elif self.until is not None and time.monotonic() > self.until:
+            if self.silent:
+                self.tell(error="nothing was asked for in time")
+            self.close()
+
+    def begin(self, snapshot: Snapshot, pages: Pages, others: list[Client]) -> None:
+        """Read what it wants, and have it served."""
         try:
             regions = self._greeting(snapshot)
-            self._start(pages, regions, snapshot.memory_size)
+            self._start(pages, regions, snapshot.memory_size, others)
+            self.until = None
             self.tell(pid=self.pid)
         except WRONG as err:
             self.tell(error=str(err))
             self.close()
-            raise SnapshotError(str(err)) from err
 
     def _greeting(self, snapshot: Snapshot) -> list[list[int]]:
-        self.sock.settimeout(GREETING_WITHIN)
         # Room for one descriptor has room for two, in whole words.
         flags = socket.MSG_CMSG_CLOEXEC
         data, control, _, _ = self.sock.recvmsg(LINE_MAX, socket.CMSG_SPACE(4), flags)
-        self.sock.settimeout(None)
         for level, kind, part in control:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self.uffd, *more = array.array("i", part[: len(part) // 4 * 4])
@@ -149,16 +190,23 @@ class Client:
             raise ValueError("a region is [address, bytes, offset]")
         return regions
 
-    def _start(self, pages: Pages, regions: list[list[int]], size: int) -> None:
+    def _start(
+        self, pages: Pages, regions: list[list[int]], size: int, others: list[Client]
+    ) -> None:
         self.pid = os.fork()
         if self.pid:
-            self.pidfd = os.pidfd_open(self.pid)
+            try:
+                self.pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                self.sock.shutdown(socket.SHUT_RDWR)
+                os.waitpid(self.pid, 0)
+                raise
             return
         status = 1
         try:
-            for other in self._others:  # theirs must close when their own processes end
-                os.close(other.uffd)
-                other.sock.close()
+            for other in others:  # theirs must close when their own processes end
+                if other is not self:
+                    other.drop()
             serve(pages, self.uffd, self.sock, regions, size)
             status = 0
         except VmmError as err:
@@ -174,30 +222,33 @@ class Client:
         with suppress(OSError):
             self.sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def lost(self) -> None:
+    def _ended(self) -> None:
         """The process that serves it has ended."""
         _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.pid, self.pidfd = 0, -1
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"status {code}"
-        self.pid = 0
-        self.tell(error=f"the process that served them, {how}, has ended")
-        with suppress(OSError):  # it closes when its vCPUs stop
-            self.sock.settimeout(STOP_WITHIN)
-            self.sock.recv(1)
-        self.close()
+        if self.sock.fileno() >= 0:
+            self.tell(error=f"the process that served them, {how}, has ended")
+            self.until = time.monotonic() + STOP_WITHIN  # it closes when its vCPUs stop
 
     def close(self) -> None:
-        """The machine has ended, or is about to."""
-        if self.pid:
-            # It sees that and ends. A signal would be refused: see vmm.sandbox.helper.
-            with suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
-        for fd in (self.pidfd, self.uffd):
+        """The machine has ended, or is about to; its process sees that and ends."""
+        self.until = None
+        with suppress(OSError):  # a signal would be refused: see vmm.sandbox.helper
+            self.sock.shutdown(socket.SHUT_RDWR)
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+        self.sock.close()
+
+    def drop(self) -> None:
+        """Close its descriptors in this process alone."""
+        for fd in (self.uffd, self.pidfd):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.uffd = -1
+        self.uffd = self.pidfd = -1
         self.sock.close()
 
 
@@ -205,51 +256,58 @@ def watch(snapshot: Snapshot, listener: socket.socket | None, first: socket.sock
     """Serve clients: the `first`, and those that connect; without a listener, until the last."""
     pages = Pages(snapshot)
     clients: list[Client] = []
+    if first is not None:
+        clients.append(Client(first))
+
+    def begin(client: Client) -> None:
+        client.begin(snapshot, pages, clients)
+
+    try:
+        while clients or listener is not None:
+            ready = _wait(clients, listener)
+            for client in clients:
+                client.look(ready, begin)
+            if listener is not None and listener.fileno() in ready:
+                _accept(clients, listener)
+            clients = [client for client in clients if not client.over]
+    finally:
+        limit = time.monotonic() + END_WITHIN
+        for client in clients:
+            client.close()
+        while clients and time.monotonic() < limit:  # a process that is stopped ends later
+            ready = _wait(clients, None, limit)
+            for client in clients:
+                client.look(ready, begin)
+            clients = [client for client in clients if not client.over]
+
+
+def _wait(
+    clients: list[Client], listener: socket.socket | None, limit: float | None = None
+) -> set[int]:
+    """The descriptors that have something, once there are any or somebody's time is over."""
     poll = select.poll()
     if listener is not None:
         poll.register(listener, select.POLLIN)
+    limits = [] if limit is None else [limit]
+    for client in clients:
+        client.register(poll)
+        if client.until is not None:
+            limits.append(client.until)
+    left = max(min(limits) - time.monotonic(), 0) * 1000 + 1 if limits else None
+    return {fd for fd, _ in poll.poll(left)}
 
-    def add(sock: socket.socket) -> None:
-        with suppress(SnapshotError):
-            client = Client(sock, snapshot, pages, clients)
-            clients.append(client)
-            poll.register(client.pidfd, select.POLLIN)
-            poll.register(client.sock, select.POLLIN)
 
+def _accept(clients: list[Client], listener: socket.socket) -> None:
     try:
-        if first is not None:
-            add(first)
-        _watch(clients, poll, listener, add)
-    finally:
-        for client in clients:
-            client.close()
-
-
-def _watch(
-    clients: list[Client],
-    poll: select.poll,
-    listener: socket.socket | None,
-    add: Callable[[socket.socket], None],
-) -> None:
-    while clients or listener is not None:
-        ready = {fd for fd, _ in poll.poll()}
-        for client in list(clients):
-            if not ready & {client.pidfd, client.sock.fileno()}:
-                continue
-            clients.remove(client)
-            poll.unregister(client.pidfd)
-            poll.unregister(client.sock)
-            if client.pidfd in ready:
-                client.lost()
-            else:
-                client.close()
-        if listener is not None and listener.fileno() in ready:
-            try:
-                sock, _ = listener.accept()
-            except OSError:  # gone again, or no descriptors for now: those served go on
-                time.sleep(ACCEPT_AGAIN)
-            else:
-                add(sock)
+        sock, _ = listener.accept()
+    except OSError:  # gone again, or no descriptors for now: those served go on
+        time.sleep(ACCEPT_AGAIN)
+        return
+    silent = [client for client in clients if client.silent]
+    if len(silent) >= GREETING_MAX:
+        silent[0].tell(error="too many others have connected and asked for nothing")
+        silent[0].close()
+    clients.append(Client(sock))
 
 
 def main(argv: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
+from tests.support.bare import until
+from tests.support.bounded import within
 from tests.support.disk_guest import DiskRequests
 from tests.support.tiny import COUNTER
 from tests.test_virtio_vhost_user import qcow2
@@ -337,6 +341,39 @@ def test_a_vcpu_stalls_while_the_other_goes_on(machine: Make) -> None:
             assert counts(m) == before
         goes_on(m, 0)
         goes_on(m, 1)
+
+
+def test_a_vcpu_stalls_while_nobody_reads_its_console(machine: Make, tmp_path: Path) -> None:
+    """It waits for the reader, so it runs no guest code; nor does it once there is one."""
+    # mov dx, 0x3f8; 1: out dx, al; inc dword [COUNTER]; jmp 1b
+    code = b"\x66\xba\xf8\x03\xee\xff\x05" + COUNTER.to_bytes(4, "little") + b"\xeb\xf7"
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with machine(code, console=f"file:{fifo}") as m:
+
+            def stands_still() -> bool:
+                before = counts(m)[0]
+                time.sleep(0.2)
+                return counts(m)[0] == before > 0
+
+            m.start()
+            until(stands_still)
+            calls: list[object] = []
+            within("stall", lambda: calls.append(m.faults.stall(0)))
+            before = counts(m)[0]
+            while counts(m)[0] == before and os.read(reader, 1 << 16):
+                time.sleep(0.05)
+                if not select.select([reader], [], [], 0.5)[0]:
+                    break
+            assert counts(m)[0] == before
+            m.faults.clear()
+            goes_on(m, 0)
+            until(stands_still)
+            m.pause()
+    finally:
+        os.close(reader)
 
 
 def test_a_stall_ends_by_itself(machine: Make) -> None:

@@ -26,6 +26,8 @@ _CALLERS = (
 
 _PEERS = os.path.join(_OURS, "virtio", "vhost_user.py")
 """The module in which a vCPU's thread may wait for another program."""
+_CONSOLES = os.path.join(_OURS, "console", "backends.py")
+"""The module in which it may wait for who reads the console."""
 
 
 def in_program(thread: threading.Thread) -> bool:
@@ -42,9 +44,18 @@ def in_program(thread: threading.Thread) -> bool:
 
 def by_a_peer(ident: int | None) -> bool:
     """Whether the thread `ident` waits for a program that serves a device (vhost-user)."""
+    return _is_in(ident, _PEERS)
+
+
+def by_a_reader(ident: int | None) -> bool:
+    """Whether the thread `ident` waits for somebody to read the console."""
+    return _is_in(ident, _CONSOLES)
+
+
+def _is_in(ident: int | None, module: str) -> bool:
     frame = sys._current_frames().get(ident or 0)
     while frame is not None:
-        if frame.f_code.co_filename == _PEERS:
+        if frame.f_code.co_filename == module:
             return True
         frame = frame.f_back
     return False

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from vmm.faults.rules import FaultEvent
     from vmm.faults.volatile import Cut
     from vmm.machine.machine import Machine
+    from vmm.machine.vcpu_thread import VcpuThread
     from vmm.virtio.device import VirtioDevice
 
 CLOCK_MAX = 100 * 366 * 86400.0
 """Seconds a clock jumps at most."""
+PARKED_WITHIN = 0.2
+"""Seconds between looks at what a vCPU that is to be stalled waits for."""
 
 
 class Faults:
@@ -244,7 +247,7 @@ class Faults:
             self._control, f"vcpu{vcpu}", "stall", {"duration": duration},
             lambda: thread.stall(True), lambda: thread.stall(False),
         ).set()  # fmt: skip
-        thread.wait_parked()
+        _wait_out(thread)
         fault.struck()
         if duration is not None:
             fault.end_after(duration)
@@ -272,6 +275,16 @@ class Faults:
         if duration is not None:
             fault.end_after(duration)
         return fault
+
+
+def _wait_out(thread: VcpuThread) -> None:
+    """Wait until a vCPU, which is stalled, runs no guest code: it is parked, or its last access to
+    a device waits for a program or for the console's reader; it parks before it runs any then."""
+    while not thread.wait_parked(PARKED_WITHIN):
+        from vmm import held_up
+
+        if held_up.by_a_peer(thread.ident) or held_up.by_a_reader(thread.ident):
+            return
 
 
 class Timed(Fault):

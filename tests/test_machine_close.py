@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.bare import bare_machine, until
+from tests.support.disk_guest import DiskRequests
 from vmm import Machine, MachineConfig, StateError
 from vmm.events import Started
+from vmm.virtio import blk
 
 pytestmark = [pytest.mark.needs_kvm, pytest.mark.timeout(60)]
 
@@ -107,6 +110,62 @@ def test_a_listener_that_never_returns() -> None:
     go_on.set()
     starting.join(END)
     assert not starting.is_alive()
+
+
+@pytest.fixture
+def freezer(tmp_path: Path) -> Iterator[tuple[Path, Callable[[bool], None]]]:
+    """The directory of a file system, and a function that has it wait with every write, or no
+    longer: it stands for a disk, or a server of files, that does not answer."""
+    disk, mount = tmp_path / "ext4", tmp_path / "mount"
+    disk.write_bytes(bytes(8 << 20))
+    mount.mkdir()
+    if os.geteuid():
+        pytest.skip("needs root")
+    subprocess.run(["/sbin/mkfs.ext4", "-q", str(disk)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(disk), str(mount)], check=False).returncode:
+        pytest.skip("no loop device")
+    frozen = False
+
+    def freeze(wanted: bool) -> None:
+        nonlocal frozen
+        subprocess.run(["fsfreeze", "-f" if wanted else "-u", str(mount)], check=True)
+        frozen = wanted
+
+    try:
+        yield mount, freeze
+    finally:
+        if frozen:
+            freeze(False)
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_disk_that_does_not_answer(
+    freezer: tuple[Path, Callable[[bool], None]], workers: bool
+) -> None:
+    """The thread that serves its queues, or those that do so beside it, cannot be ended."""
+    directory, freeze = freezer
+    image = directory / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    before = descriptors()
+    drives = [f"{image},cache=none" if workers else str(image)]
+    m = Machine(MachineConfig(memory=64 << 20, drives=drives))
+    try:
+        m.start()
+        guest = DiskRequests(m, 0)
+        assert guest.put(0, b"a" * 512) == blk.S_OK
+        freeze(True)
+        guest.submit(blk.T_OUT, 1, out=b"b" * 512)
+        time.sleep(0.3)
+        with pytest.warns(ResourceWarning, match="a disk of the host's has not returned"):
+            assert ends(m.close) == [None]
+        assert m.state == "closed"
+        freeze(False)
+        until(lambda: descriptors() == before)  # the image's lock too
+        until(lambda: not m.memory.regions)
+        assert image.read_bytes()[512:1024] == b"b" * 512
+    finally:
+        m.close()
 
 
 def test_a_thread_that_is_only_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Whether a thread of a machine is late because a function of the program holds it up.
 
 Loaded when a thread has not ended in time. A vCPU's thread that only waits for a processor, on a
-host with many busy machines, or a device's thread whose disk is slow, will end soon; a thread in a
-bound function or in a listener may never.
+host with many busy machines, will end soon; a thread in a bound function or in a listener may
+never, nor may one whose disk does not answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import threading
 import time
 
 SLOW_WITHIN = 10.0
-"""Seconds a thread that nothing of the program holds up has besides."""
+"""Seconds a thread that nothing holds up has besides."""
+DISK_WITHIN = 0.3
+"""Seconds a thread has for a disk that does not answer."""
 LOOK = 0.05
 """Seconds between looks."""
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -42,6 +44,16 @@ def in_program(thread: threading.Thread) -> bool:
     return False
 
 
+def by_a_disk(thread: threading.Thread) -> bool:
+    """Whether `thread` is in the kernel in a wait that no signal ends, as for a disk (state D of
+    proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] == b"D"
+    except OSError:  # it has ended, or may not be looked at
+        return False
+
+
 def by_a_peer(ident: int | None) -> bool:
     """Whether the thread `ident` waits for a program that serves a device (vhost-user)."""
     return _is_in(ident, _PEERS)
@@ -61,11 +73,24 @@ def _is_in(ident: int | None, module: str) -> bool:
     return False
 
 
+_gave_up = float("-inf")
+"""When a thread was last found to wait for a disk for too long (time.monotonic)."""
+
+
 def join(thread: threading.Thread) -> bool:
-    """Whether `thread`, which is late, ends after all; not once it is seen in the program."""
-    give_up = time.monotonic() + SLOW_WITHIN
-    while thread.is_alive() and time.monotonic() < give_up:
+    """Whether `thread`, which is late, ends after all; not once it is seen in the program, nor when
+    it waits for a disk too long, be it right after another that did."""
+    global _gave_up
+    now = waits_since = time.monotonic()
+    give_up = now + SLOW_WITHIN
+    while thread.is_alive() and now < give_up:
         if in_program(thread):
             return False
+        if not by_a_disk(thread):
+            waits_since = now
+        elif now - min(waits_since, _gave_up + DISK_WITHIN) > DISK_WITHIN:
+            _gave_up = now
+            return False
         thread.join(LOOK)
+        now = time.monotonic()
     return not thread.is_alive()

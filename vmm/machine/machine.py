@@ -220,9 +220,9 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         """Stop the machine if it runs, and give back everything; harmless twice.
 
         All of it is given back even if a part raises; the first such error is raised then. This
-        takes a second at most: where a function of the program that the guest has called, or a
-        listener, does not return, a ResourceWarning says so, and what that thread uses (the vCPUs,
-        RAM) is given back when it does return.
+        takes a second at most: where a function of the program that the guest has called, a
+        listener, or a disk of the host's does not return, a ResourceWarning says so, and what that
+        thread uses (the vCPUs, RAM, the image) is given back when it does return.
         """
         if self._state == CLOSED:
             return
@@ -267,6 +267,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
             # First: its console thread may still raise interrupts, and holds a vCPU's mapping.
             devices = self.platform.end_threads(until)
             (steps if devices else later).append(platform)
+            if not devices:
+                steps.append(self.platform.console.close)  # gives the terminal back
             threads = threads and devices
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
@@ -280,8 +282,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         call_each(steps)
 
     def _close_later(self, steps: list[Callable[[], object]]) -> None:
-        """A thread of the machine is in a function that does not return: have `steps` done when it
-        has returned, which may be never."""
+        """A thread of the machine is in a function that does not return, or waits for a disk: have
+        `steps` done when it has returned, which may be never."""
         import warnings
 
         def close() -> None:
@@ -292,7 +294,8 @@ class Machine(ProgramCalls, GuestCalls, MomentCalls):
         threading.Thread(target=close, name="vmm-close", daemon=True).start()
         warnings.warn(
             f"{self!r} is closed while a function of the program, called by its guest or with an "
-            "event, has not returned; its vCPUs and memory are given back when it does",
+            "event, or a disk of the host's has not returned; its vCPUs and memory are given back "
+            "when it does",
             ResourceWarning,
             stacklevel=2,
         )

@@ -158,6 +158,8 @@ class VirtioDevices:
         for thread in (*self._threads, *([self._loop] if self._loop is not None else ())):
             left = None if until is None else max(until - time.monotonic(), 0)
             ended &= thread.join(left)
+        for transport in self.transports:
+            ended &= transport.device.ended(until)
         return ended
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from vmm.virtio.queue import QueueError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from threading import Thread
 
     from vmm.block.nbd import NbdImage
     from vmm.block.overlay import Overlay
@@ -129,7 +130,7 @@ class Block(VirtioDevice):
         self._writeback = True
         self._closing = False
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._workers: list[object] = []
+        self._workers: list[Thread] = []
         self._parked: list[tuple[int, Callable[[], None]]] = []
         """(queue, job) of writes there was no space for."""
         self._backlog = self._stalled = 0
@@ -565,6 +566,25 @@ class Block(VirtioDevice):
         with self.control:
             self._silence()
 
+    def ended(self, until: float | None) -> bool:
+        self._closing = True
+        if not self._workers:
+            return True
+        import time
+
+        if self.faults is not None:
+            self.faults.hurry()
+        for _ in self._workers:
+            self._jobs.put(None)
+        ended = True
+        for thread in self._workers:
+            thread.join(None if until is None else max(until - time.monotonic(), 0))
+            if thread.is_alive():
+                from vmm import held_up
+
+                ended &= held_up.join(thread)
+        return ended
+
     def close(self) -> None:
         """End the workers and close the image."""
         if self._throttle is not None:
@@ -574,7 +594,7 @@ class Block(VirtioDevice):
         for _ in self._workers:
             self._jobs.put(None)
         for thread in self._workers:
-            thread.join()  # type: ignore[attr-defined]
+            thread.join()
         self._workers = []
         self.image.close()
 

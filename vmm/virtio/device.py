@@ -212,6 +212,11 @@ class VirtioDevice:
         another process gives that up soon, at once where the machine is `ending`. From any thread,
         again and again."""
 
+    def ended(self, until: float | None) -> bool:
+        """Whether the device's own threads have ended by `until`, of time.monotonic; they are told
+        to. At the end, once no queue is served."""
+        return True
+
     def close(self) -> None:
         """Give back host resources; harmless twice."""
 

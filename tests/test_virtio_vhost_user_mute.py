@@ -39,19 +39,30 @@ class MutePeer:
         self._listener.bind(self.path)
         self._listener.listen(8)
         self._over = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._serving: list[tuple[threading.Thread, socket.socket]] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def close(self) -> None:
+        """Hang up everywhere. The descriptors are closed then: the next test may count its own."""
         self._over.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._accepting.join(WITHIN)
+        for thread, sock in self._serving:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join(WITHIN)
+            assert not thread.is_alive()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 sock = self._listener.accept()[0]
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+                self._serving.append((thread, sock))
+                thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
         with sock, suppress(OSError, struct.error):

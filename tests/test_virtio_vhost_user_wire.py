@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 
+from tests.support import tiny
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.vhost_user_inflight import DESCRIPTION
 from vmm.virtio.vhost_user_wire import BackEndGone, Connection
@@ -27,7 +28,7 @@ def with_back_end(
     answer: Callable[[socket.socket], object], ask: Callable[[Connection], object]
 ) -> object:
     """What `ask` has from a back end that answers so; every descriptor is given back."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = tiny.descriptors()
     ours, theirs = socket.socketpair()
 
     def main() -> None:
@@ -46,7 +47,7 @@ def with_back_end(
     finally:
         connection.close()
         thread.join()
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert tiny.descriptors() == before
 
 
 def inflight(connection: Connection) -> bytes:

@@ -123,6 +123,26 @@ def test_one_that_is_stopped_ends_by_itself(tmp_path: Path) -> None:
     assert (tmp_path / "end").read_text() == "ended\n"
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_it_has_started_is_woken(tmp_path: Path, killed: bool) -> None:
+    """virtiofsd is served by a child of its own, which may be stopped too; without a cgroup, that
+    is left stopped for ever."""
+    inner = f"echo $$ > {tmp_path}/inner; kill -STOP $$; echo woken > {tmp_path}/woken"
+    code = (
+        "import os, signal, sys, vmm.sandbox; from pathlib import Path\n"
+        "from vmm.child import Child; from tests.support.helpers import LOOSE\n"
+        "from tests.test_child import wait_for_pid\n"
+        "vmm.sandbox.cgroup.directory = lambda: ''\n"
+        "c = Child(['/bin/sh', '-c', '/bin/sh -c \"$0\" & wait', sys.argv[1]], LOOSE)\n"
+        f"pid = wait_for_pid(Path({str(tmp_path)!r}) / 'inner')\n"
+        "while ') T ' not in Path(f'/proc/{pid}/stat').read_text(): pass\n"
+        f"if {killed}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "c.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, inner], check=not killed)
+    until(lambda: (tmp_path / "woken").exists())
+
+
 @pytest.mark.parametrize("cgroup", [False, True])
 @pytest.mark.parametrize("keeper", [False, True])
 def test_one_that_does_not_listen_is_killed_when_we_end_first(

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +168,66 @@ def test_a_mute_peer_while_the_guest_resets(
             until(lambda: not any(map(running, helpers)), "a helper is left")
         finally:
             within("close", machine.close)
+
+
+DEAF = """#!/usr/bin/perl
+use POSIX;
+sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGTERM));
+exec "PROGRAM", @ARGV;
+"""
+
+
+@pytest.fixture
+def deaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """A qemu-storage-daemon that takes no SIGTERM; the number of its process."""
+    program, perl = shutil.which("qemu-storage-daemon"), shutil.which("perl")
+    if program is None or perl != "/usr/bin/perl":
+        pytest.skip("needs qemu-storage-daemon and perl")
+    wrapper = tmp_path / "qemu-storage-daemon"
+    wrapper.write_text(DEAF.replace("PROGRAM", program))
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found: list[int] = []
+
+    def look() -> bool:
+        for each in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = each.read_bytes()
+                if words.startswith(program.encode()) and bytes(tmp_path) in words:
+                    found.append(int(each.parent.name))
+        return bool(found)
+
+    def process() -> int:
+        until(look, "no daemon")
+        return found[-1]
+
+    return process
+
+
+def test_a_helper_that_ignores_its_signal(
+    deaf: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmm.child.GRACE", 1.5)
+    drive = f"{images.make(tmp_path / 'disk.qcow2', 'qcow2', MIB)},format=qcow2"
+    with machine_of(tmp_path, tiny.SPIN, drives=[drive]) as machine:
+        machine.start()
+        pid = deaf()
+    assert running(pid), "close waits for it, or does not let it write what it has"
+    with machine_of(tmp_path, tiny.SPIN, drives=[drive]):  # waits until nobody has it any more
+        until(lambda: not running(pid), "it is left")
+
+
+def test_a_command_whose_helper_ignores_its_signal(deaf: Callable[[], int], tmp_path: Path) -> None:
+    drive = f"{images.make(tmp_path / 'disk.qcow2', 'qcow2', MIB)},format=qcow2"
+    words = tiny.command("run", tiny.kernel(tmp_path, tiny.SPIN), "--drive", drive)
+    with subprocess.Popen(words, env=tiny.environment(), stderr=subprocess.PIPE) as command:
+        pid = deaf()
+        command.terminate()
+        command.send_signal(signal.SIGTERM)
+        assert command.stderr is not None
+        said = command.stderr.read()
+    assert b"Traceback" not in said
+    until(lambda: not running(pid), "it is left")
 
 
 @pytest.mark.parametrize("how", ["stop", "close", "timeout"])

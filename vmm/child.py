@@ -42,13 +42,13 @@ _MFD_EXEC = 0x10
 _STARTER = 'read -r _ && exec "$@" </dev/null'
 _RMDIR, _SLEEP = "/bin/rmdir", "/bin/sleep"
 _KEEPER = (
-    'read -r _; kill -s TERM "$1"; kill -s CONT "$1"; n=0; while kill -s 0 "$1"; do '
+    'read -r _; kill -s TERM "$1"; kill -s CONT -- "-$1"; n=0; while kill -s 0 "$1"; do '
     f'[ $((n += 1)) -lt 50 ] || {{ kill -s KILL "$1"; break; }}; {_SLEEP} 0.1 || break; done'
 )
-"""SIGCONT has a helper that somebody stopped take its SIGTERM. One that ignores that is killed when
-it has had GRACE seconds."""
+"""SIGCONT has a helper that somebody stopped take its SIGTERM, and what it has started see its end.
+One that ignores its signal is killed when it has had GRACE seconds."""
 _REMOVER = (
-    'read -r _ || { kill -s TERM "$1"; kill -s CONT "$1"; }; read -r _; n=0; '
+    'read -r _ || { kill -s TERM "$1"; kill -s CONT -- "-$1"; }; read -r _; n=0; '
     f'gone() {{ until {_RMDIR} "$2"; do [ $((n += 1)) -lt $1 ] || return 1; done; }}; '
     'gone 100 "$2" || { echo 1 >"$2/cgroup.kill"; gone 1000 "$2"; }'
 )
@@ -85,8 +85,11 @@ _running: WeakSet[Child] = WeakSet()
 
 
 def running() -> list[int]:
-    """The processes of helper programs that have not been waited for, and of their keepers."""
-    return [pid for child in list(_running) for pid in (child.pid, child._keeper) if pid]
+    """What kill(2) may be given: the processes of helper programs that have not been waited for,
+    the groups of processes that each leads (negative), and their keepers."""
+    children = [child for child in list(_running) if child.pid]
+    keepers = [child._keeper for child in list(_running) if child._keeper]
+    return [*(child.pid for child in children), *(-child.pid for child in children), *keepers]
 
 
 class Child:
@@ -272,10 +275,11 @@ class Child:
             keeper, self._keeper = self._keeper, 0
             _kill(keeper)
 
-    def _signal(self, signum: int) -> None:
+    def _signal(self, signum: int, *, group: bool = False) -> None:
+        """Signal it, or all of the group that it leads: it has a session of its own."""
         with self._lock, suppress(ProcessLookupError):
             if self.pid:
-                os.kill(self.pid, signum)
+                os.kill(-self.pid if group else self.pid, signum)
 
     def how(self) -> str:
         """How it ended, such as `was killed by SIGKILL`; `has ended` where that is not known."""
@@ -314,7 +318,8 @@ class Child:
             grace = patience
         if not self._reap():
             self._signal(signal.SIGTERM)
-            self._signal(signal.SIGCONT)  # it may be stopped
+            with suppress(PermissionError):
+                self._signal(signal.SIGCONT, group=True)  # it may be stopped
         if not self.wait(patience):
             _gave_up = time.monotonic()
             if grace > patience:

@@ -167,3 +167,40 @@ def test_what_was_written_can_be_forgotten(overlay: Overlay) -> None:
         assert overlay.empty
         assert content(overlay, 0, SIZE) == before
         overlay.clear()
+
+
+def contents(overlay: Overlay) -> bytes:
+    data = bytearray(overlay.size)
+    overlay.read([memoryview(data)], 0)
+    return bytes(data)
+
+
+def test_folding(overlay: Overlay, tmp_path: Path) -> None:
+    """What is read is the same after it; what a guest has zeroed takes no space, nor time."""
+    image = tmp_path / "images" / "top.img"
+    chance = random.Random(3)
+    try:
+        for turn in range(30):
+            image.write_bytes(contents(overlay))
+            top = Overlay(RawImage(str(image), readonly=True), directory=str(tmp_path))
+            for _ in range(turn % 5):
+                at, end = sorted(chance.randrange(SIZE // 4096 + 1) * 4096 for _ in range(2))
+                if at == end:
+                    continue
+                if chance.random() < 0.5:
+                    top.write([memoryview(chance.randbytes(end - at))], at)
+                else:
+                    top.write_zeroes(at, end - at, unmap=True)
+            want = contents(top)
+            top.fold(overlay)
+            assert contents(overlay) == want
+            assert top.empty
+            top.close()
+        top = Overlay(RawImage(str(image), readonly=True), directory=str(tmp_path))
+        top.write_zeroes(0, SIZE, unmap=True)
+        top.fold(overlay)
+        assert os.fstat(overlay._fd).st_blocks == 0
+        assert contents(overlay) == bytes(SIZE)
+        top.close()
+    finally:
+        image.unlink(missing_ok=True)

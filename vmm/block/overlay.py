@@ -236,17 +236,45 @@ class Overlay:
         self.size = size
 
     def fold(self, below: Overlay) -> None:
-        """Write to `below`, of the same size, what was written here, and forget it. While nobody
-        reads or writes."""
+        """Write to `below`, of the same size, what was written here, and forget it. Clusters that
+        are zeroed here take no space there either. While nobody reads or writes."""
         data = memoryview(bytearray(CLUSTER))
-        for position, bits in enumerate(self._written):
-            for bit in range(8) if bits else ():
-                if bits >> bit & 1:
-                    at = (8 * position + bit) * CLUSTER
-                    part = data[: min(CLUSTER, self.size - at)]
+        for start, end in self._written_ranges():
+            at = start
+            while at < end:
+                found = min(self._seek(at, os.SEEK_DATA), end)
+                stop = found if found == end else found - found % CLUSTER
+                if at < stop:
+                    below.write_zeroes(at, stop - at, unmap=True)
+                    at = stop
+                stop = min(self._seek(found, os.SEEK_HOLE), end)
+                while at < stop:
+                    part = data[: min(CLUSTER, end - at)]
                     whole(os.preadv, self._fd, [part], at)
                     below.write([part], at)
+                    at += len(part)
         self.clear()
+
+    def _written_ranges(self) -> Iterator[tuple[int, int]]:
+        """Where clusters were written: (first byte, byte after the last)."""
+        start = -1
+        for cluster in range(-(-self.size // CLUSTER)):
+            if self._has(cluster):
+                start = cluster if start < 0 else start
+            elif start >= 0:
+                yield start * CLUSTER, cluster * CLUSTER
+                start = -1
+        if start >= 0:
+            yield start * CLUSTER, self.size
+
+    def _seek(self, offset: int, what: int) -> int:
+        """Where the file's next data, or hole, begin (lseek(2)); its end where there are none."""
+        try:
+            return os.lseek(self._fd, offset, what)
+        except OSError as err:
+            if err.errno != errno.ENXIO:
+                raise
+            return self.size
 
 
 def _nameless(directory: str) -> int:

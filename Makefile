@@ -3,7 +3,7 @@
 # make shell   an interactive shell in a guest
 # make setup   only make .venv/bin/vmm ready
 # make fuzz    search for bugs for two hours: ARGS="--minutes N --target NAME", docs/fuzzing.md
-# make soak    machines for half an hour: nothing may be left of them (ARGS="--minutes 5")
+# make soak    machines for half an hour: nothing may be left of them (ARGS="--minutes 5", "--linux --minutes 60")
 # make lint | bench | clean
 
 PYTHON = .venv/bin/python

@@ -2,3 +2,6 @@
 
 See tests/soak/__main__.py.
 """
+
+PATHS = ("raw", "throttled", "qcow2", "network", "vsock", "tree", "agent")
+"""What data goes by in the soak under Linux."""

@@ -5,6 +5,8 @@ them back, and closes them. Part two makes, runs and closes one machine after th
 another way (tests/soak/cycles.py), at least `--cycles` times and until the time is over. Between
 two rounds of all kinds no machine is there: open files, threads, children, temporary files and
 network interfaces named vmm-something must be as at the begin, and memory must not grow.
+
+With `--linux`, another soak: Linux guests under a load that is verified (tests/soak/linux.py).
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.soak import figures
+from tests.soak import PATHS, figures
 from tests.soak.crowd import Crowd
 from tests.soak.cycles import Cycle, available
 from tests.soak.figures import Figures
 
+CYCLES, MACHINES = 1000, 200
 WARM_UP = 2
 """Rounds before the begin that others are compared with: modules are loaded, arenas grown."""
 GROWTH = 16 << 10
@@ -181,10 +184,27 @@ def _trim() -> None:
 def _options(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make soak", description="Machines for half an hour.")
     parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: 30)")
-    parser.add_argument("--cycles", type=int, default=1000, help="at least (default: 1000)")
-    parser.add_argument("--machines", type=int, default=200, help="alive at once (default: 200)")
+    parser.add_argument("--cycles", type=int, help=f"at least (default: {CYCLES})")
+    parser.add_argument("--machines", type=int, help=f"alive at once (default: {MACHINES})")
     parser.add_argument("--seed", type=int, default=None, help="of what is left to chance")
+    parser.add_argument(
+        "--linux", action="store_true", help="Linux guests under a load that is verified, instead"
+    )
+    parser.add_argument(
+        "--spoil", choices=PATHS, metavar="PATH",
+        help=f"with --linux: have a wrong byte come by PATH ({', '.join(PATHS)}), which must fail",
+    )  # fmt: skip
     options = parser.parse_args(words)
+    if options.linux:
+        for name in ("cycles", "machines"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name}: not with --linux, which has two machines")
+    elif options.spoil is not None:
+        parser.error(f"--spoil {options.spoil}: only with --linux")
+    if not options.minutes >= 0:
+        parser.error(f"--minutes {options.minutes:g}: not a length of time")
+    options.cycles = CYCLES if options.cycles is None else options.cycles
+    options.machines = MACHINES if options.machines is None else options.machines
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1 << 32)
     return options
@@ -193,6 +213,13 @@ def _options(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> int:
     """The exit status: 0 where nothing was found."""
     options = _options(words)
+    if options.linux:
+        from tests.soak import linux
+
+        if (wanted := linux.missing()) is not None:
+            print(f"make soak: {wanted}", file=sys.stderr)
+            return 2
+        return linux.run(options.minutes, options.seed, options.spoil)
     before = tempfile.tempdir, os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="vmm-soak-") as scratch:
         try:

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from vmm.block import lock
+from vmm.block import lock, raw
 from vmm.block.raw import RawImage
 from vmm.errors import EXIT_HOST, HostError
 
@@ -94,6 +95,19 @@ def test_waiting_for_the_last_user(path: str) -> None:
         lock.wait_free(path, write=True, within=0.05)
         image.close()
     lock.wait_free(f"{path}.missing", write=True, within=60)
+
+
+def test_the_last_user_has_a_moment(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a killed monitor was starting holds the image until it is a program."""
+    monkeypatch.setattr(raw, "FREE_WITHIN", 60.0)
+    image = RawImage(path)
+    timer = threading.Timer(0.1, image.close)
+    timer.start()
+    with closing(RawImage(path)):
+        timer.join()
+        monkeypatch.setattr(raw, "FREE_WITHIN", 0.05)
+        with pytest.raises(HostError, match="another process uses this image"):
+            RawImage(path)
 
 
 QEMU = shutil.which("qemu-system-x86_64")

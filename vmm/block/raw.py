@@ -11,7 +11,7 @@ import os
 import struct
 
 from vmm.block.host_file import BLKGETSIZE64, HostFile
-from vmm.block.lock import in_use, lock, unlock
+from vmm.block.lock import in_use, lock, unlock, wait_free
 from vmm.block.vector import whole
 from vmm.errors import UsageError
 from vmm.forked import drop_in_child
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vmm.block.vector import Call
 
 SECTOR = 512
+FREE_WITHIN = 0.5
+"""Seconds in which another process may let the image go."""
 BLKSSZGET = 0x1268
 BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
@@ -84,11 +86,23 @@ class RawImage:
             if self.direct:
                 self._prepare_direct()
             if not lock(self.fd, write=not readonly):
-                raise in_use(path, self.fd, write=not readonly)
+                self._lock_later()
             drop_in_child(self)
         except BaseException:
             os.close(self.fd)
             raise
+
+    def _lock_later(self) -> None:
+        """Another process has the image: give it a moment to end. Raises HostError.
+
+        Where a monitor is killed while it starts a helper program, the process that becomes the
+        program has its descriptors until it has loaded the program (vfork(2), execve(2)).
+        """
+        write = not self.readonly
+        unlock(self.fd)
+        wait_free(self.path, write=write, within=FREE_WITHIN)
+        if not lock(self.fd, write=write):
+            raise in_use(self.path, self.fd, write=write)
 
     def __repr__(self) -> str:
         return f"RawImage({self.path!r}, {self.size} bytes)"

@@ -106,6 +106,16 @@ PLANTED = (
         "if length < 0:",
     ),
     bug(
+        "pages: region's end", "vmm/snapshot/uffd.py", "pages",
+        "if offset + length > snapshot.memory_size or",
+        "if offset > snapshot.memory_size or",
+    ),
+    bug(
+        "pages: further descriptors", "vmm/snapshot/uffd.py", "pages",
+        "for fd in more:",
+        "for fd in more[1:]:",
+    ),
+    bug(
         "inflight: entries", "vmm/virtio/vhost_user_inflight.py", "inflight",
         "if len(data) < size:",
         "if len(data) < 0:",

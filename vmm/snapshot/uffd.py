@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 USAGE = "usage: python -m vmm.snapshot.uffd DIR SOCKET | DIR --fd N [before DIR: --trusted]"
 LINE_MAX = 1 << 16
+ADDRESS_MAX = 1 << 57
+"""Where user space ends, with five levels of page tables."""
 GREETING_WITHIN = 5.0
 """Seconds that a machine has to say what it wants."""
 GREETING_MAX = 64
@@ -188,6 +190,9 @@ class Client:
         regions = [[int(number) for number in region] for region in request["regions"]]
         if any(len(region) != 3 or min(region) < 0 for region in regions):
             raise ValueError("a region is [address, bytes, offset]")
+        for address, length, offset in regions:
+            if offset + length > snapshot.memory_size or address + length > ADDRESS_MAX:
+                raise ValueError("a region is beyond the snapshot's memory")
         return regions
 
     def _start(

@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target
@@ -16,6 +17,7 @@ from vmm.block.qmp import Qmp
 from vmm.errors import HostError, UsageError
 from vmm.net.port import LinkLost
 from vmm.net.stream import StreamPort
+from vmm.snapshot import uffd
 from vmm.virtio import spec
 from vmm.virtio import vhost_user_wire as wire
 from vmm.virtio.net_spec import FRAME_MAX, HEADER_SIZE
@@ -220,11 +222,52 @@ def stream_seeds() -> list[bytes]:
     return [b"\0" + sent(60, 1514, 14), b"\1" + sent(0, 9000, 1), b"\2" + sent(70, FRAME_MAX + 1)]
 
 
+CHECKSUM = "5" * 64
+PAGES_SIZE = 4 << 20
+
+
+def greeting() -> Callable[[bytes], None]:
+    """What a machine asks the page handler for, with no, one or more descriptors."""
+    snapshot = SimpleNamespace(path="snap", checksum=CHECKSUM, memory_size=PAGES_SIZE)
+
+    def run(data: bytes) -> None:
+        source = Source(data)
+        fds = source.below(4)
+        before = len(os.listdir("/proc/self/fd"))
+        with peer(source.rest(), fds) as sock:
+            client = uffd.Client(sock)
+            try:
+                regions = client._greeting(snapshot)  # type: ignore[arg-type]
+            except uffd.WRONG:
+                regions = []
+            finally:
+                client.drop()
+        for address, length, offset in regions:
+            assert 0 <= offset <= offset + length <= PAGES_SIZE
+            assert 0 <= address <= address + length <= uffd.ADDRESS_MAX
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    return run
+
+
+def greeting_seeds() -> list[bytes]:
+    def sent(*regions: object) -> bytes:
+        return json.dumps({"regions": regions, "snapshot": CHECKSUM}).encode()
+
+    whole = sent([0x7F00_0000_0000, PAGES_SIZE, 0])
+    return [
+        b"\1" + whole, b"\0" + whole, b"\2" + whole, b"\3" + whole,
+        b"\1" + sent([4096, 4096, PAGES_SIZE - 4096], [8192, 4096, 4096]),
+        b"\1" + sent([1, 2]), b"\1" + sent("abc"), b"\1" + sent([1e300, 0, "7"]),
+    ]  # fmt: skip
+
+
 TARGETS = (
     Target("nbd", disk, disk_seeds, ("vmm.block.nbd",)),
     Target("qmp", monitor, monitor_seeds, ("vmm.block.qmp",)),
     Target("vhost-user", back_end, back_end_seeds,
            ("vmm.virtio.vhost_user_wire", "vmm.virtio.vhost_user")),
     Target("inflight", record, record_seeds, ("vmm.virtio.vhost_user_inflight",)),
+    Target("pages", greeting, greeting_seeds, ("vmm.snapshot.uffd",)),
     Target("stream", stream, stream_seeds, ("vmm.net.stream",)),
 )  # fmt: skip

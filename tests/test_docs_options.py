@@ -19,6 +19,7 @@ FOREIGN = "other-tools.md"
 """The page of other programs' options; tests/test_cli_foreign.py has it."""
 OTHERS = {
     "--path",  # of python -m vmm.testing.kernels
+    "--linux", "--spoil",  # of make soak
     "--vmm-kernel", "--vmm-require", "--vmm-artifacts",  # of the pytest plugin
     "--reruns", "--pdb", "--full-trace", "--junit-xml",  # of pytest
     "--reload-rules", "--name-match",  # of udevadm

@@ -187,7 +187,7 @@ def _own_namespaces(apart: bool) -> list[Lack]:
     except OSError as err:
         # Landlock and seccomp keep what they would.
         if err.errno in (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSPC, errno.ENOSYS):
-            return [Lack("namespaces", f"{err.strerror}; root has them, and user namespaces do")]
+            return [Lack("namespaces", f"{err.strerror}; they take root")]
         raise
     return []
 

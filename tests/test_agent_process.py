@@ -255,7 +255,7 @@ def test_what_has_ended_holds_nothing(agent: HostAgent) -> None:
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     assert process.wait() == 3
     process._connection.wait_for(lambda: process._session.complete, None)
-    assert tiny.descriptors() == before
+    assert tiny.opened_since(before) == []
     assert (process.stdout.read(), process.stderr.read()) == (b"out\n", b"err\n")
     process.kill()
     process.terminate()

@@ -47,7 +47,7 @@ def with_back_end(
     finally:
         connection.close()
         thread.join()
-        assert tiny.descriptors() == before
+        assert tiny.opened_since(before) == []
 
 
 def inflight(connection: Connection) -> bytes:

@@ -177,6 +177,14 @@ class AtTerminal:
             self.output += os.read(self.master, 65536)
 
 
+def opened_since(before: Sequence[str]) -> list[str]:
+    """Descriptors that were not there when `descriptors` said `before`.
+
+    One that has gone is no leak: an earlier test's, which was garbage until now.
+    """
+    return [each for each in descriptors() if each not in before]
+
+
 def descriptors() -> Sequence[str]:
     """What this process's descriptors are, sorted; for comparing before and after."""
     found = []

@@ -97,6 +97,7 @@ def test_copies_draw_random_numbers_of_their_own(
     cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Also where nothing but the seed differs: one processor, and the same first command."""
+    command = ["head", "-c", "16", "/dev/urandom"]
     loop = "while true; do sleep 1; done"
     initrd = make_initrd(loop, kernel=cloud_kernel, modules=["virtio_mmio"])
     config = MachineConfig(
@@ -105,12 +106,12 @@ def test_copies_draw_random_numbers_of_their_own(
     )  # fmt: skip
     with Machine(config) as m:
         m.start()
-        shell(m, "true")
+        shell(m, "until [ -c /dev/urandom ]; do sleep 1; done")  # init mounts it
         m.snapshot(str(tmp_path / "snapshot"))
         with m.clone(2) as copies:
-            drawn = [each.run(["head", "-c", "16", "/dev/urandom"]).stdout for each in copies]
+            drawn = [each.run(command, check=True).stdout for each in copies]
     for _ in range(2):
         with Machine.restore(str(tmp_path / "snapshot")) as each:
             each.start()
-            drawn.append(each.run(["head", "-c", "16", "/dev/urandom"]).stdout)
+            drawn.append(each.run(command, check=True).stdout)
     assert len(set(drawn)) == len(drawn)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import intruder, tiny
+from tests.support.intruder_targets import targets
 from tests.support.ordinary_user import ordinary_user
 from vmm.sandbox import landlock, privileges, seccomp
 
@@ -105,31 +104,8 @@ ABSENT = ("ENOENT", "ENODEV", "ENXIO", "EAFNOSUPPORT", "ENOTSUP")
 @pytest.fixture
 def facts(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """What there is to be attacked."""
-    with ExitStack() as stack:
-        victim = subprocess.Popen(["sleep", "600"])
-        stack.callback(victim.wait)
-        stack.callback(victim.kill)
-        (tmp_path / "secret").write_text("kept")
-        (tmp_path / "directory").mkdir()
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        named = stack.enter_context(socket.socket(socket.AF_UNIX))
-        named.bind(str(tmp_path / "socket"))
-        named.listen()
-        hidden = stack.enter_context(socket.socket(socket.AF_UNIX))
-        hidden.bind(f"\0vmm-intruder-{os.getpid()}")
-        hidden.listen()
-        yield {
-            "kernel": tiny.kernel(tmp_path, tiny.exits(9)),
-            "victim": victim.pid,
-            "secret": str(tmp_path / "secret"),
-            "directory": str(tmp_path / "directory"),
-            "tcp": server.getsockname()[1],
-            "unix": named.getsockname(),
-            "abstract": f"\0vmm-intruder-{os.getpid()}",
-        }
-        assert victim.poll() is None
-        assert (tmp_path / "secret").read_text() == "kept"
-        assert not os.listdir(tmp_path / "directory")
+    with targets(tmp_path) as found:
+        yield found
 
 
 def intrude(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import intruder, isolated_intruder, tiny
+from tests.support import intruder, isolated_intruder
+from tests.support.intruder_targets import targets
 from vmm import Machine, MachineConfig
 from vmm.events import DeviceError
 from vmm.isolated import nursery
@@ -64,29 +62,8 @@ def zygote_with_intruders() -> Iterator[None]:
 @pytest.fixture
 def facts(tmp_path: Path, zygote_with_intruders: None) -> Iterator[dict[str, Any]]:
     """What there is to be attacked."""
-    with ExitStack() as stack:
-        victim = subprocess.Popen(["sleep", "600"])
-        stack.callback(victim.wait)
-        stack.callback(victim.kill)
-        (tmp_path / "secret").write_text("kept")
-        (tmp_path / "directory").mkdir()
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        named = stack.enter_context(socket.socket(socket.AF_UNIX))
-        named.bind(str(tmp_path / "socket"))
-        named.listen()
-        yield {
-            "kernel": tiny.kernel(tmp_path, tiny.exits(9)),
-            "victim": victim.pid,
-            "secret": str(tmp_path / "secret"),
-            "directory": str(tmp_path / "directory"),
-            "tcp": server.getsockname()[1],
-            "unix": named.getsockname(),
-            "abstract": "\0nobody",
-            "program": os.getpid(),
-        }
-        assert victim.poll() is None
-        assert (tmp_path / "secret").read_text() == "kept"
-        assert not os.listdir(tmp_path / "directory")
+    with targets(tmp_path) as found:
+        yield {**found, "program": os.getpid()}
 
 
 def machine(facts: dict[str, Any], tmp_path: Path, probes: list[str]) -> IsolatedMachine:

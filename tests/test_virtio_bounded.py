@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import bounded, tiny
 from tests.support.bare import DriverOn, bare_machine, until
 from tests.support.virtio_driver import table
 from vmm import Machine, MachineConfig
@@ -124,21 +125,7 @@ CASES: dict[str, tuple[str, Callable[[Greedy], None]]] = {
 ALL = ("console", "blk-in", "balloon", "rng", "vsock", "net")
 
 
-def within(what: str, function: Callable[[], object]) -> None:
-    """Call `function`, which must return."""
-    failures: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            function()
-        except BaseException as err:
-            failures.append(err)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(WITHIN)
-    assert not thread.is_alive(), f"{what} waits for the guest's requests"
-    assert not failures, f"{what}: {failures}"
+within = partial(bounded.within, seconds=WITHIN)
 
 
 def machine_with_all(path: Path) -> Machine:

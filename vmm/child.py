@@ -92,6 +92,14 @@ def running() -> list[int]:
     return [*(child.pid for child in children), *(-child.pid for child in children), *keepers]
 
 
+def killed_by(signum: int) -> str:
+    """What is said of a process that signal `signum` ended: `was killed by SIGKILL`."""
+    try:
+        return f"was killed by {signal.Signals(signum).name}"
+    except ValueError:  # a real-time signal
+        return f"was killed by signal {signum}"
+
+
 class Child:
     """A running helper program.
 
@@ -288,10 +296,7 @@ class Child:
         code = os.waitstatus_to_exitcode(self._status)
         if code >= 0:
             return f"has ended (status {code})"
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
+        return killed_by(-code)
 
     def close(self, *, patience: float = 0.0, grace: float = 0.0) -> None:
         """End it: SIGTERM, and SIGKILL when it has had its grace. Harmless twice.

@@ -352,16 +352,7 @@ class IsolatedMachine(Machine):
 
     def start_parked(self) -> None:
         """See `Machine.start_parked`."""
-        with self._lock:
-            self.need("start", CREATED)
-            self._kept = self  # it runs: who forgets it is told so at the process's end
-            self.started_at = time.monotonic()
-            self._tail.before_wait = self._before_console_wait
-            try:
-                self.call("start_parked")
-            except BaseException:
-                self._kept = None
-                raise
+        self._start("start_parked")
 
     def let_go(self) -> None:
         """See `Machine.let_go`."""
@@ -369,13 +360,16 @@ class IsolatedMachine(Machine):
 
     def start(self) -> None:
         """See `Machine.start`."""
+        self._start("start")
+
+    def _start(self, call: str) -> None:
         with self._lock:
             self.need("start", CREATED)
-            self._kept = self
+            self._kept = self  # it runs: who forgets it is told so at the process's end
             self.started_at = time.monotonic()
             self._tail.before_wait = self._before_console_wait
             try:
-                self.call("start")
+                self.call(call)
             except BaseException:
                 self._kept = None
                 raise

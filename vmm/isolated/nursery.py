@@ -17,7 +17,7 @@ import sys
 from _thread import allocate_lock
 from contextlib import suppress
 
-from vmm.child import SAID_MAX, Child
+from vmm.child import SAID_MAX, Child, killed_by
 from vmm.errors import HostError
 from vmm.forked import drop_in_child
 from vmm.isolated import wire
@@ -139,10 +139,7 @@ class Process:
         code = os.waitstatus_to_exitcode(self._how)
         if code >= 0:
             return f"has ended with status {code}"
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
+        return killed_by(-code)
 
     @property
     def was_killed(self) -> bool:
